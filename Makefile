@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# `make demo` and `make test` do all the set-up they need.
+
+PYTHON ?= python3.11
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+STAMP  := $(VENV)/.set-up
+PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+
+DEMO_ARGS := --batch_size 1024 --limit_train_batches 100 --limit_val_batches 20 --max_num_embeddings 100000 \
+             --embedding_dim 32 --load_factor 0.2 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
+
+.PHONY: setup demo test check format clean
+
+setup: $(STAMP)
+
+# torch first, from the CPU build where there is one; TorchRec without its dependencies, which are CUDA only.
+$(STAMP): pyproject.toml requirements-cpu.txt requirements-dev.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --no-deps torchrec==1.8.0
+	$(PIP) -r requirements-cpu.txt -r requirements-dev.txt
+	$(PIP) --no-deps --editable .
+	touch $(STAMP)
+
+demo: setup
+	$(RUN) examples/criteo_dlrm/main.py $(DEMO_ARGS) $(ARGS)
+
+test: setup
+	$(RUN) -m pytest $(ARGS)
+
+check: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pydoclint torchrec_scratchpipe
+
+format: setup
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every error this package raises on purpose.
+
+::
+
+    ScratchPipeError
+    ├── ConfigError              (ValueError)    a setting cannot be served
+    ├── IdOutOfRangeError        (ValueError)    an id points outside its table
+    ├── ScratchpadFullError      (RuntimeError)  one batch needs more slots than there are
+    ├── BatchesInFlightError     (RuntimeError)  tables would change under planned batches
+    ├── BackwardTwiceError       (RuntimeError)  a lookup's rows were already released
+    ├── TableStorageError        (OSError)       a table cannot be put where it was asked to be
+    └── StageFailedError         (RuntimeError)  rows were lost between table and scratchpad
+"""
+
+__all__ = [
+    "BackwardTwiceError",
+    "BatchesInFlightError",
+    "ConfigError",
+    "IdOutOfRangeError",
+    "ScratchPipeError",
+    "ScratchpadFullError",
+    "StageFailedError",
+    "TableStorageError",
+]
+
+
+class ScratchPipeError(Exception):
+    """Base of every error of this package."""
+
+
+class ConfigError(ScratchPipeError, ValueError):
+    """A setting cannot be served; the message names the table, the value and what to set."""
+
+
+class IdOutOfRangeError(ScratchPipeError, ValueError):
+    """An id is negative or not below its table's number of rows; nothing was planned."""
+
+
+class ScratchpadFullError(ScratchPipeError, RuntimeError):
+    """A batch needs more slots than can be free for it; nothing was evicted for it."""
+
+
+class BatchesInFlightError(ScratchPipeError, RuntimeError):
+    """Tables cannot be overwritten while planned batches still rely on their rows."""
+
+
+class BackwardTwiceError(ScratchPipeError, RuntimeError):
+    """Backward ran through a lookup whose rows were already released."""
+
+
+class TableStorageError(ScratchPipeError, OSError):
+    """A table's storage is missing, read-only or out of space."""
+
+
+class StageFailedError(ScratchPipeError, RuntimeError):
+    """Insert stopped half-way; the pool refuses further work, restore from a checkpoint."""

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""TorchRec's train pipeline, with the scratchpad's stages ahead of Train."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.profiler import record_function
+from torchrec.distributed.embedding_sharding import FusedKJTListSplitsAwaitable, KJTListSplitsAwaitable
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
+from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForward
+from torchrec.distributed.types import Awaitable
+from torchrec.streamable import Pipelineable
+
+from torchrec_scratchpipe.errors import ConfigError, ScratchPipeError
+from torchrec_scratchpipe.sharder import (
+    ScratchPipeEmbeddingBagCollectionContext,
+    ShardedScratchPipeEmbeddingBagCollection,
+)
+
+__all__ = ["ScratchPipeTrainPipeline"]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+In = TypeVar("In", bound=Pipelineable)
+Out = TypeVar("Out")
+
+# Batches that TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors.
+NUM_BATCHES_IN_DIST = 2
+# TrainPipelineSparseDist(execute_all_batches=False) leaves this many batches untrained when the data ends.
+NUM_BATCHES_LEFT_BY_STOCK = 2
+
+
+@dataclass
+class ScratchPipeTrainPipelineContext(TrainPipelineContext):
+    """TorchRec's context of one batch; `planned_inputs` holds distributed features of planned batches, by module."""
+
+    planned_inputs: dict[str, Any] = field(default_factory=dict)
+    is_planned: bool = False
+    is_started: bool = False
+    is_in_forward: bool = False
+
+
+class _ScratchPipeForward(PipelinedForward):
+    """Stands in for a sharded module's forward while the pipeline is attached."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        context = cast(ScratchPipeTrainPipelineContext, self._context)
+        if not context.is_in_forward:
+            return self._forward_outside_pipeline(*args, **kwargs)
+        if self._name not in context.planned_inputs:
+            raise ScratchPipeError(
+                f"module {self._name} is called twice in one forward; a pipelined module can be called once. "
+                "Give the second call a module of its own, or use no pipeline."
+            )
+        dist_input = context.planned_inputs.pop(self._name)
+        module_context = context.module_contexts.pop(self._name)
+        if self._stream is not None:
+            stream = torch.get_device_module(self._device).current_stream()
+            stream.wait_stream(self._stream)
+            dist_input.record_stream(stream)
+            module_context.record_stream(stream)
+        return self._module.compute_and_output_dist(module_context, dist_input)
+
+    def _forward_outside_pipeline(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        """Answer a plain `model(batch)` on its own input, not on that of the batch in flight.
+
+        The pipeline has fused the splits exchange of all input dists, so it is done here for this one call.
+        """
+        module = self._module
+        module_context = module.create_context()
+        request = module.input_dist(module_context, *args, **kwargs)
+        if isinstance(request, KJTListSplitsAwaitable):
+            pg = next((awaitable.pg for awaitable in request.awaitables if hasattr(awaitable, "pg")), None)
+            tensors = FusedKJTListSplitsAwaitable([request], [module_context], pg).wait()[0]
+        else:
+            tensors = request.wait()
+        return module.compute_and_output_dist(module_context, tensors.wait())
+
+
+class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
+    """Trains one batch while the rows of the coming ones travel to the scratchpad.
+
+    ====================  =========================================  ==========================================
+    stage                 batches (0 trains, L is `lookahead`)       where
+    ====================  =========================================  ==========================================
+    Load                  L + 2: copy to device, start input dist    memcpy and data_dist streams of TorchRec
+    Load                  L + 1: input dist exchanges its tensors    data_dist stream
+    Plan ... Insert       1 .. L, one after another                  worker thread, on CUDA its own stream
+    Train                 0: forward, backward, optimizer            default stream
+    ====================  =========================================  ==========================================
+
+    Sharded modules other than :class:`ShardedScratchPipeEmbeddingBagCollection` are pipelined as in
+    TrainPipelineSparseDist. One pipeline may serve training and evaluation in turn, each with a new iterator.
+
+    Args:
+        model: A model sharded by DistributedModelParallel.
+        optimizer: Its dense optimizer, or all of them combined.
+        device: Where it trains.
+        lookahead: How many batches are planned ahead of Train, at least 1. What must fit in a scratchpad is the
+            unique rows of `lookahead + 1` batches; where they do not fit, Plan waits for Train.
+        execute_all_batches: As stock: False leaves the last two batches of the data untrained.
+        custom_model_fwd: As stock.
+        **kwargs: Everything else that TrainPipelineSparseDist takes.
+
+    Raises:
+        ConfigError: `lookahead` is below 1, or a stock option is asked for that cannot be honoured.
+
+    Source:
+        torchrec TrainPipelineSparseDist (1.8.0).
+    """
+
+    _pipelined_forward_type = _ScratchPipeForward
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        lookahead: int = 2,
+        execute_all_batches: bool = True,
+        custom_model_fwd: Callable[[In | None], tuple[torch.Tensor, Out]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if lookahead < 1:
+            raise ConfigError(f"lookahead is {lookahead}, it must be at least 1: the batch after the one that trains.")
+        for name in ("clear_data_dist_inputs", "enqueue_batch_after_forward"):
+            if kwargs.get(name):
+                raise ConfigError(f"{name}=True is not supported by ScratchPipeTrainPipeline. Leave it out.")
+        self._lookahead = lookahead
+        super().__init__(
+            model,
+            optimizer,
+            device,
+            execute_all_batches=execute_all_batches,
+            context_type=ScratchPipeTrainPipelineContext,
+            custom_model_fwd=custom_model_fwd,
+            **kwargs,
+        )
+
+    def progress(self, dataloader_iter: Iterator[In]) -> Out:
+        """Train, or in eval mode only evaluate, the oldest batch in flight, and bring the coming ones forward.
+
+        Args:
+            dataloader_iter: Where the next batches come from; batches in flight from an earlier iterator go first.
+
+        Returns:
+            What the model returns beside its losses.
+
+        Raises:
+            StopIteration: All batches are done.
+            ScratchPipeError: A batch cannot be served; :meth:`reset` makes the pipeline usable again.
+        """
+        if not self._model_attached:
+            self.attach(self._model)
+        self.fill_pipeline(dataloader_iter)
+        if not self.batches or self._leave_rest_as_stock():
+            raise StopIteration
+
+        context = cast(ScratchPipeTrainPipelineContext, self.contexts[0])
+        if context.is_started:
+            raise ScratchPipeError(
+                f"batch {context.index} has failed in an earlier progress(). Call reset() to drop the batches in flight."
+            )
+        self._set_module_context(context)
+        if self._model.training:
+            with record_function("## zero_grad ##"):
+                self._optimizer.zero_grad()
+        self._wait_for_batch()
+        context.is_started = context.is_in_forward = True
+        try:
+            with record_function(f"## forward {context.index} ##"):
+                losses, output = self._model_fwd(self.batches[0])
+        finally:
+            context.is_in_forward = False
+        if self._model.training:
+            self._backward(losses)
+            self.sync_embeddings(self._model, self._dmp_collection_sync_interval_batches, context)
+            with record_function(f"## optimizer {context.index} ##"):
+                self._optimizer.step()
+        self.dequeue_batch()
+        return cast(Out, output)
+
+    def fill_pipeline(self, dataloader_iter: Iterator[In]) -> None:
+        """Load batches until the pipeline is full or the data ends, and bring each to the stage its place asks for.
+
+        Args:
+            dataloader_iter: Where the next batches come from.
+        """
+        while len(self.batches) <= self._lookahead + NUM_BATCHES_IN_DIST:
+            if not self._load(dataloader_iter):
+                break
+            if len(self.batches) > NUM_BATCHES_IN_DIST:
+                self._finish_dist_and_plan(len(self.batches) - 1 - NUM_BATCHES_IN_DIST)
+        for position in range(min(self._lookahead + 1, len(self.batches))):
+            self._finish_dist_and_plan(position)
+        if len(self.batches) > self._lookahead + 1:
+            self.wait_sparse_data_dist(self.contexts[self._lookahead + 1])
+
+    def attach(self, model: torch.nn.Module | None = None, sparse_dist: bool = True) -> None:
+        """As stock, but batches in flight keep what was planned for them.
+
+        Args:
+            model: The model to attach, if another.
+            sparse_dist: Accepted for compatibility: a batch in flight is never distributed a second time, because it
+                has been planned already.
+        """
+        super().attach(model, sparse_dist=False)
+
+    def reset(self) -> None:
+        """Drop all batches in flight and let go of their slots; rows already moved stay where they are, correct."""
+        for context in self.contexts:
+            for module_context in context.module_contexts.values():
+                if isinstance(module_context, ScratchPipeEmbeddingBagCollectionContext):
+                    module_context.release()
+        super().reset()
+        self._dataloader_iter = None
+
+    def _load(self, dataloader_iter: Iterator[In]) -> bool:
+        if self._dataloader_exhausted and dataloader_iter is self._dataloader_iter:
+            return False
+        try:
+            if not self.enqueue_batch(dataloader_iter):
+                return False
+        except StopIteration:  # the data has ended and execute_all_batches is False
+            return False
+        self._init_pipelined_modules(self.batches[-1], self.contexts[-1], self._pipelined_forward_type)
+        return True
+
+    def _leave_rest_as_stock(self) -> bool:
+        return (
+            not self._execute_all_batches
+            and self._dataloader_exhausted
+            and len(self.batches) <= NUM_BATCHES_LEFT_BY_STOCK
+        )
+
+    def _finish_dist_and_plan(self, position: int) -> None:
+        """Send one distributed batch through Plan, Collect, Exchange and Insert; only the first call does."""
+        context = cast(ScratchPipeTrainPipelineContext, self.contexts[position])
+        if context.is_planned:
+            return
+        context.is_planned = True
+        self.wait_sparse_data_dist(context)
+        for module in self._pipelined_modules:
+            name = module.forward.name
+            request = context.input_dist_tensors_requests.pop(name)
+            with self._stream_context(self._data_dist_stream):
+                dist_input = request.wait()
+            context.planned_inputs[name] = dist_input
+            if isinstance(module, ShardedScratchPipeEmbeddingBagCollection):
+                with self._stream_context(self._data_dist_stream):
+                    module.prefetch(dist_input, ctx=context.module_contexts[name])

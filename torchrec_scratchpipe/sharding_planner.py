@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""TorchRec's planner, able to place `fused_uvm_caching` tables on a CPU too."""
+
+from typing import Any
+
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
+
+from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, SUPPORTED_SHARDING_TYPES
+
+__all__ = ["ScratchPipeShardingPlanner"]
+
+
+class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
+    """Stock planner that also knows scratchpad tables on a CPU.
+
+    A table is a scratchpad table when its constraints name the compute kernel `fused_uvm_caching`; `cache_params` gives
+    its load factor. On CUDA this is stock TorchRec. On a CPU, where stock offers `fused` alone, such tables are planned
+    as if they were `fused` and then renamed, so every table gets the sharding type that stock would choose; row-wise is
+    considered only where a scratchpad table's constraints ask for it.
+
+    Args:
+        topology: As stock.
+        batch_size: As stock.
+        constraints: As stock.
+        callbacks: As stock; they run before scratchpad tables get their final kernel name.
+        **kwargs: Everything else stock takes, except `enumerator` on a CPU.
+    """
+
+    def __init__(
+        self,
+        topology: Topology | None = None,
+        batch_size: int | None = None,
+        *,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        callbacks: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._scratchpad_tables = {
+            name
+            for name, constraint in (constraints or {}).items()
+            if constraint.compute_kernels and SCRATCHPAD_KERNEL.value in constraint.compute_kernels
+        }
+        super().__init__(
+            topology=topology,
+            batch_size=batch_size,
+            constraints=constraints,
+            callbacks=[*(callbacks or []), self._name_scratchpad_tables],
+            **kwargs,
+        )
+        if self._topology.compute_device == "cpu" and "enumerator" not in kwargs:
+            self._enumerator = _CpuEnumerator(
+                topology=self._topology,
+                batch_size=self._batch_size,
+                constraints=constraints,
+            )
+
+    def _name_scratchpad_tables(self, options: list[ShardingOption]) -> list[ShardingOption]:
+        for option in options:
+            is_alias = option.compute_kernel == EmbeddingComputeKernel.FUSED.value
+            if self._topology.compute_device == "cpu" and is_alias and option.name in self._scratchpad_tables:
+                option.compute_kernel = SCRATCHPAD_KERNEL.value
+        return options
+
+
+class _CpuEnumerator(EmbeddingEnumerator):
+    """Offers `fused`, which stock can estimate on a CPU, wherever a constraint says `fused_uvm_caching`."""
+
+    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], *args: Any) -> list[str]:
+        allowed = list(allowed_sharding_types)
+        if self._is_scratchpad_table(name):
+            asked = (self._constraints or {})[name].sharding_types or []
+            allowed += [kind.value for kind in SUPPORTED_SHARDING_TYPES if kind.value in asked]
+        return super()._filter_sharding_types(name, list(dict.fromkeys(allowed)), *args)
+
+    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
+        if self._is_scratchpad_table(name):
+            is_supported = sharding_type != ShardingType.DATA_PARALLEL.value
+            return [EmbeddingComputeKernel.FUSED.value] if is_supported else []
+        return super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type)
+
+    def _is_scratchpad_table(self, name: str) -> bool:
+        constraint = (self._constraints or {}).get(name)
+        return bool(constraint and constraint.compute_kernels and SCRATCHPAD_KERNEL.value in constraint.compute_kernels)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Counts what moves and what waits.
+
+Shapes: ``T`` tables of a pool.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchrec_scratchpipe.host_table import HostTable
+from torchrec_scratchpipe.types import CachePlan, StageSpan
+
+__all__ = ["PoolCounters", "PoolStats", "TableStats"]
+
+MAX_STAGE_SPANS = 8192  # about 1,600 batches of one pool
+
+
+@dataclass(frozen=True)
+class TableStats:
+    """One table's share of its pool's counts, since construction."""
+
+    table_name: str
+    num_rows: int
+    num_ids: int
+    num_unique_ids: int
+    num_unique_misses: int
+    num_victims: int
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What one pool did since construction.
+
+    `num_ids` counts lookups, `num_unique_ids` distinct rows per batch, summed over batches.
+    `num_stalls` and `stall_ms` count batches for which Train had to wait for rows, and how long.
+    `num_misses_at_train` compares, at every lookup, each id's slot with the row that sits there.
+    """
+
+    table_names: tuple[str, ...]
+    num_slots: int
+    num_rows: int
+    num_resident_rows: int
+    num_batches: int
+    num_ids: int
+    num_unique_ids: int
+    num_unique_misses: int
+    num_victims: int
+    fill_bytes: int
+    writeback_bytes: int
+    num_stalls: int
+    stall_ms: float
+    num_misses_at_train: int
+    scratchpad_bytes: int
+    table_bytes: int
+    tables: tuple[TableStats, ...]
+
+
+class PoolCounters:
+    """Running counts of one pool; device counts stay on the device until :meth:`stats`."""
+
+    def __init__(self, host_table: HostTable, device: torch.device) -> None:
+        self._host_table = host_table
+        num_tables = len(host_table.tables)
+        self._table_ends = torch.tensor(host_table.row_offsets[1:], device=device)
+        self._num_ids = [0] * num_tables
+        self._num_unique = torch.zeros(num_tables, dtype=torch.int64, device=device)
+        self._num_misses = torch.zeros(num_tables, dtype=torch.int64, device=device)
+        self._num_victims = torch.zeros(num_tables, dtype=torch.int64, device=device)
+        self._num_misses_at_train = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_batches = 0
+        self.num_stalls = 0
+        self.stall_ms = 0.0
+        self.spans: deque[StageSpan] = deque(maxlen=MAX_STAGE_SPANS)
+
+    def add_plan(self, plan: CachePlan, num_ids_per_table: Sequence[int], unique_rows: Tensor) -> None:
+        """Count one planned batch.
+
+        Args:
+            plan: The batch's cache plan.
+            num_ids_per_table: Lookups per table.
+            unique_rows: [U] int64, the distinct rows of the batch.
+        """
+        self.num_batches += 1
+        for table_index, num_ids in enumerate(num_ids_per_table):
+            self._num_ids[table_index] += num_ids
+        self._add_per_table(self._num_unique, unique_rows)
+        self._add_per_table(self._num_misses, plan.miss_rows)
+        self._add_per_table(self._num_victims, plan.victim_rows)
+
+    def add_stall(self, stall_ms: float) -> None:
+        """Count one batch for which Train waited.
+
+        Args:
+            stall_ms: For how long.
+        """
+        self.num_stalls += 1
+        self.stall_ms += stall_ms
+
+    def add_misses_at_train(self, num_misses: Tensor) -> None:
+        """Count ids that did not find their row.
+
+        Args:
+            num_misses: [] int64 on the device.
+        """
+        self._num_misses_at_train += num_misses
+
+    def stats(self, num_slots: int, num_resident_rows: int) -> PoolStats:
+        """Read all counts; waits for the device.
+
+        Args:
+            num_slots: S of the pool.
+            num_resident_rows: Rows in slots now.
+
+        Returns:
+            Counts since construction.
+        """
+        tables = self._host_table.tables
+        unique, misses, victims = (
+            counts.tolist() for counts in (self._num_unique, self._num_misses, self._num_victims)
+        )
+        row_bytes = self._host_table.layout.row_bytes
+        return PoolStats(
+            table_names=tuple(table.name for table in tables),
+            num_slots=num_slots,
+            num_rows=self._host_table.num_rows,
+            num_resident_rows=num_resident_rows,
+            num_batches=self.num_batches,
+            num_ids=sum(self._num_ids),
+            num_unique_ids=sum(unique),
+            num_unique_misses=sum(misses),
+            num_victims=sum(victims),
+            fill_bytes=sum(misses) * row_bytes,
+            writeback_bytes=sum(victims) * row_bytes,
+            num_stalls=self.num_stalls,
+            stall_ms=self.stall_ms,
+            num_misses_at_train=int(self._num_misses_at_train),
+            scratchpad_bytes=num_slots * row_bytes,
+            table_bytes=self._host_table.num_bytes,
+            tables=tuple(
+                TableStats(table.name, table.num_rows, self._num_ids[i], unique[i], misses[i], victims[i])
+                for i, table in enumerate(tables)
+            ),
+        )
+
+    def _add_per_table(self, counts: Tensor, rows: Tensor) -> None:
+        if len(self._host_table.tables) == 1:
+            counts += rows.numel()
+            return
+        table_indices = torch.bucketize(rows, self._table_ends, right=True)
+        counts.index_add_(0, table_indices, torch.ones_like(table_indices))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The words that the stages hand to each other.
+
+Shapes: ``I`` ids, ``U`` unique rows, ``M`` misses, ``V`` victims, ``S`` slots, ``R`` rows, ``D`` row width.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CachePlan", "RowLayout", "Stage", "StageSpan", "StagedRows", "StateSpec", "TableSpec"]
+
+
+class Stage(enum.StrEnum):
+    """The paper's stages, in order; the value is the name in profiler traces and reports."""
+
+    LOAD = "load"
+    PLAN = "plan"
+    COLLECT = "collect"
+    EXCHANGE = "exchange"
+    INSERT = "insert"
+    TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One table's local shard, as a pool sees it."""
+
+    name: str
+    num_rows: int
+    load_factor: float
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One optimizer state that travels with its row: a scalar per row, or one value per weight."""
+
+    name: str
+    is_rowwise: bool
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """What one row consists of: the embedding vector, then its optimizer states."""
+
+    dim: int
+    dtype: torch.dtype
+    states: tuple[StateSpec, ...] = ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, optimizer states included."""
+        return self.dim * self.dtype.itemsize + sum(
+            (1 if state.is_rowwise else self.dim) * state.dtype.itemsize for state in self.states
+        )
+
+    def part_shapes(self, num_rows: int) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
+        """Shape, dtype and name of each part of `num_rows` rows, weights first."""
+        parts: list[tuple[tuple[int, ...], torch.dtype, str]] = [((num_rows, self.dim), self.dtype, "weights")]
+        for state in self.states:
+            shape = (num_rows,) if state.is_rowwise else (num_rows, self.dim)
+            parts.append((shape, state.dtype, state.name))
+        return parts
+
+    def empty(self, num_rows: int, *, pin_memory: bool = False) -> list[Tensor]:
+        """Uninitialised host memory for `num_rows` rows, one tensor per part."""
+        return [
+            torch.empty(shape, dtype=dtype, pin_memory=pin_memory) for shape, dtype, _ in self.part_shapes(num_rows)
+        ]
+
+
+class CachePlan(NamedTuple):
+    """Result of Plan for one batch and pool; every tensor lies on the planning device.
+
+    All slots of the batch are held until the batch is released.
+    """
+
+    batch_index: int
+    rows: Tensor  # [I] int64, row id of every id
+    slots: Tensor  # [I] int64, where Train finds that row
+    unique_slots: Tensor  # [U] int64
+    miss_rows: Tensor  # [M] int64, rows that come ...
+    miss_slots: Tensor  # [M] int64, ... and the slots they take
+    victim_rows: Tensor  # [V] int64, rows that leave ...
+    victim_slots: Tensor  # [V] int64, ... and the slots they leave, a subset of miss_slots
+
+
+class StagedRows(NamedTuple):
+    """Rows on their way between table and scratchpad; one tensor per part of a row."""
+
+    fill: list[Tensor]  # [M, ...] from the table to the scratchpad
+    writeback: list[Tensor]  # [V, ...] from the scratchpad to the table
+
+
+class StageSpan(NamedTuple):
+    """When one stage of one batch ran, and how much it moved."""
+
+    batch_index: int
+    stage: Stage
+    start_s: float  # time.perf_counter()
+    end_s: float
+    num_bytes: int
