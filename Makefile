@@ -7,8 +7,8 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.set-up
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-DEMO_ARGS := --batch_size 1024 --limit_train_batches 100 --limit_val_batches 20 --max_num_embeddings 100000 \
-             --embedding_dim 32 --load_factor 0.2 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
+DEMO_ARGS := --batch_size 256 --limit_train_batches 400 --limit_val_batches 40 --max_num_embeddings 100000 \
+             --embedding_dim 32 --load_factor 0.02 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
 
 .PHONY: setup demo test check format clean
 

@@ -4,6 +4,7 @@
 Shapes: ``R`` rows of all tables of the pool, ``D`` row width.
 """
 
+import mmap
 import os
 import shutil
 import tempfile
@@ -15,13 +16,20 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.errors import TableStorageError
+from torchrec_scratchpipe.row_parts import read_rows, write_rows
 from torchrec_scratchpipe.types import RowLayout, TableSpec
 
 __all__ = ["HostTable", "MappedStorage", "RamStorage", "TableStorage"]
 
 
+WRITE_BUFFER_BYTES = 512 * 1024 * 1024
+SWEEP_ROWS = 16384  # how far the write buffer's hand moves at a time: 4 MiB of rows of 64 floats
+
+
 class TableStorage(Protocol):
     """Where a host table's memory comes from."""
+
+    is_slow_to_write: bool  # whether single rows should be gathered in RAM before they are written
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """Allocate zero-filled memory.
@@ -35,6 +43,9 @@ class TableStorage(Protocol):
             [num_values], contiguous, on the host.
         """
 
+    def sync(self) -> None:
+        """Wait until everything written so far has reached the medium."""
+
 
 class RamStorage:
     """Anonymous memory; pages are taken from the system when they are first written.
@@ -43,12 +54,17 @@ class RamStorage:
         pin_memory: Page-lock it, so that a CUDA device can copy from it asynchronously.
     """
 
+    is_slow_to_write = False
+
     def __init__(self, pin_memory: bool = False) -> None:
         self._pin_memory = pin_memory
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """See :class:`TableStorage`."""
         return torch.zeros(num_values, dtype=dtype, pin_memory=self._pin_memory)
+
+    def sync(self) -> None:
+        """Does nothing."""
 
 
 class MappedStorage:
@@ -65,8 +81,11 @@ class MappedStorage:
         TableStorageError: The directory is missing or not writable.
     """
 
+    is_slow_to_write = True
+
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)
+        self._mappings: list[mmap.mmap] = []
         if not self._directory.is_dir():
             raise TableStorageError(
                 f"table_dir {str(directory)!r} is not an existing directory. Create it, or name one that exists."
@@ -98,7 +117,11 @@ class MappedStorage:
         file_descriptor, path = tempfile.mkstemp(prefix="scratchpipe_table_", dir=self._directory)
         try:
             os.posix_fallocate(file_descriptor, 0, num_bytes)
-            mapped = torch.from_file(path, shared=True, size=num_values, dtype=dtype)
+            mapped = mmap.mmap(file_descriptor, num_bytes)
+            # Rows are written at random. Without this advice the page cache uses folios of up to 2 MiB, and one row
+            # of 256 bytes makes 2 MiB dirty: writing 10,000 rows to a 6.7 GB file took 1,200 ms instead of 13 ms
+            # (Linux 6.18, ext4, 2 cores of an AMD EPYC).
+            mapped.madvise(mmap.MADV_RANDOM)
         except OSError as error:
             free_bytes = shutil.disk_usage(self._directory).free
             raise TableStorageError(
@@ -108,13 +131,19 @@ class MappedStorage:
         finally:
             os.close(file_descriptor)
             os.unlink(path)
-        return mapped
+        self._mappings.append(mapped)
+        return torch.frombuffer(mapped, dtype=dtype, count=num_values) if num_values else torch.empty(0, dtype=dtype)
+
+    def sync(self) -> None:
+        """See :class:`TableStorage`."""
+        for mapped in self._mappings:
+            mapped.flush()
 
 
 class HostTable:
     """Every row of a pool, weights and optimizer states, as one flat tensor per part.
 
-    The rows of one table are contiguous, tables follow each other in the order given.
+    The rows of one table are contiguous, tables follow each other in the order given. Not thread-safe.
 
     Args:
         tables: The pool's tables.
@@ -134,6 +163,8 @@ class HostTable:
         for shape, dtype, part_name in layout.part_shapes(self.num_rows):
             num_values = int(torch.Size(shape).numel())
             self.parts.append(storage.allocate(num_values, dtype, f"{part_name} of {names}").view(shape))
+        self._storage = storage
+        self._write_buffer = WriteBuffer(self.parts, layout) if storage.is_slow_to_write else None
 
     @property
     def num_bytes(self) -> int:
@@ -141,7 +172,7 @@ class HostTable:
         return self.num_rows * self.layout.row_bytes
 
     def table_parts(self, table_index: int) -> list[Tensor]:
-        """One table's weights, then its optimizer states; views, not copies.
+        """One table's weights, then its optimizer states; views, not copies, as of the last :meth:`flush`.
 
         Args:
             table_index: Position in `tables`.
@@ -151,3 +182,114 @@ class HostTable:
         """
         first, last = self.row_offsets[table_index], self.row_offsets[table_index + 1]
         return [part[first:last] for part in self.parts]
+
+    def read(self, rows: Tensor, out: Sequence[Tensor]) -> None:
+        """Copy rows out.
+
+        Args:
+            rows: [N] int64 row ids on the host.
+            out: [N, D] or [N] each, contiguous, on the host; written.
+        """
+        read_rows(self.parts, rows, out)
+        if self._write_buffer is not None:
+            self._write_buffer.read_over(rows, out)
+
+    def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        """Copy rows in.
+
+        Args:
+            rows: [N] int64 row ids on the host, unique.
+            values: [N, D] or [N] each, on the host.
+        """
+        if self._write_buffer is None:
+            write_rows(self.parts, rows, values)
+        else:
+            self._write_buffer.write(rows, values)
+
+    def flush(self) -> None:
+        """Bring `parts` up to date with every write."""
+        if self._write_buffer is not None:
+            self._write_buffer.drain()
+
+    def sync(self) -> None:
+        """Wait until every write has reached the table's medium, the disk of a memory-mapped table."""
+        self.flush()
+        self._storage.sync()
+
+
+class WriteBuffer:
+    """Rows on their way to a memory-mapped table, kept in RAM until many of them can be written side by side.
+
+    Writing a row makes its whole page dirty, and the system writes dirty pages out. Victims are spread over
+    the whole table, so writing each at once costs a page, and its write to the disk, per row. Here they
+    gather first; a hand then sweeps through the table in row order and takes along all that lie in its way, so that
+    neighbouring rows share a page and neighbouring pages one write. Costs 4 bytes per row of the table, and at most
+    :data:`WRITE_BUFFER_BYTES` of rows.
+
+    Args:
+        parts: The table's parts.
+        layout: What a row consists of.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], layout: RowLayout) -> None:
+        self._parts = parts
+        self._num_rows = parts[0].shape[0]
+        self._capacity = max(1, min(self._num_rows, WRITE_BUFFER_BYTES // layout.row_bytes))
+        self._buffer = layout.empty(self._capacity)
+        self._row_to_place = torch.full((self._num_rows,), -1, dtype=torch.int32)
+        self._free_places = torch.arange(self._capacity)
+        self._hand = 0
+
+    def read_over(self, rows: Tensor, out: Sequence[Tensor]) -> None:
+        """Replace what was read from the table by what is newer here.
+
+        Args:
+            rows: [N] int64.
+            out: [N, D] or [N] each; rows that wait here are written.
+        """
+        places = self._row_to_place.index_select(0, rows).long()
+        positions = (places >= 0).nonzero().view(-1)
+        if positions.numel() == 0:
+            return
+        newer = [buffer.index_select(0, places.index_select(0, positions)) for buffer in self._buffer]
+        write_rows(out, positions, newer)
+
+    def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        """Take rows in, and pass others on to the table where there is no room.
+
+        Args:
+            rows: [N] int64, unique.
+            values: [N, D] or [N] each.
+        """
+        for first in range(0, rows.numel(), self._capacity):
+            last = first + self._capacity
+            self._write_some(rows[first:last], [value[first:last] for value in values])
+
+    def drain(self) -> None:
+        """Pass everything on to the table."""
+        self._make_room(self._capacity)
+
+    def _write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        self._make_room(rows.numel())
+        places = self._row_to_place.index_select(0, rows).long()
+        new = (places < 0).nonzero().view(-1)
+        places[new] = self._free_places[: new.numel()]
+        self._free_places = self._free_places[new.numel() :]
+        self._row_to_place.index_copy_(0, rows, places.int())
+        write_rows(self._buffer, places, values)
+
+    def _make_room(self, num_places: int) -> None:
+        freed = [self._free_places]
+        num_free = self._free_places.numel()
+        while num_free < num_places:
+            first = self._hand
+            self._hand = last = min(first + SWEEP_ROWS, self._num_rows)
+            waiting = (self._row_to_place[first:last] >= 0).nonzero().view(-1) + first
+            places = self._row_to_place.index_select(0, waiting).long()
+            write_rows(self._parts, waiting, [buffer.index_select(0, places) for buffer in self._buffer])
+            self._row_to_place.index_fill_(0, waiting, -1)
+            freed.append(places)
+            num_free += places.numel()
+            if self._hand == self._num_rows:
+                self._hand = 0
+        self._free_places = torch.cat(freed)

@@ -10,7 +10,7 @@ the pool's one scratchpad. Ids become slots before the lookup, and nothing else 
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -69,21 +69,6 @@ CACHE_SETTINGS = frozenset(
 )
 
 
-class EvictionOrderFactory:
-    """Makes the eviction order of each pool; subclass it to bring another order."""
-
-    def __call__(self, num_slots: int) -> EvictionOrder:
-        """Make one order.
-
-        Args:
-            num_slots: S of the pool.
-
-        Returns:
-            A new order.
-        """
-        return LeastRecentlyUsed(num_slots)
-
-
 @dataclass(frozen=True)
 class ScratchpadOptions:
     """What all scratchpad tables of a sharder share.
@@ -91,12 +76,12 @@ class ScratchpadOptions:
     Args:
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        make_eviction_order: Makes each pool's eviction order.
+        make_eviction_order: Makes a pool's eviction order, given its number of slots.
     """
 
     table_dir: str | None = None
     overlap: bool = True
-    make_eviction_order: EvictionOrderFactory = EvictionOrderFactory()
+    make_eviction_order: Callable[[int], EvictionOrder] = LeastRecentlyUsed
 
     def make_storage(self, device: torch.device) -> TableStorage:
         """Where host tables of a scratchpad on this device come from."""

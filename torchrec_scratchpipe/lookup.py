@@ -12,6 +12,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel, Grouped
 from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
+from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe.kernel import ScratchpadOptions, ScratchPipeEmbeddingBag
@@ -21,12 +22,18 @@ __all__ = ["SCRATCHPAD_KERNEL", "SUPPORTED_SHARDING_TYPES", "ScratchPipePooledLo
 
 SCRATCHPAD_KERNEL = EmbeddingComputeKernel.FUSED_UVM_CACHING
 
-SUPPORTED_SHARDING_TYPES = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE)
+SUPPORTED_SHARDING_TYPES = (
+    ShardingType.TABLE_WISE,
+    ShardingType.ROW_WISE,
+    ShardingType.COLUMN_WISE,
+    ShardingType.TABLE_COLUMN_WISE,
+)
 
 # What each sharding tells its kernels; row-wise kernels must sum, because MEAN is divided after the reduction.
 _KERNEL_SHARDING_TYPE: dict[type, ShardingType | None] = {
     TwPooledEmbeddingSharding: None,
     CwPooledEmbeddingSharding: None,
+    TwCwPooledEmbeddingSharding: None,
     RwPooledEmbeddingSharding: ShardingType.ROW_WISE,
 }
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +27,14 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_scratchpipe.errors import ConfigError
-from torchrec_scratchpipe.kernel import EvictionOrderFactory, ScratchpadOptions
+from torchrec_scratchpipe.kernel import ScratchpadOptions
 from torchrec_scratchpipe.lookup import (
     SCRATCHPAD_KERNEL,
     SUPPORTED_SHARDING_TYPES,
     ScratchPipePooledLookup,
     create_pooled_lookup,
 )
+from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
 from torchrec_scratchpipe.stages import OverlappedStageRunner, PlannedBatch, Pool, StageRunner
 from torchrec_scratchpipe.stats import PoolStats
 from torchrec_scratchpipe.types import StageSpan
@@ -80,6 +82,9 @@ class ShardedScratchPipeEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         make_runner = OverlappedStageRunner if options.overlap else StageRunner
         self._runner: StageRunner = make_runner(device or torch.device("cpu"))
         super().__init__(*args, device=device, **kwargs)
+        # Gigabytes of initial weights would otherwise be written out during the first minutes of training.
+        for pool in self.pools:
+            pool.host_table.sync()
 
     @property
     def pools(self) -> list[Pool]:
@@ -146,7 +151,7 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         sharded_module_order_overwrite: As stock.
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        make_eviction_order: Makes each pool's eviction order.
+        make_eviction_order: Makes a pool's eviction order, given its number of slots.
     """
 
     def __init__(
@@ -157,10 +162,10 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         *,
         table_dir: str | None = None,
         overlap: bool = True,
-        make_eviction_order: EvictionOrderFactory | None = None,
+        make_eviction_order: Callable[[int], EvictionOrder] = LeastRecentlyUsed,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
-        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order or EvictionOrderFactory())
+        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order)
 
     def shard(
         self,

@@ -27,12 +27,13 @@ class SlotsHeldError(Exception):
 class EvictionOrder(Protocol):
     """In which order slots that are not held become victims; it decides traffic, never correctness."""
 
-    def used(self, slots: Tensor, batch_index: int) -> None:
+    def used(self, slots: Tensor, batch_index: int, last_use: Tensor) -> None:
         """Note that a batch uses these slots.
 
         Args:
             slots: [U] int64, unique.
             batch_index: The batch that `last_use` now shows for them.
+            last_use: [S] int32, as for :meth:`choose`.
         """
 
     def choose(self, num_victims: int, last_use: Tensor, first_held: int) -> Tensor:
@@ -65,37 +66,41 @@ class LeastRecentlyUsed:
         self._num_entries = 0
         self._compact_above = 2 * num_slots
 
-    def used(self, slots: Tensor, batch_index: int) -> None:
+    def used(self, slots: Tensor, batch_index: int, last_use: Tensor) -> None:
         """See :class:`EvictionOrder`."""
         self._uses.append((batch_index, slots))
         self._num_entries += slots.numel()
+        if self._num_entries > self._compact_above:
+            self._compact(last_use)
 
     def choose(self, num_victims: int, last_use: Tensor, first_held: int) -> Tensor:
         """See :class:`EvictionOrder`."""
-        if self._num_entries > self._compact_above:
-            self._compact(last_use)
         chosen: list[Tensor] = []
-        num_chosen = 0
-        position = 0
-        while num_chosen < num_victims and position < len(self._uses):
-            batch_index, slots = self._uses[position]
-            if batch_index >= first_held:
+        seen: list[tuple[int, Tensor]] = []
+        num_missing = num_victims
+        for batch_index, slots in self._uses:
+            if num_missing == 0 or batch_index >= first_held:
                 break
             live = slots[last_use.index_select(0, slots) == batch_index]
-            self._num_entries -= slots.numel() - live.numel()
-            if live.numel() == 0 and position == 0:
-                self._uses.popleft()
-                continue
-            self._uses[position] = (batch_index, live)
-            chosen.append(live[: num_victims - num_chosen])
-            num_chosen += chosen[-1].numel()
-            position += 1
+            seen.append((batch_index, live))
+            chosen.append(live[:num_missing])
+            num_missing -= chosen[-1].numel()
+        if num_missing == 0:  # else the plan is taken back, and slots that look used now are as old as before
+            self._replace_oldest(seen)
         return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=last_use.device)
 
     def purge(self) -> None:
         """See :class:`EvictionOrder`."""
         self._uses.clear()
         self._num_entries = 0
+
+    def _replace_oldest(self, live_uses: list[tuple[int, Tensor]]) -> None:
+        for _ in live_uses:
+            self._num_entries -= self._uses.popleft()[1].numel()
+        for batch_index, live in reversed(live_uses):
+            if live.numel() > 0:
+                self._uses.appendleft((batch_index, live))
+                self._num_entries += live.numel()
 
     def _compact(self, last_use: Tensor) -> None:
         live_uses = (
@@ -209,7 +214,7 @@ class SlotMap:
         self._free_slots = self._free_slots[num_free:]
         self._place(victim_rows, miss_rows, miss_slots, batch_index)
         unique_slots = torch.cat([unique_hit_slots, miss_slots])
-        self._eviction_order.used(unique_slots, batch_index)
+        self._eviction_order.used(unique_slots, batch_index, self._last_use)
         slots.index_copy_(0, miss_positions, self._row_to_slot.index_select(0, miss_ids).long())
         self._next_batch += 1
         return CachePlan(batch_index, rows, slots, unique_slots, miss_rows, miss_slots, victim_rows, victim_slots)

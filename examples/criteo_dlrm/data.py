@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Batches for the Criteo DLRM example: from a raw Criteo TSV, or generated in its shape.
+
+Shapes: ``B`` samples of a batch, 13 dense and 26 sparse features, one id per sparse feature and sample.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+NUM_DENSE = 13
+NUM_SPARSE = 26
+NUM_COLUMNS = 1 + NUM_DENSE + NUM_SPARSE
+FEATURE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
+VALIDATION_SHARE = 0.1  # the last tenth of a TSV, in time order
+
+# Criteo Kaggle: distinct values per column in the whole training file.
+KAGGLE_CARDINALITIES = [
+    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
+    27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
+]  # fmt: skip
+
+
+class Popularity(NamedTuple):
+    """How lookups spread over one column's values, measured on the first 10,000 rows of Criteo Kaggle."""
+
+    num_distinct: int
+    hottest: float  # share of the most frequent value
+    top_1_percent: float  # share of the most frequent 1 % of the values seen
+    top_10_percent: float
+
+
+KAGGLE_POPULARITY = [
+    Popularity(*column)
+    for column in [
+        (175, 0.500, 0.672, 0.948), (386, 0.123, 0.270, 0.702), (5521, 0.047, 0.315, 0.488),
+        (4033, 0.073, 0.377, 0.583), (56, 0.666, 0.666, 0.955), (8, 0.459, 0.459, 0.459),
+        (3184, 0.011, 0.159, 0.477), (93, 0.589, 0.589, 0.957), (3, 0.887, 0.887, 0.887),
+        (2986, 0.276, 0.394, 0.608), (2084, 0.020, 0.176, 0.525), (5284, 0.047, 0.327, 0.506),
+        (1725, 0.022, 0.187, 0.539), (24, 0.363, 0.363, 0.869), (2035, 0.019, 0.181, 0.575),
+        (4724, 0.047, 0.344, 0.543), (9, 0.430, 0.430, 0.430), (1149, 0.051, 0.243, 0.668),
+        (547, 0.450, 0.826, 0.910), (4, 0.450, 0.450, 0.450), (5037, 0.047, 0.336, 0.523),
+        (8, 0.818, 0.818, 0.818), (12, 0.452, 0.452, 0.654), (2525, 0.075, 0.494, 0.699),
+        (40, 0.450, 0.450, 0.802), (1939, 0.450, 0.631, 0.773),
+    ]
+]  # fmt: skip
+TAIL_EXPONENT = 1.05
+
+
+class CriteoFormatError(ValueError):
+    """A Criteo TSV does not look like one; the message names the file, the line and what was expected."""
+
+
+class BatchSource(Protocol):
+    """Where the example's batches come from; every call starts from the beginning."""
+
+    num_train_batches: int
+    num_val_batches: int
+
+    def train(self) -> Iterator[Batch]:
+        """The rank's training batches."""
+
+    def validate(self) -> Iterator[Batch]:
+        """The rank's validation batches."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the data a rank gets: every `world_size`-th batch."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+def make_batch(dense: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]) -> Batch:
+    """Assemble one batch.
+
+    Args:
+        dense: [B, 13].
+        ids: [26, B].
+        labels: [B], 0 or 1.
+
+    Returns:
+        The batch.
+    """
+    return Batch(
+        dense_features=torch.from_numpy(dense),
+        sparse_features=KeyedJaggedTensor.from_lengths_sync(
+            keys=FEATURE_NAMES,
+            values=torch.from_numpy(ids.reshape(-1)),
+            lengths=torch.ones(ids.size, dtype=torch.int32),
+        ),
+        labels=torch.from_numpy(labels),
+    )
+
+
+class GeneratedCriteo:
+    """Criteo-shaped samples without end: an empirical head, a Zipf tail, and a signal that can be learnt.
+
+    A value's popularity follows three measured points of its column (hottest value, top 1 %, top 10 %) and a Zipf tail
+    over the rest of the table. The label depends on the dense features and on a hidden effect of every value.
+
+    Args:
+        num_embeddings: Rows of each of the 26 tables.
+        batch_size: B.
+        num_train_batches: Per rank.
+        num_val_batches: Per rank.
+        seed: Of everything.
+        share: This rank's part.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: Sequence[int],
+        batch_size: int,
+        num_train_batches: int,
+        num_val_batches: int,
+        seed: int,
+        share: Share,
+    ) -> None:
+        self.num_train_batches = num_train_batches
+        self.num_val_batches = num_val_batches
+        self._batch_size = batch_size
+        self._seed = seed
+        self._share = share
+        rng = np.random.default_rng(seed)
+        self._cumulative = [
+            _cumulative_popularity(rows, popularity)
+            for rows, popularity in zip(num_embeddings, KAGGLE_POPULARITY, strict=True)
+        ]
+        # Popular values are spread over the table, as hashing would spread them.
+        self._row_of_rank = [rng.permutation(rows) for rows in num_embeddings]
+        self._effects = [rng.normal(0, 0.35, rows).astype(np.float32) for rows in num_embeddings]
+        self._dense_weights = rng.normal(0, 0.3, NUM_DENSE).astype(np.float32)
+
+    def train(self) -> Iterator[Batch]:
+        """The rank's training batches, the same at every call."""
+        return itertools.islice(self._batches(stream=0), self.num_train_batches)
+
+    def validate(self) -> Iterator[Batch]:
+        """The rank's validation batches, the same at every call."""
+        return itertools.islice(self._batches(stream=1), self.num_val_batches)
+
+    def _batches(self, stream: int) -> Iterator[Batch]:
+        rng = np.random.default_rng([self._seed, stream, self._share.rank])
+        while True:
+            ids = np.empty((NUM_SPARSE, self._batch_size), dtype=np.int64)
+            dense = rng.normal(0, 1, (self._batch_size, NUM_DENSE)).astype(np.float32)
+            logits = dense @ self._dense_weights - 1.6
+            for column, (cumulative, row_of_rank, effects) in enumerate(
+                zip(self._cumulative, self._row_of_rank, self._effects, strict=True)
+            ):
+                ranks = np.searchsorted(cumulative, rng.random(self._batch_size))
+                ids[column] = row_of_rank[np.minimum(ranks, len(row_of_rank) - 1)]
+                logits += effects[ids[column]]
+            labels = (rng.random(self._batch_size) < 1 / (1 + np.exp(-logits))).astype(np.int32)
+            yield make_batch(dense, ids, labels)
+
+
+def _cumulative_popularity(num_rows: int, popularity: Popularity) -> npt.NDArray[np.float64]:
+    """Cumulative share of the `num_rows` most popular values, ends at 1."""
+    ends = [1, int(0.01 * popularity.num_distinct), int(0.1 * popularity.num_distinct), num_rows]
+    shares = [popularity.hottest, popularity.top_1_percent, popularity.top_10_percent, 1.0]
+    weights = np.arange(1, num_rows + 1, dtype=np.float64) ** -TAIL_EXPONENT
+    first, given = 0, 0.0
+    for end, share in zip(ends, shares, strict=True):
+        last = min(max(end, first), num_rows)
+        if last > first:
+            weights[first:last] *= max(share - given, 0.0) / weights[first:last].sum()
+            first, given = last, max(share, given)
+    cumulative = np.cumsum(weights)
+    return np.asarray(cumulative / cumulative[-1])
+
+
+class CriteoTsv:
+    """Samples from a raw Criteo TSV, hashed into the tables while reading; the last tenth is for validation.
+
+    A line is: label, 13 integers, 26 hexadecimal values, separated by tabs, empty where missing.
+
+    Args:
+        path: The file.
+        num_embeddings: Rows of each of the 26 tables.
+        batch_size: B; with several ranks an incomplete last round of batches is left out.
+        share: This rank's part.
+
+    Raises:
+        CriteoFormatError: The file is missing or empty.
+    """
+
+    def __init__(self, path: str, num_embeddings: Sequence[int], batch_size: int, share: Share) -> None:
+        self._path = Path(path)
+        self._num_embeddings = np.asarray(num_embeddings, dtype=np.uint64)[:, None]
+        self._batch_size = batch_size
+        self._share = share
+        if not self._path.is_file():
+            raise CriteoFormatError(f"{path}: no such file. Give --criteo_tsv the path of a raw Criteo TSV.")
+        with self._path.open("rb") as file:
+            num_lines = sum(1 for _ in file)
+        if num_lines == 0:
+            raise CriteoFormatError(f"{path}: the file is empty, expected one sample per line.")
+        self._num_val_lines = int(num_lines * VALIDATION_SHARE)
+        self._num_train_lines = num_lines - self._num_val_lines
+        self.num_train_batches = self._num_batches(self._num_train_lines)
+        self.num_val_batches = self._num_batches(self._num_val_lines)
+
+    def train(self) -> Iterator[Batch]:
+        """The rank's training batches, in time order."""
+        return self._batches(0, self._num_train_lines, self.num_train_batches)
+
+    def validate(self) -> Iterator[Batch]:
+        """The rank's validation batches, in time order."""
+        return self._batches(self._num_train_lines, self._num_val_lines, self.num_val_batches)
+
+    def _num_batches(self, num_lines: int) -> int:
+        if self._share.world_size == 1:
+            return -(-num_lines // self._batch_size)
+        return num_lines // (self._batch_size * self._share.world_size)
+
+    def _batches(self, first_line: int, num_lines: int, num_batches: int) -> Iterator[Batch]:
+        with self._path.open("rb") as file:
+            lines = itertools.islice(file, first_line, first_line + num_lines)
+            line_number = first_line + 1
+            num_given = 0
+            for index in itertools.count():
+                chunk = list(itertools.islice(lines, self._batch_size))
+                if not chunk or num_given == num_batches:
+                    return
+                if index % self._share.world_size == self._share.rank:
+                    yield self._parse(chunk, line_number)
+                    num_given += 1
+                line_number += len(chunk)
+
+    def _parse(self, chunk: list[bytes], line_number: int) -> Batch:
+        rows = [line.rstrip(b"\r\n").split(b"\t") for line in chunk]
+        for offset, row in enumerate(rows):
+            if len(row) != NUM_COLUMNS:
+                raise CriteoFormatError(
+                    f"{self._path}, line {line_number + offset}: {len(row)} columns, expected {NUM_COLUMNS} (label, "
+                    f"{NUM_DENSE} integers, {NUM_SPARSE} hexadecimal values) separated by tabs."
+                )
+        labels = self._integers([row[:1] for row in rows], line_number, first_column=1).reshape(-1)
+        dense = self._integers([row[1 : 1 + NUM_DENSE] for row in rows], line_number, first_column=2)
+        values = self._hexadecimals([row[1 + NUM_DENSE :] for row in rows], line_number)
+        return make_batch(
+            np.log1p(np.maximum(dense, 0)).astype(np.float32), self._hash(values), labels.astype(np.int32)
+        )
+
+    def _integers(self, rows: list[list[bytes]], line_number: int, first_column: int) -> npt.NDArray[np.int64]:
+        try:
+            return np.array([[int(cell or b"0") for cell in row] for row in rows], dtype=np.int64)
+        except ValueError:
+            raise self._bad_cell(rows, line_number, first_column, base=10, what="an integer") from None
+
+    def _hexadecimals(self, rows: list[list[bytes]], line_number: int) -> npt.NDArray[np.uint64]:
+        cells = b"".join(cell.rjust(8, b"0") for row in rows for cell in row)
+        try:
+            if len(cells) != 8 * NUM_SPARSE * len(rows) or b" " in cells:
+                raise ValueError
+            packed = bytes.fromhex(cells.decode("ascii"))
+        except ValueError:
+            first_column = 2 + NUM_DENSE
+            raise self._bad_cell(rows, line_number, first_column, 16, "at most 8 hexadecimal digits") from None
+        return np.frombuffer(packed, dtype=">u4").reshape(len(rows), NUM_SPARSE).T.astype(np.uint64)
+
+    def _hash(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        # A multiplicative hash whose high bits decide; a missing value is 0 and shares row 0 with its collisions.
+        mixed = (values * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
+        return (mixed % self._num_embeddings).astype(np.int64)
+
+    def _bad_cell(
+        self, rows: list[list[bytes]], line_number: int, first_column: int, base: int, what: str
+    ) -> CriteoFormatError:
+        for row_offset, row in enumerate(rows):
+            for column_offset, cell in enumerate(row):
+                try:
+                    is_good = len(cell) <= 8 or base == 10
+                    int(cell or b"0", base)
+                except ValueError:
+                    is_good = False
+                if not is_good or b" " in cell:
+                    return CriteoFormatError(
+                        f"{self._path}, line {line_number + row_offset}, column {first_column + column_offset}: "
+                        f"{cell.decode('ascii', 'replace')!r} is not {what}."
+                    )
+        return CriteoFormatError(f"{self._path}, lines from {line_number}: a value cannot be read.")

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Trains a DLRM on Criteo rows, its embedding tables in host memory behind a lookahead scratchpad.
+
+    python examples/criteo_dlrm/main.py --criteo_tsv train.txt --batch_size 4096 --load_factor 0.05 --adagrad
+    torchrun --nproc_per_node 2 examples/criteo_dlrm/main.py --limit_train_batches 50 --limit_val_batches 10
+
+Flags keep the names of facebookresearch/dlrm's torchrec_dlrm/dlrm_main.py. `--embedding_cache fused` is stock TorchRec
+with all tables in memory; `--verify` trains both on the same batches and compares every bit.
+"""
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchmetrics
+from data import (
+    FEATURE_NAMES,
+    KAGGLE_CARDINALITIES,
+    NUM_DENSE,
+    NUM_SPARSE,
+    BatchSource,
+    CriteoTsv,
+    GeneratedCriteo,
+    Share,
+)
+from report import Measurements, plot, print_plan, summary_line
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.datasets.utils import Batch
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import CacheParams, ShardingPlan
+from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
+from tqdm import tqdm
+from verify import Twin
+
+from torchrec_scratchpipe import (
+    ScratchPipeEmbeddingBagCollectionSharder,
+    ScratchPipeShardingPlanner,
+    ScratchPipeTrainPipeline,
+    scratchpad_stats,
+    stage_spans,
+)
+
+COLLECTION_PATH = "model.sparse_arch.embedding_bag_collection"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--criteo_tsv", help="raw Criteo TSV; default: generated Criteo-shaped rows")
+    data.add_argument("--epochs", type=int, default=1)
+    data.add_argument("--batch_size", type=int, default=1024, help="samples per rank")
+    data.add_argument("--limit_train_batches", type=int, help="per rank; generated rows: default 100")
+    data.add_argument("--limit_val_batches", type=int, help="per rank; generated rows: default 20")
+    data.add_argument("--num_embeddings", type=int, help="rows of every table; default: Criteo Kaggle's")
+    data.add_argument("--num_embeddings_per_feature", help="26 numbers of rows, comma-separated")
+    data.add_argument("--max_num_embeddings", type=int, help="cap on the rows of every table")
+    data.add_argument("--seed", type=int, default=0)
+    model = parser.add_argument_group("model")
+    model.add_argument("--embedding_dim", type=int, default=64)
+    model.add_argument("--dense_arch_layer_sizes", default="512,256,64")
+    model.add_argument("--over_arch_layer_sizes", default="512,512,256,1")
+    model.add_argument("--interaction_type", choices=["original", "dcn", "projection"], default="original")
+    model.add_argument("--interaction_branch1_layer_sizes", default="512,256")
+    model.add_argument("--interaction_branch2_layer_sizes", default="512,256")
+    model.add_argument("--dcn_num_layers", type=int, default=3)
+    model.add_argument("--dcn_low_rank_dim", type=int, default=64)
+    optimizer = parser.add_argument_group("optimizer")
+    optimizer.add_argument("--learning_rate", type=float, default=0.02)
+    optimizer.add_argument("--eps", type=float, default=1e-8)
+    optimizer.add_argument("--adagrad", action="store_true", help="Adagrad for embeddings and dense; default: SGD")
+    optimizer.add_argument("--lr_warmup_steps", type=int, default=0)
+    optimizer.add_argument("--lr_decay_start", type=int, default=0)
+    optimizer.add_argument("--lr_decay_steps", type=int, default=0)
+    cache = parser.add_argument_group("embedding cache")
+    cache.add_argument("--embedding_cache", choices=["scratchpipe", "fused"], default="scratchpipe")
+    cache.add_argument("--load_factor", type=float, default=0.1, help="slots per table row, in (0, 1]")
+    cache.add_argument("--lookahead", type=int, default=2, help="batches planned ahead of Train")
+    cache.add_argument("--table_dir", help="existing directory for memory-mapped tables; default: RAM")
+    output = parser.add_argument_group("output")
+    output.add_argument("--validation_freq_within_epoch", type=int, help="validate every so many training batches")
+    output.add_argument("--print_lr", action="store_true")
+    output.add_argument("--print_sharding_plan", action="store_true", help="also print the planner's own report")
+    output.add_argument("--verify", action="store_true", help="train a stock twin and compare every bit")
+    output.add_argument("--json", help="write all figures there")
+    output.add_argument("--plot", help="write a picture of the stages there (needs matplotlib)")
+    args = parser.parse_args()
+    if args.verify and args.embedding_cache == "fused":
+        parser.error("--verify compares scratchpipe with fused; use it with --embedding_cache scratchpipe")
+    return args
+
+
+def rows_per_table(args: argparse.Namespace) -> list[int]:
+    if args.num_embeddings_per_feature:
+        rows = [int(number) for number in args.num_embeddings_per_feature.split(",")]
+        if len(rows) != NUM_SPARSE:
+            raise SystemExit(f"--num_embeddings_per_feature: {len(rows)} numbers, expected {NUM_SPARSE}")
+    else:
+        rows = [args.num_embeddings] * NUM_SPARSE if args.num_embeddings else KAGGLE_CARDINALITIES
+    return [min(number, args.max_num_embeddings or number) for number in rows]
+
+
+def make_source(args: argparse.Namespace, share: Share) -> BatchSource:
+    if args.criteo_tsv:
+        source: BatchSource = CriteoTsv(args.criteo_tsv, rows_per_table(args), args.batch_size, share)
+        source.num_train_batches = min(source.num_train_batches, args.limit_train_batches or source.num_train_batches)
+        source.num_val_batches = min(source.num_val_batches, args.limit_val_batches or source.num_val_batches)
+        return source
+    return GeneratedCriteo(
+        rows_per_table(args),
+        args.batch_size,
+        args.limit_train_batches or 100,
+        args.limit_val_batches or 20,
+        args.seed,
+        share,
+    )
+
+
+def layer_sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",")]
+
+
+def make_model(args: argparse.Namespace) -> DLRMTrain:
+    collection = EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=f"t_{feature}", embedding_dim=args.embedding_dim, num_embeddings=rows, feature_names=[feature]
+            )
+            for feature, rows in zip(FEATURE_NAMES, rows_per_table(args), strict=True)
+        ],
+        device=torch.device("meta"),
+    )
+    common: dict[str, Any] = {
+        "embedding_bag_collection": collection,
+        "dense_in_features": NUM_DENSE,
+        "dense_arch_layer_sizes": [*layer_sizes(args.dense_arch_layer_sizes)[:-1], args.embedding_dim],
+        "over_arch_layer_sizes": layer_sizes(args.over_arch_layer_sizes),
+    }
+    if args.interaction_type == "dcn":
+        return DLRMTrain(DLRM_DCN(**common, dcn_num_layers=args.dcn_num_layers, dcn_low_rank_dim=args.dcn_low_rank_dim))
+    if args.interaction_type == "projection":
+        branches = (args.interaction_branch1_layer_sizes, args.interaction_branch2_layer_sizes)
+        # The projection multiplies both branches as matrices of embedding_dim columns.
+        first, second = ([*layer_sizes(branch)[:-1], 8 * args.embedding_dim] for branch in branches)
+        return DLRMTrain(
+            DLRM_Projection(**common, interaction_branch1_layer_sizes=first, interaction_branch2_layer_sizes=second)
+        )
+    return DLRMTrain(DLRM(**common))
+
+
+def make_optimizer(args: argparse.Namespace, model: DistributedModelParallel) -> KeyedOptimizer:
+    dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    dense = KeyedOptimizerWrapper(
+        dense_parameters,
+        lambda params: (
+            torch.optim.Adagrad(params, lr=args.learning_rate, eps=args.eps)
+            if args.adagrad
+            else torch.optim.SGD(params, lr=args.learning_rate)
+        ),
+    )
+    combined = CombinedOptimizer([model.fused_optimizer, dense])
+    stages = []
+    if args.lr_warmup_steps:
+        stages.append(WarmupStage(policy=WarmupPolicy.LINEAR, max_iters=args.lr_warmup_steps, value=0.1))
+    if args.lr_decay_steps:
+        flat_steps = max(0, args.lr_decay_start - args.lr_warmup_steps)
+        stages.append(WarmupStage(policy=WarmupPolicy.CONSTANT, max_iters=flat_steps, value=1.0))
+        stages.append(WarmupStage(policy=WarmupPolicy.POLY, max_iters=args.lr_decay_steps, value=2.0))
+    return WarmupOptimizer(combined, stages, lr=args.learning_rate) if stages else combined
+
+
+def shard(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[DistributedModelParallel, KeyedOptimizer, ShardingPlan]:
+    """Plan and shard; with stock TorchRec in its place, planner, sharder and pipeline change and nothing else."""
+    torch.manual_seed(args.seed)
+    model = make_model(args)
+    optimizer_class = torch.optim.Adagrad if args.adagrad else torch.optim.SGD
+    optimizer_kwargs = {"lr": args.learning_rate} | ({"eps": args.eps} if args.adagrad else {})
+    apply_optimizer_in_backward(optimizer_class, model.model.sparse_arch.parameters(), optimizer_kwargs)
+    is_cached = args.embedding_cache == "scratchpipe"
+    constraints = {
+        f"t_{feature}": ParameterConstraints(
+            compute_kernels=["fused_uvm_caching"], cache_params=CacheParams(load_factor=args.load_factor)
+        )
+        for feature in FEATURE_NAMES
+    }
+    planner = ScratchPipeShardingPlanner(
+        topology=Topology(world_size=dist.get_world_size(), compute_device=device.type, ddr_cap=1 << 40),
+        batch_size=args.batch_size,
+        constraints=constraints if is_cached else None,
+        debug=args.print_sharding_plan,
+    )
+    sharders = [
+        ScratchPipeEmbeddingBagCollectionSharder(table_dir=args.table_dir)
+        if is_cached
+        else EmbeddingBagCollectionSharder()
+    ]
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    model = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
+    return model, make_optimizer(args, model), plan
+
+
+def make_pipeline(
+    args: argparse.Namespace, model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device
+) -> TrainPipelineSparseDist[Batch, Any]:
+    if args.embedding_cache == "scratchpipe":
+        return ScratchPipeTrainPipeline(model, optimizer, device, lookahead=args.lookahead)
+    return TrainPipelineSparseDist(model, optimizer, device)
+
+
+class Trainer:
+    """The main job: one pipeline that trains, validates and goes on training."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self._args = args
+        self._is_main = dist.get_rank() == 0
+        self._source = make_source(args, Share(dist.get_rank(), dist.get_world_size()))
+        self.model, self._optimizer, self.plan = shard(args, device)
+        self._pipeline = make_pipeline(args, self.model, self._optimizer, device)
+        self._twin = Twin(args, self.model, self.plan, make_model, make_optimizer, device) if args.verify else None
+        self._device = device
+        self.measurements = Measurements()
+        if self._is_main:
+            print_plan(self.plan.plan[COLLECTION_PATH], scratchpad_stats(self.model))
+
+    def run(self) -> dict[str, Any]:
+        """Train all epochs, validate, and gather every figure."""
+        metrics: dict[str, float] = {}
+        for epoch in range(self._args.epochs):
+            metrics = self._train_epoch(epoch)
+        figures: dict[str, Any] = {
+            "args": vars(self._args),
+            **metrics,
+            **self.measurements.figures(self._args.batch_size * dist.get_world_size()),
+            "scratchpad": [asdict(stats) for stats in scratchpad_stats(self.model)],
+        }
+        if self._twin is not None:
+            figures["verify"] = self._twin.compare(self.model, self._optimizer)
+        return figures
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        num_batches = self._source.num_train_batches
+        period = self._args.validation_freq_within_epoch or num_batches
+        batches = self._source.train()
+        done = 0
+        metrics: dict[str, float] = {}
+        with tqdm(total=num_batches, desc=f"epoch {epoch}", disable=not self._is_main) as bar:
+            while done < num_batches:
+                num_steps = min(period, num_batches - done)
+                self._train_steps(batches, num_steps, bar)
+                done += num_steps
+                metrics = self._validate()
+                bar.set_postfix(metrics)
+        return metrics
+
+    def _train_steps(self, batches: Iterator[Batch], num_steps: int, bar: "tqdm[Any]") -> None:
+        self.model.train()
+        own = [next(batches) for _ in range(num_steps)] if self._twin is not None else None
+        iterator = iter(own) if own is not None else _take(batches, num_steps)
+        for step in range(num_steps):
+            with self.measurements.step():
+                loss, _, _ = self._pipeline.progress(iterator)
+            if self._twin is not None and own is not None:
+                self._twin.step(own[step], loss)
+            if self._args.print_lr and self._is_main:
+                bar.write(f"learning rate {self._optimizer.param_groups[0]['lr']:.6f}")
+            bar.update()
+
+    def _validate(self) -> dict[str, float]:
+        self.model.eval()
+        auroc = torchmetrics.AUROC(task="binary").to(self._device)
+        log_loss = torchmetrics.MeanMetric().to(self._device)
+        batches = self._source.validate()
+        with torch.no_grad():
+            iterator = _take(batches, self._source.num_val_batches)
+            for _ in range(self._source.num_val_batches):
+                loss, logits, labels = self._pipeline.progress(iterator)
+                auroc.update(torch.sigmoid(logits), labels)
+                log_loss.update(loss, weight=labels.numel())
+        if self._source.num_val_batches == 0:
+            return {"auroc": float("nan"), "logloss": float("nan")}
+        return {"auroc": float(auroc.compute()), "logloss": float(log_loss.compute())}
+
+
+def _take(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    for _, batch in zip(range(count), batches, strict=False):
+        yield batch
+
+
+def main() -> None:
+    args = parse_args()
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torchrec")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    device = device or torch.device("cpu")
+    with tempfile.TemporaryDirectory() as directory:
+        by_torchrun = "RANK" in os.environ
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method="env://" if by_torchrun else f"file://{directory}/store",
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        )
+        is_main = dist.get_rank() == 0
+        trainer = Trainer(args, device)
+        figures = trainer.run()
+        spans = stage_spans(trainer.model)
+        dist.destroy_process_group()
+    if not is_main:
+        return
+    for path in (args.json, args.plot):
+        if path:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(figures, file, indent=2)
+    if args.plot:
+        plot(spans, args.plot)
+    print(summary_line(figures))
+
+
+if __name__ == "__main__":
+    main()

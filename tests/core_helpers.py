@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A pool with a simulated Train, and eviction orders that provoke hazards."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchrec_scratchpipe.host_table import HostTable, RamStorage, TableStorage
+from torchrec_scratchpipe.scratchpad import allocate_scratchpads
+from torchrec_scratchpipe.slot_map import EvictionOrder, SlotMap
+from torchrec_scratchpipe.stages import FeatureSource, PlannedBatch, Pool, StageRunner
+from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
+
+CPU = torch.device("cpu")
+LAYOUT = RowLayout(dim=4, dtype=torch.float32, states=(StateSpec("momentum1", is_rowwise=True),))
+
+
+class ScanningOrder:
+    """Base of orders that look at every slot; good enough for tests."""
+
+    def used(self, slots: Tensor, batch_index: int, last_use: Tensor) -> None:
+        pass
+
+    def purge(self) -> None:
+        pass
+
+    def choose(self, num_victims: int, last_use: Tensor, first_held: int) -> Tensor:
+        candidates = ((last_use >= 0) & (last_use < first_held)).nonzero().view(-1)
+        return self.sort(candidates, last_use)[:num_victims]
+
+    def sort(self, candidates: Tensor, last_use: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class RandomOrder(ScanningOrder):
+    def __init__(self, num_slots: int) -> None:
+        self._generator = torch.Generator().manual_seed(num_slots)
+
+    def sort(self, candidates: Tensor, last_use: Tensor) -> Tensor:
+        return candidates[torch.randperm(candidates.numel(), generator=self._generator)]
+
+
+class MostRecentlyUsed(ScanningOrder):
+    def __init__(self, num_slots: int) -> None:
+        pass
+
+    def sort(self, candidates: Tensor, last_use: Tensor) -> Tensor:
+        return candidates[last_use[candidates].argsort(descending=True, stable=True)]
+
+
+class UnguardedSlotMap(SlotMap):
+    """Hazards 1 and 3 let loose: only the batch that is being planned holds its slots, batches in flight do not."""
+
+    @property
+    def first_held(self) -> int:
+        return self._next_batch
+
+
+def make_pool(
+    num_rows: int = 60,
+    num_slots: int = 20,
+    eviction_order: EvictionOrder | None = None,
+    slot_map_class: type[SlotMap] = SlotMap,
+    storage: TableStorage | None = None,
+) -> Pool:
+    host_table = HostTable([TableSpec("t0", num_rows, num_slots / num_rows)], LAYOUT, storage or RamStorage())
+    for part in host_table.parts:
+        part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(7)))
+    memory = allocate_scratchpads([LAYOUT], [num_slots], CPU)
+    return Pool(host_table, memory.scratchpads[0], slot_map_class(num_rows, num_slots, eviction_order, CPU))
+
+
+def random_rows(num_batches: int, ids_per_batch: int, num_rows: int = 60, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.rand(ids_per_batch, generator=generator) ** 2 * num_rows).long().clamp_(max=num_rows - 1)
+        for _ in range(num_batches)
+    ]
+
+
+def planned(pool: Pool, rows: Tensor, runner: StageRunner) -> PlannedBatch:
+    return PlannedBatch([pool], [FeatureSource("f0", 0, 0)], rows, [0, rows.numel()], runner)
+
+
+def train(parts: Sequence[Tensor], index: Tensor) -> None:
+    """Update rows in a way that depends on what they were, so that a lost or stale row shows for ever."""
+    weights, state = parts
+    unique = index.unique()
+    state[unique] += weights[unique].sum(dim=1) * 0.01 + 1.0
+    weights[unique] = weights[unique] * 0.9 + 0.1 / state[unique, None]
+
+
+def expected_parts(pool: Pool, batches: Sequence[Tensor]) -> list[Tensor]:
+    """What the batches make of the table when nothing is cached; call before training."""
+    parts = [part.clone() for part in pool.host_table.parts]
+    for rows in batches:
+        train(parts, rows)
+    return parts
+
+
+def run(pool: Pool, batches: Sequence[Tensor], runner: StageRunner, lookahead: int) -> None:
+    """Train all batches, `lookahead` of them planned ahead, then flush."""
+    in_flight: deque[PlannedBatch] = deque()
+    remaining = deque(batches)
+    while in_flight or remaining:
+        while remaining and len(in_flight) <= lookahead:
+            batch = planned(pool, remaining.popleft(), runner)
+            runner.submit(batch)
+            in_flight.append(batch)
+        batch = in_flight.popleft()
+        train(pool.scratchpad.parts, batch.wait())
+        batch.hold.release(is_updated=True)
+    with runner.between_batches():
+        pool.flush()
+
+
+def max_diff(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True))

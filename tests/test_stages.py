@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The stages move rows without loss, and each hazard's guard is needed."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from core_helpers import (
+    CPU,
+    MostRecentlyUsed,
+    RandomOrder,
+    UnguardedSlotMap,
+    expected_parts,
+    make_pool,
+    max_diff,
+    planned,
+    random_rows,
+    run,
+    train,
+)
+
+from torchrec_scratchpipe import stages
+from torchrec_scratchpipe.errors import (
+    BatchesInFlightError,
+    IdOutOfRangeError,
+    ScratchpadFullError,
+    StageFailedError,
+)
+from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
+from torchrec_scratchpipe.stages import OverlappedStageRunner, StageRunner, collect, exchange, insert, plan
+from torchrec_scratchpipe.types import StagedRows
+
+RUNNERS = [StageRunner, OverlappedStageRunner]
+ORDERS = [LeastRecentlyUsed, RandomOrder, MostRecentlyUsed]
+
+
+@pytest.mark.parametrize("runner_class", RUNNERS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_trained_tables_are_exact(runner_class: type[StageRunner], order: type[EvictionOrder], lookahead: int) -> None:
+    pool = make_pool(eviction_order=order(20))
+    batches = random_rows(num_batches=200, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, runner_class(CPU), lookahead)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    stats = pool.stats()
+    assert stats.num_victims > 300
+    assert stats.num_misses_at_train == 0
+    assert stats.num_ids == 200 * 6
+    assert stats.num_unique_misses - stats.num_victims == stats.num_resident_rows == 20
+    pool.slot_map.check_integrity()
+
+
+@pytest.mark.parametrize("order", [RandomOrder, MostRecentlyUsed])
+def test_hazards_1_and_3_without_hold_rows_are_lost(order: type[EvictionOrder]) -> None:
+    pool = make_pool(eviction_order=order(20), slot_map_class=UnguardedSlotMap)
+    batches = random_rows(num_batches=200, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, StageRunner(CPU), lookahead=2)
+    assert pool.stats().num_misses_at_train > 0
+    assert max_diff(expected, pool.host_table.parts) > 1e-3
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_hazard_2_collect_must_not_pass_the_insert_before_it(is_guarded: bool) -> None:
+    pool = make_pool(eviction_order=MostRecentlyUsed(20))
+    batches = random_rows(num_batches=200, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        plans = [plan(pool, first, [6])]
+        staged = [_copied(collect(pool, plans[0]))]
+        if is_guarded:
+            insert(pool, plans[0], exchange(pool, staged[0]))
+        plans.append(plan(pool, second, [6]))
+        staged.append(_copied(collect(pool, plans[1])))
+        if not is_guarded:
+            insert(pool, plans[0], exchange(pool, staged[0]))
+        insert(pool, plans[1], exchange(pool, staged[1]))
+        for cache_plan in plans:
+            train(pool.scratchpad.parts, cache_plan.slots)
+            pool.note_update()
+            pool.slot_map.release(cache_plan.batch_index)
+    pool.flush()
+    assert pool.stats().num_victims > 300
+    assert (max_diff(expected, pool.host_table.parts) == 0.0) == is_guarded
+
+
+def _copied(staged: StagedRows) -> StagedRows:
+    return StagedRows([part.clone() for part in staged.fill], [part.clone() for part in staged.writeback])
+
+
+def test_hazard_4_train_waits_for_insert(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_insert = threading.Event()
+
+    def late_insert(*args: object) -> None:
+        assert may_insert.wait(timeout=30)
+        insert(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stages, "insert", late_insert)
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    rows = torch.arange(6)
+    batch = planned(pool, rows, runner)
+    runner.submit(batch)
+    assert not batch.done.wait(timeout=0.2)
+    # Without the wait, Train would find slots that are promised but not filled.
+    promised = pool.slot_map._row_to_slot[rows].long()
+    assert int((promised >= 0).sum()) == 6
+    assert max_diff([pool.scratchpad.parts[0][promised]], [pool.host_table.parts[0][rows]]) > 1e-3
+    may_insert.set()
+    slots = batch.wait()
+    assert torch.equal(pool.scratchpad.parts[0][slots], pool.host_table.parts[0][rows])
+    assert pool.stats().num_stalls == 1
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_hazard_5_a_table_is_stale_until_flushed(is_guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    if not is_guarded:
+        monkeypatch.setattr(pool, "flush", lambda: None)
+    batches = random_rows(num_batches=20, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, OverlappedStageRunner(CPU), lookahead=2)
+    assert (max_diff(expected, pool.host_table.parts) == 0.0) == is_guarded
+
+
+def test_hazard_5_flush_between_batches_keeps_training_exact() -> None:
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    batches = random_rows(num_batches=60, ids_per_batch=6)
+    for start in range(0, 60, 20):
+        expected = expected_parts(pool, batches[start : start + 20])
+        run(pool, batches[start : start + 20], runner, lookahead=2)
+        assert max_diff(expected, pool.host_table.parts) == 0.0
+
+
+def test_hazard_6_purge_refuses_while_batches_are_planned() -> None:
+    pool = make_pool()
+    runner = StageRunner(CPU)
+    batch = planned(pool, torch.arange(6), runner)
+    runner.submit(batch)
+    with pytest.raises(BatchesInFlightError, match=r"1 planned batches.*reset\(\)"):
+        pool.purge()
+    # What the guard prevents: the planned batch trains old rows, and flush writes them over the loaded ones.
+    pool.host_table.parts[0].fill_(5.0)
+    train(pool.scratchpad.parts, batch.wait())
+    batch.hold.release(is_updated=True)
+    pool.flush()
+    assert float(pool.host_table.parts[0][:6].max()) < 5.0
+    pool.purge()
+    assert pool.stats().num_resident_rows == 0
+
+
+def test_purge_keeps_what_was_trained() -> None:
+    pool = make_pool()
+    batches = random_rows(num_batches=10, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    runner = StageRunner(CPU)
+    for rows in batches:
+        batch = planned(pool, rows, runner)
+        runner.submit(batch)
+        train(pool.scratchpad.parts, batch.wait())
+        batch.hold.release(is_updated=True)
+    pool.purge()
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+
+
+@pytest.mark.parametrize("runner_class", RUNNERS)
+def test_batches_that_do_not_fit_together_wait_for_train(runner_class: type[StageRunner]) -> None:
+    pool = make_pool(num_slots=10)
+    batches = [torch.randperm(60, generator=torch.Generator().manual_seed(i))[:7] for i in range(50)]
+    expected = expected_parts(pool, batches)
+    run(pool, batches, runner_class(CPU), lookahead=4)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    assert pool.stats().num_stalls > 0
+
+
+@pytest.mark.parametrize("runner_class", RUNNERS)
+def test_one_batch_too_large_is_an_error_and_nothing_is_lost(runner_class: type[StageRunner]) -> None:
+    pool = make_pool(num_slots=10)
+    runner = runner_class(CPU)
+    batches = random_rows(num_batches=10, ids_per_batch=6)
+    expected = expected_parts(pool, batches + batches)
+    run(pool, batches, runner, lookahead=1)
+    batch = planned(pool, torch.arange(30), runner)
+    runner.submit(batch)
+    message = r"pool of table t0 \(dim 4\): one batch needs 30 slots, the scratchpad has 10. Raise load_factor to at"
+    with pytest.raises(ScratchpadFullError, match=message):
+        batch.wait()
+    assert pool.slot_map.num_batches_in_flight == 0
+    run(pool, batches, runner, lookahead=1)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+
+
+@pytest.mark.parametrize("runner_class", RUNNERS)
+def test_slots_held_by_others_are_an_error_not_a_deadlock(runner_class: type[StageRunner]) -> None:
+    pool = make_pool(num_slots=10)
+    runner = runner_class(CPU)
+    first = planned(pool, torch.arange(8), runner)
+    runner.submit(first)
+    first.wait()
+    blocked = planned(pool, torch.arange(20, 28), runner)
+    runner.submit(blocked)
+    urgent = planned(pool, torch.arange(8, 10), runner)  # fits beside the first; must not queue behind the blocked one
+    runner.submit(urgent)
+    assert urgent.wait().numel() == 2
+    with pytest.raises(ScratchpadFullError, match="other batches in flight hold all but 0"):
+        blocked.wait()
+    first.hold.release()
+    urgent.hold.release()
+    again = planned(pool, torch.arange(20, 28), runner)
+    runner.submit(again)
+    assert again.wait().numel() == 8
+
+
+@pytest.mark.parametrize("bad_id", [-1, 60])
+def test_id_out_of_range_names_table_id_and_range(bad_id: int) -> None:
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    batch = planned(pool, torch.tensor([3, bad_id]), runner)
+    runner.submit(batch)
+    with pytest.raises(IdOutOfRangeError, match=rf"table t0: feature f0 has id {bad_id}, .* rows \[0, 60\)"):
+        batch.wait()
+    assert pool.slot_map.num_batches_in_flight == 0
+    assert pool.stats().num_resident_rows == 0
+
+
+def test_empty_batch() -> None:
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    run(pool, [torch.empty(0, dtype=torch.int64), torch.tensor([1, 1]), torch.empty(0, dtype=torch.int64)], runner, 2)
+    assert pool.stats().num_unique_ids == 1
+
+
+def test_failure_in_collect_takes_the_plan_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    batches = random_rows(num_batches=20, ids_per_batch=6)
+    expected = expected_parts(pool, batches + batches)
+    run(pool, batches, runner, lookahead=2)
+    resident = pool.slot_map._row_to_slot.clone()
+
+    def no_memory(*_args: object) -> StagedRows:
+        raise MemoryError("no room for staging")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "collect", no_memory)
+        batch = planned(pool, torch.arange(40, 50), runner)
+        runner.submit(batch)
+        with pytest.raises(MemoryError, match="no room for staging"):
+            batch.wait()
+    assert torch.equal(resident, pool.slot_map._row_to_slot)
+    pool.slot_map.check_integrity()
+    run(pool, batches, runner, lookahead=2)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+
+
+def test_failure_in_insert_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    run(pool, random_rows(num_batches=5, ids_per_batch=6), runner, lookahead=1)
+
+    def torn(*_args: object) -> None:
+        raise RuntimeError("torn")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "insert", torn)
+        batch = planned(pool, torch.arange(40, 50), runner)
+        runner.submit(batch)
+        with pytest.raises(StageFailedError, match="torn"):
+            batch.wait()
+    later = planned(pool, torch.arange(3), runner)
+    runner.submit(later)
+    with pytest.raises(StageFailedError, match="load a checkpoint"):
+        later.wait()
+    with pytest.raises(StageFailedError):
+        pool.flush()
+
+
+def test_a_batch_that_is_dropped_lets_go_of_its_slots() -> None:
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    batch = planned(pool, torch.arange(6), runner)
+    runner.submit(batch)
+    batch.wait()
+    assert pool.slot_map.num_batches_in_flight == 1
+    del batch
+    gc.collect()
+    assert pool.slot_map.num_batches_in_flight == 0
+
+
+def test_worker_ends_with_its_runner() -> None:
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    run(pool, random_rows(num_batches=3, ids_per_batch=6), runner, lookahead=1)
+    thread = runner._thread
+    assert thread is not None
+    assert thread.is_alive()
+    del runner
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
