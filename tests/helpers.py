@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Models, batches and comparisons that the tests share."""
 
+import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -249,6 +251,8 @@ def assert_same_outputs(expected: Sequence[torch.Tensor], actual: Sequence[torch
 def _run_rank(rank: int, world_size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
         function(rank, *args)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag, EmbeddingFusedOptimizer
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.distributed.embedding_kernel import get_state_dict
-from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
@@ -37,11 +37,12 @@ from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed, Slot
 from torchrec_scratchpipe.stages import FeatureSource, PlannedBatch, Pool, StageRunner
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
-__all__ = ["ScratchPipeEmbeddingBag", "ScratchpadOptions"]
+__all__ = ["ScratchPipeEmbeddingBag", "ScratchpadOptions", "check_load_factor"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 DEFAULT_LOAD_FACTOR = 0.2  # FBGEMM's default cache_load_factor
+MIN_SLOTS_PER_TABLE = 32  # rows of one set of FBGEMM's cache, its smallest; a table of 3 rows simply fits
 
 # Per optimizer: the name in TorchRec's optimizer state_dict, FBGEMM's buffer, one value per row or per weight.
 OPTIMIZER_STATES: dict[EmbOptimType, tuple[tuple[str, str, bool], ...]] = {
@@ -311,7 +312,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
             ]
             layout = RowLayout(self._local_cols[indices[0]], torch.float32, states)
             host_tables.append(HostTable(specs, layout, storage))
-            nums_slots.append(sum(math.ceil(spec.load_factor * spec.num_rows) for spec in specs))
+            nums_slots.append(sum(_num_slots(spec) for spec in specs))
         layouts = [host_table.layout for host_table in host_tables]
         memory = allocate_scratchpads(layouts, nums_slots, self._scratchpad_device)
         pools = [
@@ -489,11 +490,31 @@ def _tables_by_width(config: GroupedEmbeddingConfig) -> list[list[int]]:
     return list(by_width.values())
 
 
-def _load_factor(table: Any) -> float:
-    load_factor = (table.fused_params or {}).get("cache_load_factor", DEFAULT_LOAD_FACTOR)
+def _num_slots(table: TableSpec) -> int:
+    return max(math.ceil(table.load_factor * table.num_rows), min(MIN_SLOTS_PER_TABLE, table.num_rows))
+
+
+def check_load_factor(table_name: str, load_factor: float) -> float:
+    """Refuse what cannot be a share of a table.
+
+    Args:
+        table_name: For the message.
+        load_factor: Slots per row.
+
+    Returns:
+        The load factor.
+
+    Raises:
+        ConfigError: It does not lie in (0, 1].
+    """
     if not 0.0 < load_factor <= 1.0:  # false for NaN too
         raise ConfigError(
-            f"table {table.name}: load_factor is {load_factor}, it must lie in (0, 1]. Set "
+            f"table {table_name}: load_factor is {load_factor}, it must lie in (0, 1]. Set "
             "CacheParams(load_factor=...) in the table's ParameterConstraints."
         )
     return float(load_factor)
+
+
+def _load_factor(table: ShardedEmbeddingTable) -> float:
+    fused_params = table.fused_params or {}
+    return check_load_factor(table.name, fused_params.get("cache_load_factor", DEFAULT_LOAD_FACTOR))

@@ -8,6 +8,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
 
+from torchrec_scratchpipe.kernel import check_load_factor
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, SUPPORTED_SHARDING_TYPES
 
 __all__ = ["ScratchPipeShardingPlanner"]
@@ -16,10 +17,11 @@ __all__ = ["ScratchPipeShardingPlanner"]
 class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
     """Stock planner that also knows scratchpad tables on a CPU.
 
-    A table is a scratchpad table when its constraints name the compute kernel `fused_uvm_caching`; `cache_params` gives
-    its load factor. On CUDA this is stock TorchRec. On a CPU, where stock offers `fused` alone, such tables are planned
-    as if they were `fused` and then renamed, so every table gets the sharding type that stock would choose; row-wise is
-    considered only where a scratchpad table's constraints ask for it.
+    A table is a scratchpad table when its constraints name the compute kernel `fused_uvm_caching`; `cache_params`
+    gives its load factor, and a table with load factor 1 is planned as `fused`, since it fits. On CUDA this is stock
+    TorchRec. On a CPU, where stock offers `fused` alone, such tables are planned as if they were `fused` and then
+    renamed, so every table gets the sharding type that stock would choose; row-wise is considered only where a
+    scratchpad table's constraints ask for it.
 
     Args:
         topology: As stock.
@@ -38,11 +40,15 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         callbacks: list[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._scratchpad_tables = {
+        scratchpad_tables = {
             name
             for name, constraint in (constraints or {}).items()
             if constraint.compute_kernels and SCRATCHPAD_KERNEL.value in constraint.compute_kernels
         }
+        for name in scratchpad_tables:
+            cache_params = (constraints or {})[name].cache_params
+            if cache_params is not None and cache_params.load_factor is not None:
+                check_load_factor(name, cache_params.load_factor)
         super().__init__(
             topology=topology,
             batch_size=batch_size,
@@ -50,7 +56,9 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
             callbacks=[*(callbacks or []), self._name_scratchpad_tables],
             **kwargs,
         )
-        if self._topology.compute_device == "cpu" and "enumerator" not in kwargs:
+        is_cpu = self._topology.compute_device == "cpu"
+        self._cpu_scratchpad_tables = scratchpad_tables if is_cpu else set()
+        if is_cpu and "enumerator" not in kwargs:
             self._enumerator = _CpuEnumerator(
                 topology=self._topology,
                 batch_size=self._batch_size,
@@ -60,7 +68,9 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
     def _name_scratchpad_tables(self, options: list[ShardingOption]) -> list[ShardingOption]:
         for option in options:
             is_alias = option.compute_kernel == EmbeddingComputeKernel.FUSED.value
-            if self._topology.compute_device == "cpu" and is_alias and option.name in self._scratchpad_tables:
+            # With a load factor of 1 the table needs no scratchpad, and TorchRec's validation wants less.
+            is_partial = option.cache_params is None or option.cache_params.load_factor != 1.0
+            if is_alias and is_partial and option.name in self._cpu_scratchpad_tables:
                 option.compute_kernel = SCRATCHPAD_KERNEL.value
         return options
 

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Host tables keep what is written, in RAM and memory-mapped, and say why they cannot be made."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from core_helpers import CPU, LAYOUT, expected_parts, make_pool, max_diff, random_rows, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrec_scratchpipe import host_table
+from torchrec_scratchpipe.errors import TableStorageError
+from torchrec_scratchpipe.host_table import HostTable, MappedStorage, RamStorage, TableStorage, WriteBuffer
+from torchrec_scratchpipe.stages import OverlappedStageRunner
+from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
+
+TABLES = [TableSpec("a", 5, 0.5), TableSpec("b", 7, 0.5)]
+
+
+def test_tables_lie_behind_each_other_and_views_share_memory() -> None:
+    layout = RowLayout(8, torch.float32, (StateSpec("m", is_rowwise=False), StateSpec("v", is_rowwise=True)))
+    table = HostTable(TABLES, layout, RamStorage())
+    assert layout.row_bytes == 8 * 4 + 8 * 4 + 4
+    assert table.num_bytes == 12 * 68
+    weights, m, v = table.table_parts(1)
+    assert (weights.shape, m.shape, v.shape) == ((7, 8), (7, 8), (7,))
+    weights.fill_(2.0)
+    assert float(table.parts[0].sum()) == 7 * 8 * 2
+    assert all(part.is_contiguous() for part in (weights, m, v))
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_new_tables_are_zero(is_mapped: bool, tmp_path: Path) -> None:
+    storage: TableStorage = MappedStorage(tmp_path) if is_mapped else RamStorage()
+    assert all(float(part.abs().sum()) == 0 for part in HostTable(TABLES, LAYOUT, storage).parts)
+
+
+def test_mapped_table_leaves_no_file_name(tmp_path: Path) -> None:
+    table = HostTable(TABLES, LAYOUT, MappedStorage(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    table.parts[0].fill_(1.0)
+    table.sync()
+    assert float(table.parts[0].sum()) == 12 * 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("write"), st.sets(st.integers(0, 29), min_size=1)),
+            st.tuples(st.just("read"), st.sets(st.integers(0, 29), min_size=1)),
+            st.tuples(st.just("drain"), st.just({0})),
+        ),
+        max_size=25,
+    ),
+    st.integers(1, 30),
+    st.integers(1, 12),
+)
+def test_write_buffer_law(steps: list[tuple[str, set[int]]], capacity: int, sweep_rows: int) -> None:
+    """Whatever is written is what is read, and after a drain it is in the table."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_table, "WRITE_BUFFER_BYTES", capacity * LAYOUT.row_bytes)
+        patch.setattr(host_table, "SWEEP_ROWS", sweep_rows)
+        parts = [torch.zeros(30, 4), torch.zeros(30)]
+        expected = [part.clone() for part in parts]
+        buffer = WriteBuffer(parts, LAYOUT)
+        for step, (kind, chosen) in enumerate(steps, start=1):
+            rows = torch.tensor(sorted(chosen))
+            if kind == "write":
+                values = [torch.full((rows.numel(), 4), float(step)), torch.full((rows.numel(),), float(step))]
+                buffer.write(rows, values)
+                for part, value in zip(expected, values, strict=True):
+                    part[rows] = value
+            elif kind == "read":
+                out = [part[rows] for part in parts]
+                buffer.read_over(rows, out)
+                assert max_diff([part[rows] for part in expected], out) == 0.0
+            else:
+                buffer.drain()
+                assert max_diff(expected, parts) == 0.0
+        buffer.drain()
+        assert max_diff(expected, parts) == 0.0
+
+
+@pytest.mark.parametrize("capacity", [1, 4, 1000])
+def test_training_over_a_mapped_table_is_exact(capacity: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_table, "WRITE_BUFFER_BYTES", capacity * LAYOUT.row_bytes)
+    pool = make_pool(storage=MappedStorage(tmp_path))
+    batches = random_rows(num_batches=100, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, OverlappedStageRunner(CPU), lookahead=2)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    assert pool.stats().num_victims > 150
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(TableStorageError, match="is not an existing directory"):
+        MappedStorage(tmp_path / "missing")
+
+
+def test_directory_that_takes_no_files() -> None:
+    with pytest.raises(TableStorageError, match=r"'/proc' is not writable"):
+        MappedStorage("/proc")
+
+
+def test_disk_without_room_names_table_and_numbers(tmp_path: Path) -> None:
+    storage = MappedStorage(tmp_path)
+    with pytest.raises(
+        TableStorageError, match=r"cannot hold weights of big: it needs 16,000,000,000,000 bytes, .* free"
+    ):
+        HostTable([TableSpec("big", 10**12, 0.5)], LAYOUT, storage)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The edges of the pipeline: short data, draining, new iterators, evaluation, detaching, errors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, Setting, Trainer, assert_same_bits, assert_same_outputs, drain, make_batches
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_scratchpipe import (
+    ConfigError,
+    IdOutOfRangeError,
+    ScratchpadFullError,
+    ScratchPipeError,
+    ScratchPipeTrainPipeline,
+    scratchpad_stats,
+)
+
+SETTING = Setting(num_batches=30)
+
+
+def twins(setting: Setting = SETTING, **kwargs: Any) -> tuple[Trainer, Trainer]:
+    return Trainer(setting), Trainer.scratchpipe(setting, **kwargs)
+
+
+def num_in_flight(trainer: Trainer) -> int:
+    return sum(pool.slot_map.num_batches_in_flight for pool in trainer.model.module.ebc.pools)
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 2, 3, 4, 7])
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_short_data_is_drained(num_batches: int, lookahead: int) -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)[:num_batches]
+    expected = stock.train_plain(batches)
+    pipeline = ours.pipeline(lookahead)
+    assert_same_outputs(expected, drain(pipeline, batches))
+    with pytest.raises(StopIteration):
+        pipeline.progress(iter([]))
+    assert_same_bits(stock, ours)
+    assert num_in_flight(ours) == 0
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_execute_all_batches_false_trains_what_stock_trains(num_batches: int, lookahead: int) -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)[:num_batches]
+    expected = drain(TrainPipelineSparseDist(stock.model, stock.optimizer, CPU, execute_all_batches=False), batches)
+    assert_same_outputs(expected, drain(ours.pipeline(lookahead, execute_all_batches=False), batches))
+    assert len(expected) == max(0, num_batches - 2)
+    assert_same_bits(stock, ours)
+
+
+def test_new_iterator_in_mid_life_goes_behind_batches_in_flight() -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    pipeline = ours.pipeline(lookahead=2)
+    first, second = iter(batches[:10]), iter(batches[10:])
+    actual = [pipeline.progress(first) for _ in range(4)]
+    num_loaded = 10 - len(list(first))  # the rest of the first iterator is given up
+    actual += drain(pipeline, second)
+    assert_same_outputs(stock.train_plain(batches[:num_loaded] + batches[10:]), actual)
+    assert_same_bits(stock, ours)
+
+
+def test_train_evaluate_train() -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    pipeline = ours.pipeline()
+    for part in (batches[:10], batches[10:]):
+        assert_same_outputs(stock.train_plain(part), drain(pipeline, part))
+        stock.model.eval()
+        ours.model.eval()
+        with torch.no_grad():
+            expected = [stock.model(batch)[1] for batch in batches[5:15]]
+            assert_same_outputs(expected, drain(pipeline, batches[5:15]))
+        stock.model.train()
+        ours.model.train()
+    assert_same_bits(stock, ours)
+    assert num_in_flight(ours) == 0
+
+
+def test_detach_evaluate_attach() -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    pipeline, iterator = ours.pipeline(), iter(batches)
+    expected = [stock.step(batch) for batch in batches[:5]]
+    actual = [pipeline.progress(iterator) for _ in range(5)]
+    pipeline.detach()
+    with torch.no_grad():
+        for batch in batches[20:23]:
+            assert torch.equal(stock.model(batch)[1], ours.model(batch)[1])
+    pipeline.attach()
+    expected += [stock.step(batch) for batch in batches[5:15]]
+    actual += [pipeline.progress(iterator) for _ in range(10)]
+    pipeline.detach()  # and forgets to attach
+    expected += stock.train_plain(batches[15:])
+    actual += drain(pipeline, iterator)
+    assert_same_outputs(expected, actual)
+    assert_same_bits(stock, ours)
+    assert num_in_flight(ours) == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["sequential", "overlapped"])
+def test_plain_forward_while_attached_answers_for_its_own_batch(overlap: bool) -> None:
+    stock, ours = twins(overlap=overlap)
+    batches = make_batches(SETTING)
+    pipeline, iterator = ours.pipeline(), iter(batches)
+    for index, batch in enumerate(batches):
+        assert torch.equal(stock.step(batch), pipeline.progress(iterator))
+        with torch.no_grad():
+            other = batches[(index * 7) % len(batches)]
+            assert torch.equal(stock.model(other)[1], ours.model(other)[1])
+    assert_same_bits(stock, ours)
+
+
+class FailingOnce(torch.nn.Module):
+    """Raises in one forward, after the embeddings were looked up."""
+
+    def __init__(self, model: torch.nn.Module, fail_at: int) -> None:
+        super().__init__()
+        self.model = model
+        self._remaining = fail_at
+
+    def forward(self, batch: Batch) -> Any:
+        result = self.model(batch)
+        self._remaining -= 1
+        if self._remaining == 0:
+            raise RuntimeError("bad batch")
+        return result
+
+
+def test_exception_in_forward_then_reset() -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    failing = FailingOnce(ours.model, fail_at=6)
+    pipeline = ours.pipeline(custom_model_fwd=failing)
+    iterator = iter(batches[:12])
+    actual = [pipeline.progress(iterator) for _ in range(5)]
+    with pytest.raises(RuntimeError, match="bad batch"):
+        pipeline.progress(iterator)
+    with pytest.raises(ScratchPipeError, match=r"Call reset\(\)"):
+        pipeline.progress(iterator)
+    pipeline.reset()
+    assert num_in_flight(ours) == 0
+    actual += drain(pipeline, batches[12:])
+    assert_same_outputs(stock.train_plain(batches[:5] + batches[12:]), actual)
+    assert_same_bits(stock, ours)
+
+
+def with_values(batch: Batch, values: torch.Tensor, lengths: torch.Tensor | None = None) -> Batch:
+    features = batch.sparse_features
+    lengths = features.lengths() if lengths is None else lengths
+    return Batch(
+        batch.dense_features, KeyedJaggedTensor.from_lengths_sync(features.keys(), values, lengths), batch.labels
+    )
+
+
+@pytest.mark.parametrize("bad_id", [-1, 10_000])
+def test_bad_id_then_reset(bad_id: int) -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    values = batches[6].sparse_features.values().clone()
+    values[0] = bad_id
+    pipeline = ours.pipeline()
+    iterator = iter([*batches[:6], with_values(batches[6], values), *batches[7:12]])
+    actual = [pipeline.progress(iterator) for _ in range(6)]
+    with pytest.raises(IdOutOfRangeError, match=rf"table t0: feature f0 has id {bad_id}, .* rows \[0, 200\)"):
+        pipeline.progress(iterator)
+    pipeline.reset()
+    assert num_in_flight(ours) == 0
+    actual += drain(pipeline, batches[12:])
+    assert_same_outputs(stock.train_plain(batches[:6] + batches[12:]), actual)
+    assert_same_bits(stock, ours)
+
+
+def test_batch_that_alone_is_too_large_then_reset() -> None:
+    setting = Setting(num_batches=20, num_rows=(400, 300, 3), load_factor=0.1)
+    stock, ours = twins(setting)
+    batches = make_batches(setting)
+    large = with_values(batches[0], torch.arange(40).repeat(2), torch.tensor([40, *[0] * 5, 40, *[0] * 11]))
+    pipeline = ours.pipeline()
+    iterator = iter([*batches[:6], large, *batches[7:10]])
+    actual = [pipeline.progress(iterator) for _ in range(6)]
+    with pytest.raises(ScratchpadFullError, match=r"pool of 3 tables \(dim 8\): one batch needs 80 slots, .* has 75"):
+        pipeline.progress(iterator)
+    pipeline.reset()
+    actual += drain(pipeline, batches[10:])
+    assert_same_outputs(stock.train_plain(batches[:6] + batches[10:]), actual)
+    assert_same_bits(stock, ours)
+
+
+def test_tight_scratchpad_waits_for_train() -> None:
+    setting = Setting(num_batches=60, load_factor=0.1, batch_size=12)
+    stock, ours = twins(setting)
+    batches = make_batches(setting)
+    assert_same_outputs(stock.train_plain(batches), drain(ours.pipeline(lookahead=8), batches))
+    assert_same_bits(stock, ours)
+    (stats,) = scratchpad_stats(ours.model)
+    assert stats.num_stalls > 0
+    assert stats.num_misses_at_train == 0
+
+
+def test_empty_batches_empty_features_and_a_smaller_last_batch() -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    no_ids = with_values(batches[0], torch.empty(0, dtype=torch.int64), torch.zeros(18, dtype=torch.int64))
+    one_feature = with_values(batches[0], torch.arange(6), torch.tensor([1] * 6 + [0] * 12))
+    (last,) = make_batches(Setting(batch_size=2), num_batches=1)
+    stream = [batches[0], no_ids, batches[1], one_feature, no_ids, no_ids, *batches[2:8], last]
+    assert_same_outputs(stock.train_plain(stream), drain(ours.pipeline(), stream))
+    assert_same_bits(stock, ours)
+
+
+def test_exception_in_the_data_loader_leaves_batches_in_flight_alone() -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+
+    def broken() -> Iterator[Batch]:
+        yield from batches[:6]
+        raise OSError("lost the file")
+
+    pipeline, iterator = ours.pipeline(), broken()
+    actual = [pipeline.progress(iterator) for _ in range(2)]  # lookahead 2 and two in distribution: 6 are loaded
+    with pytest.raises(OSError, match="lost the file"):
+        pipeline.progress(iterator)
+    actual += drain(pipeline, batches[6:])
+    assert_same_outputs(stock.train_plain(batches), actual)
+    assert_same_bits(stock, ours)
+
+
+@pytest.mark.parametrize("lookahead", [0, -1])
+def test_lookahead_below_one_is_refused(lookahead: int) -> None:
+    _, ours = twins()
+    with pytest.raises(ConfigError, match=f"lookahead is {lookahead}"):
+        ours.pipeline(lookahead)
+
+
+def test_options_that_cannot_be_honoured_are_refused() -> None:
+    _, ours = twins()
+    with pytest.raises(ConfigError, match="clear_data_dist_inputs"):
+        ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, clear_data_dist_inputs=True)
+
+
+def test_two_sharded_models_in_turn() -> None:
+    """Two pipelines over two models do not see each other."""
+    stock, ours = twins()
+    stock_2, ours_2 = twins(Setting(num_batches=30, seed=5))
+    batches = make_batches(SETTING)
+    first, second = ours.pipeline(), ours_2.pipeline()
+    iterator, iterator_2 = iter(batches), iter(batches)
+    for batch in batches:
+        assert torch.equal(stock.step(batch), first.progress(iterator))
+        assert torch.equal(stock_2.step(batch), second.progress(iterator_2))
+    assert_same_bits(stock, ours)
+    assert_same_bits(stock_2, ours_2)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the planner and sharder accept, refuse, and leave to stock TorchRec."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import CPU, Setting, TinyModel, Trainer, assert_same_bits, make_batches, scratchpad_constraints
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import CacheParams
+from torchrec.modules.embedding_configs import DataType
+
+from torchrec_scratchpipe import (
+    BackwardTwiceError,
+    BatchesInFlightError,
+    ConfigError,
+    ScratchPipeEmbeddingBagCollectionSharder,
+    ScratchPipeShardingPlanner,
+    ShardedScratchPipeEmbeddingBagCollection,
+    TableStorageError,
+    scratchpad_stats,
+    stage_spans,
+)
+
+SETTING = Setting(num_batches=10)
+
+
+def plan_of(
+    setting: Setting, constraints: dict[str, ParameterConstraints] | None, planner_class: type[Any], sharder: Any
+) -> dict[str, tuple[str, str]]:
+    planner = planner_class(
+        topology=Topology(world_size=1, compute_device="cpu"), batch_size=4, constraints=constraints, debug=False
+    )
+    plan = planner.plan(TinyModel(setting), [sharder]).plan["ebc"]
+    return {name: (table.sharding_type, table.compute_kernel) for name, table in plan.items()}
+
+
+def cached(load_factor: float | None = 0.3, **kwargs: Any) -> ParameterConstraints:
+    return ParameterConstraints(
+        compute_kernels=["fused_uvm_caching"], cache_params=CacheParams(load_factor=load_factor), **kwargs
+    )
+
+
+@pytest.mark.parametrize("load_factor", [0.0, -0.1, 1.5, float("nan"), float("inf")])
+def test_load_factor_outside_its_range_names_the_table(load_factor: float) -> None:
+    with pytest.raises(ConfigError, match=rf"table t1: load_factor is {load_factor}, it must lie in \(0, 1\]"):
+        Trainer(SETTING, ScratchPipeEmbeddingBagCollectionSharder(), {"t1": cached(load_factor)})
+
+
+def test_load_factor_by_fused_params_is_checked_too() -> None:
+    setting = replace(SETTING, fused_params={"cache_load_factor": 2.0})
+    constraints = {name: cached(None) for name in setting.table_names}
+    with pytest.raises(ConfigError, match=r"table t0: load_factor is 2.0"):
+        Trainer(setting, ScratchPipeEmbeddingBagCollectionSharder(setting.fused_params), constraints)
+
+
+def test_load_factor_one_is_planned_as_fused() -> None:
+    plan = plan_of(SETTING, {"t0": cached(1.0)}, ScratchPipeShardingPlanner, ScratchPipeEmbeddingBagCollectionSharder())
+    assert plan["t0"][1] == "fused"
+
+
+@pytest.mark.parametrize("sharding_type", ["table_row_wise", "grid_shard"])
+def test_sharding_type_that_is_not_supported(sharding_type: str) -> None:
+    trainer = Trainer.scratchpipe(SETTING)
+    plan = trainer.model.plan.plan["ebc"]
+    plan["t1"] = replace(plan["t1"], sharding_type=sharding_type)
+    sharder = ScratchPipeEmbeddingBagCollectionSharder()
+    with pytest.raises(ConfigError, match=rf"table t1: sharding type {sharding_type} is not supported.*table_wise"):
+        sharder.shard(TinyModel(SETTING).ebc, plan, trainer.model._env, CPU)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam])
+def test_optimizer_that_is_not_supported(optimizer: type[torch.optim.Optimizer]) -> None:
+    setting = replace(SETTING, optimizer=optimizer, optimizer_kwargs=(("lr", 0.1),))
+    with pytest.raises(ConfigError, match=r"tables t0, t1, t2: optimizer .*adam.* Use one of EXACT_ADAGRAD, EXACT_ROW"):
+        Trainer.scratchpipe(setting)
+
+
+def test_data_type_that_is_not_supported() -> None:
+    trainer = Trainer.scratchpipe(SETTING)
+    model = TinyModel(SETTING)
+    for config in model.ebc.embedding_bag_configs():
+        config.data_type = DataType.FP16
+    sharder = ScratchPipeEmbeddingBagCollectionSharder()
+    with pytest.raises(ConfigError, match=r"tables t0, t1, t2: data_type FP16 is not supported.*DataType.FP32"):
+        sharder.shard(model.ebc, trainer.model.plan.plan["ebc"], trainer.model._env, CPU)
+
+
+def test_columns_that_fbgemm_cannot_take() -> None:
+    with pytest.raises(ConfigError, match=r"table t0: a shard has 6 columns, FBGEMM needs a multiple of 4"):
+        Trainer.scratchpipe(replace(SETTING, dims=(6, 8, 8)))
+
+
+def test_table_dir_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(TableStorageError, match="is not an existing directory"):
+        Trainer.scratchpipe(SETTING, table_dir=str(tmp_path / "missing"))
+
+
+def test_unconstrained_tables_get_the_sharding_that_stock_gives_them() -> None:
+    stock = plan_of(SETTING, None, EmbeddingShardingPlanner, EmbeddingBagCollectionSharder())
+    ours = plan_of(SETTING, None, ScratchPipeShardingPlanner, ScratchPipeEmbeddingBagCollectionSharder())
+    assert stock == ours
+    fused = {"t0": ParameterConstraints(compute_kernels=["fused"])}
+    stock = plan_of(SETTING, fused, EmbeddingShardingPlanner, EmbeddingBagCollectionSharder())
+    ours = plan_of(SETTING, {"t0": cached()}, ScratchPipeShardingPlanner, ScratchPipeEmbeddingBagCollectionSharder())
+    assert {name: sharding for name, (sharding, _) in stock.items()} == {
+        name: sharding for name, (sharding, _) in ours.items()
+    }
+    assert ours["t0"][1] == "fused_uvm_caching"
+
+
+def test_row_wise_on_a_cpu_where_it_is_asked_for() -> None:
+    constraints = {"t0": cached(sharding_types=["row_wise"])}
+    plan = plan_of(SETTING, constraints, ScratchPipeShardingPlanner, ScratchPipeEmbeddingBagCollectionSharder())
+    assert plan["t0"] == ("row_wise", "fused_uvm_caching")
+    assert "row_wise" not in {sharding for name, (sharding, _) in plan.items() if name != "t0"}
+
+
+def test_model_parallel_without_a_plan_uses_stock_kernels_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
+        model = DistributedModelParallel(
+            TinyModel(SETTING), device=CPU, sharders=[ScratchPipeEmbeddingBagCollectionSharder()]
+        )
+    (record,) = [record for record in caplog.records if record.name.startswith("torchrec_scratchpipe")]
+    assert "all 3 tables use stock kernels" in record.getMessage()
+    assert isinstance(model.module.ebc, ShardedScratchPipeEmbeddingBagCollection)
+    assert scratchpad_stats(model) == []
+    model(make_batches(SETTING)[0])
+
+
+def test_state_dict_has_stock_names_shapes_and_metadata() -> None:
+    stock, ours = Trainer(SETTING), Trainer.scratchpipe(SETTING)
+    expected, actual = stock.model.state_dict(), ours.model.state_dict()
+    assert list(expected) == list(actual)
+    for name, value in expected.items():
+        if hasattr(value, "metadata"):
+            assert value.metadata() == actual[name].metadata(), name
+    assert stock.optimizer.state_dict()["state"].keys() == ours.optimizer.state_dict()["state"].keys()
+
+
+def test_optimizer_state_is_fresh_even_when_read_first() -> None:
+    stock, ours = Trainer(SETTING), Trainer.scratchpipe(SETTING)
+    for batch in make_batches(SETTING):
+        stock.step(batch)
+        ours.step(batch)
+    key = "ebc.embedding_bags.t0.weight"
+    state = [trainer.optimizer.state_dict()["state"][key]["t0.momentum1"] for trainer in (stock, ours)]
+    expected, actual = (value.local_shards()[0].tensor for value in state)
+    assert float(expected.sum()) > 0
+    assert torch.equal(expected, actual)
+
+
+def test_loading_replaces_resident_rows_and_keeps_optimizer_state() -> None:
+    batches = make_batches(SETTING)
+    stock, ours, other = Trainer(SETTING), Trainer.scratchpipe(SETTING), Trainer(replace(SETTING, seed=9))
+    for trainer in (stock, ours):
+        trainer.train_plain(batches[:5])
+        trainer.copy_from(other)
+        trainer.train_plain(batches[5:])
+    assert_same_bits(stock, ours)
+
+
+def test_loading_while_batches_are_planned_is_refused() -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    pipeline = ours.pipeline()
+    pipeline.progress(iter(make_batches(SETTING)))
+    weights = ours.model.state_dict()
+    with pytest.raises(BatchesInFlightError, match=r"planned batches still need their rows"):
+        ours.model.load_state_dict(weights)
+    pipeline.reset()
+    ours.model.load_state_dict(ours.model.state_dict())
+
+
+def test_backward_twice_is_refused() -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    loss, _ = ours.model(make_batches(SETTING)[0])
+    loss.backward(retain_graph=True)
+    with pytest.raises(BackwardTwiceError, match="Call backward once per forward"):
+        loss.backward()
+
+
+def test_forward_without_backward_lets_go_when_its_result_is_dropped() -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    (pool,) = ours.model.module.ebc.pools
+    result = ours.model(make_batches(SETTING)[0])
+    assert pool.slot_map.num_batches_in_flight == 1
+    del result
+    assert pool.slot_map.num_batches_in_flight == 0
+
+
+def test_statistics_per_pool_and_table() -> None:
+    setting = replace(SETTING, dims=(8, 16, 8))
+    ours = Trainer.scratchpipe(setting)
+    batches = make_batches(setting)
+    ours.train_plain(batches)
+    pools = {pool.table_names: pool for pool in scratchpad_stats(ours.model)}
+    assert set(pools) == {("t0", "t2"), ("t1",)}
+    for i in (0, 1, 2):
+        (table,) = [table for pool in pools.values() for table in pool.tables if table.table_name == f"t{i}"]
+        ids = [batch.sparse_features[f"f{i}"].values() for batch in batches]
+        assert table.num_ids == sum(values.numel() for values in ids)
+        assert table.num_unique_ids == sum(values.unique().numel() for values in ids)
+    for pool in pools.values():
+        row_bytes = pool.table_bytes // pool.num_rows
+        assert pool.num_batches == len(batches)
+        assert pool.fill_bytes == pool.num_unique_misses * row_bytes
+        assert pool.writeback_bytes == pool.num_victims * row_bytes
+        assert pool.num_unique_misses == pool.num_victims + pool.num_resident_rows
+        assert pool.num_misses_at_train == 0
+        assert pool.num_stalls == len(batches)  # nobody planned ahead
+        assert pool.num_ids == sum(table.num_ids for table in pool.tables)
+    spans = stage_spans(ours.model)
+    stages_of_batch = [span.stage.value for span in spans[0] if span.batch_index == 3]
+    assert stages_of_batch == ["plan", "collect", "exchange", "insert", "train"]
+
+
+def test_module_context_is_the_stock_one_for_stock_modules() -> None:
+    assert dist.get_world_size() == 1
+    assert type(Trainer(SETTING).model.module.ebc) is ShardedEmbeddingBagCollection
+    assert scratchpad_constraints(SETTING)["t0"].compute_kernels == ["fused_uvm_caching"]
