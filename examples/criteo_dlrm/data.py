@@ -138,7 +138,10 @@ class GeneratedCriteo:
         ]
         # Popular values are spread over the table, as hashing would spread them.
         self._row_of_rank = [rng.permutation(rows) for rows in num_embeddings]
-        self._effects = [rng.normal(0, 0.35, rows).astype(np.float32) for rows in num_embeddings]
+        self._effects = [
+            _hidden_effects(rng, cumulative, row_of_rank)
+            for cumulative, row_of_rank in zip(self._cumulative, self._row_of_rank, strict=True)
+        ]
         self._dense_weights = rng.normal(0, 0.3, NUM_DENSE).astype(np.float32)
 
     def train(self) -> Iterator[Batch]:
@@ -163,6 +166,15 @@ class GeneratedCriteo:
                 logits += effects[ids[column]]
             labels = (rng.random(self._batch_size) < 1 / (1 + np.exp(-logits))).astype(np.int32)
             yield make_batch(dense, ids, labels)
+
+
+def _hidden_effects(
+    rng: np.random.Generator, cumulative: npt.NDArray[np.float64], row_of_rank: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """What each row adds to the label's logit; 0 on average over the lookups, so that every seed has a like CTR."""
+    effects = rng.normal(0, 0.35, len(row_of_rank))
+    popularity = np.diff(cumulative, prepend=0.0)
+    return np.asarray(effects - popularity @ effects[row_of_rank], dtype=np.float32)
 
 
 def _cumulative_popularity(num_rows: int, popularity: Popularity) -> npt.NDArray[np.float64]:

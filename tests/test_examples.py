@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The examples run as their documentation says, and the Criteo reader says what is wrong with a file."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES / "criteo_dlrm"))
+
+from data import NUM_SPARSE, CriteoFormatError, CriteoTsv, GeneratedCriteo, Share  # noqa: E402
+
+ROWS = [50 + i for i in range(NUM_SPARSE)]
+
+
+def tsv_line(rng: random.Random, label: int | None = None) -> str:
+    integers = [str(rng.randint(-1, 500)) if rng.random() < 0.8 else "" for _ in range(13)]
+    values = [f"{rng.randint(0, 300) * 7919:08x}" if rng.random() < 0.9 else "" for _ in range(26)]
+    return "\t".join([str(rng.randint(0, 1) if label is None else label), *integers, *values])
+
+
+def write_tsv(path: Path, num_lines: int) -> Path:
+    rng = random.Random(0)
+    path.write_text("".join(tsv_line(rng) + "\n" for _ in range(num_lines)))
+    return path
+
+
+def run_example(*args: str, launcher: tuple[str, ...] = (sys.executable,)) -> str:
+    result = subprocess.run([*launcher, *args], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads(path.read_text())
+    return figures
+
+
+@pytest.fixture
+def tsv(tmp_path: Path) -> Path:
+    return write_tsv(tmp_path / "criteo.tsv", 700)
+
+
+@pytest.mark.parametrize("extra", [[], ["--table_dir", "TMP"], ["--interaction_type", "dcn", "--lr_warmup_steps", "5"]])
+def test_criteo_dlrm_equals_stock_to_the_bit(extra: list[str], tsv: Path, tmp_path: Path) -> None:
+    extra = [str(tmp_path) if arg == "TMP" else arg for arg in extra]
+    out = run_example(
+        str(EXAMPLES / "criteo_dlrm" / "main.py"), "--criteo_tsv", str(tsv), "--batch_size", "16", "--adagrad",
+        "--embedding_dim", "16", "--num_embeddings", "400", "--load_factor", "0.2", "--verify",
+        "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png"), *extra,
+    )  # fmt: skip
+    figures = read_figures(tmp_path / "out.json")
+    assert figures["verify"]["max_abs_diff"] == 0.0
+    assert figures["verify"]["num_batches"] == figures["num_train_batches"] == 40
+    assert figures["scratchpad"][0]["num_victims"] > 0
+    assert figures["scratchpad"][0]["num_misses_at_train"] == 0
+    assert {"auroc", "logloss", "samples_per_second", "step_ms_p50", "step_ms_p90", "peak_rss_bytes"} <= set(figures)
+    assert out.splitlines()[-1].startswith("summary: auroc")
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+@pytest.mark.dist
+def test_criteo_dlrm_on_two_ranks(tmp_path: Path) -> None:
+    run_example(
+        str(EXAMPLES / "criteo_dlrm" / "main.py"), "--limit_train_batches", "30", "--limit_val_batches", "3",
+        "--batch_size", "64", "--embedding_dim", "16", "--max_num_embeddings", "3000", "--load_factor", "0.2",
+        "--verify", "--json", str(tmp_path / "out.json"),
+        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+    )  # fmt: skip
+    figures = read_figures(tmp_path / "out.json")
+    assert figures["verify"]["max_abs_diff"] == 0.0
+    assert figures["scratchpad"][0]["num_victims"] > 0
+
+
+def test_criteo_dlrm_learns_the_planted_signal(tmp_path: Path) -> None:
+    run_example(
+        str(EXAMPLES / "criteo_dlrm" / "main.py"), "--limit_train_batches", "150", "--limit_val_batches", "20",
+        "--batch_size", "256", "--embedding_dim", "16", "--max_num_embeddings", "5000", "--load_factor", "0.3",
+        "--adagrad", "--json", str(tmp_path / "out.json"),
+    )  # fmt: skip
+    assert read_figures(tmp_path / "out.json")["auroc"] > 0.7
+
+
+def test_swap_sharder_is_short_and_runs() -> None:
+    path = EXAMPLES / "swap_sharder.py"
+    assert len(path.read_text().splitlines()) <= 100
+    assert all(f"# {number}: was" in path.read_text() for number in (1, 2, 4))
+    assert run_example(str(path)).splitlines()[-1].endswith("evicted, 0 missing at Train")
+
+
+def test_train_step_benchmark(tmp_path: Path) -> None:
+    run_example(
+        str(EXAMPLES / "benchmark" / "train_step.py"), "--num_tables", "3", "--num_embeddings", "5000",
+        "--embedding_dim", "8", "--batch_size", "64", "--steps", "6", "--load_factor", "0.1",
+        "--json", str(tmp_path / "out.json"),
+    )  # fmt: skip
+    figures = read_figures(tmp_path / "out.json")
+    assert figures["ratio_to_fused"] > 0
+    assert len(figures["step_ms"]["fused"]) == len(figures["step_ms"]["scratchpipe"]) == 6
+    assert figures["scratchpad"][0]["num_victims"] > 0
+
+
+def test_tsv_is_split_in_time_order_and_shared_between_ranks(tsv: Path) -> None:
+    whole = CriteoTsv(str(tsv), ROWS, 10, Share())
+    assert (whole.num_train_batches, whole.num_val_batches) == (63, 7)
+    labels = [label for batch in [*whole.train(), *whole.validate()] for label in batch.labels.tolist()]
+    assert labels == [int(line[0]) for line in tsv.read_text().splitlines()]
+    shares = [CriteoTsv(str(tsv), ROWS, 10, Share(rank, 2)) for rank in range(2)]
+    assert [share.num_train_batches for share in shares] == [31, 31]
+    pairs = list(zip(shares[0].train(), shares[1].train(), strict=True))
+    own = [batch.sparse_features.values().tolist() for pair in pairs for batch in pair]
+    assert own == [batch.sparse_features.values().tolist() for batch in whole.train()][:62]
+
+
+def test_tsv_ids_are_hashed_into_their_tables(tsv: Path) -> None:
+    for batch in CriteoTsv(str(tsv), ROWS, 64, Share()).train():
+        for rows, name in zip(ROWS, batch.sparse_features.keys(), strict=True):
+            ids = batch.sparse_features[name].values()
+            assert int(ids.min()) >= 0
+            assert int(ids.max()) < rows
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (None, "1\t2\t3", r"line 5: 3 columns, expected 40"),
+        (20, "xyz", r"line 5, column 21: 'xyz' is not at most 8 hexadecimal digits"),
+        (20, "123456789", r"line 5, column 21: '123456789' is not at most 8"),
+        (20, "12 34", r"line 5, column 21: '12 34' is not at most 8"),
+        (3, "1.5", r"line 5, column 4: '1.5' is not an integer"),
+        (0, "yes", r"line 5, column 1: 'yes' is not an integer"),
+    ],
+)
+def test_bad_tsv_names_line_and_column(column: int | None, value: str, message: str, tsv: Path) -> None:
+    lines = tsv.read_text().splitlines()
+    cells = lines[4].split("\t")
+    if column is not None:
+        cells[column] = value
+    lines[4] = value if column is None else "\t".join(cells)
+    tsv.write_text("\n".join(lines))
+    with pytest.raises(CriteoFormatError, match=message):
+        list(CriteoTsv(str(tsv), ROWS, 3, Share()).train())
+
+
+def test_missing_and_empty_tsv(tmp_path: Path) -> None:
+    with pytest.raises(CriteoFormatError, match="no such file"):
+        CriteoTsv(str(tmp_path / "none.tsv"), ROWS, 4, Share())
+    (tmp_path / "empty.tsv").touch()
+    with pytest.raises(CriteoFormatError, match="the file is empty"):
+        CriteoTsv(str(tmp_path / "empty.tsv"), ROWS, 4, Share())
+
+
+def test_generated_rows_follow_the_measured_head() -> None:
+    rows = [20_000] * NUM_SPARSE
+    source = GeneratedCriteo(rows, 5000, 2, 1, seed=0, share=Share())
+    first, second = list(source.train()), list(source.train())
+    assert all(a.sparse_features.values().equal(b.sparse_features.values()) for a, b in zip(first, second, strict=True))
+    ids = np.concatenate([batch.sparse_features["cat_2"].values().numpy() for batch in first])
+    counts = np.sort(np.unique(ids, return_counts=True)[1])[::-1] / ids.size
+    assert abs(counts[0] - 0.047) < 0.01  # the column's hottest value
+    assert abs(counts[:55].sum() - 0.315) < 0.02  # the top 1 % of the values seen
+    assert 0.1 < float(np.concatenate([batch.labels.numpy() for batch in first]).mean()) < 0.4
