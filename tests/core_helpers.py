@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.host_table import HostTable, RamStorage, TableStorage
+from torchrec_scratchpipe.planned_batch import FeatureSource, PlannedBatch
+from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.runner import StageRunner
 from torchrec_scratchpipe.scratchpad import allocate_scratchpads
 from torchrec_scratchpipe.slot_map import EvictionOrder, SlotMap
-from torchrec_scratchpipe.stages import FeatureSource, PlannedBatch, Pool, StageRunner
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
 CPU = torch.device("cpu")

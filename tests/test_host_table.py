@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torchrec_scratchpipe import host_table
 from torchrec_scratchpipe.errors import TableStorageError
 from torchrec_scratchpipe.host_table import HostTable, MappedStorage, RamStorage, TableStorage, WriteBuffer
-from torchrec_scratchpipe.stages import OverlappedStageRunner
+from torchrec_scratchpipe.runner import OverlappedStageRunner
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
 TABLES = [TableSpec("a", 5, 0.5), TableSpec("b", 7, 0.5)]

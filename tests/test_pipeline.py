@@ -195,15 +195,16 @@ def test_batch_that_alone_is_too_large_then_reset() -> None:
     assert_same_bits(stock, ours)
 
 
-def test_tight_scratchpad_waits_for_train() -> None:
+@pytest.mark.parametrize("overlap", [False, True], ids=["sequential", "overlapped"])
+def test_tight_scratchpad_waits_for_train(overlap: bool) -> None:
     setting = Setting(num_batches=60, load_factor=0.1, batch_size=12)
-    stock, ours = twins(setting)
+    stock, ours = twins(setting, overlap=overlap)
     batches = make_batches(setting)
     assert_same_outputs(stock.train_plain(batches), drain(ours.pipeline(lookahead=8), batches))
     assert_same_bits(stock, ours)
     (stats,) = scratchpad_stats(ours.model)
-    assert stats.num_stalls > 0
     assert stats.num_misses_at_train == 0
+    assert overlap or stats.num_stalls > 0  # a worker may be quick enough to hide every wait
 
 
 def test_empty_batches_empty_features_and_a_smaller_last_batch() -> None:

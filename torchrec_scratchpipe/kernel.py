@@ -10,85 +10,45 @@ the pool's one scratchpad. Ids become slots before the lookup, and nothing else 
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag, EmbeddingFusedOptimizer
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.distributed.embedding_kernel import get_state_dict
-from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable, ShardingType
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, WeightDecayMode
-from torchrec_scratchpipe.errors import BackwardTwiceError, ConfigError
-from torchrec_scratchpipe.host_table import HostTable, MappedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation
+from torchrec_scratchpipe.errors import BackwardTwiceError
+from torchrec_scratchpipe.fused_optimizer import FlushingFusedOptimizer, TableSurface
+from torchrec_scratchpipe.host_table import HostTable
+from torchrec_scratchpipe.options import (
+    CACHE_SETTINGS,
+    ScratchpadOptions,
+    load_factor_of,
+    num_slots_of,
+    optimizer_states,
+    tables_by_width,
+)
+from torchrec_scratchpipe.planned_batch import FeatureSource, PlannedBatch
+from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.runner import StageRunner
 from torchrec_scratchpipe.scratchpad import ScratchpadMemory, allocate_scratchpads
-from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed, SlotMap
-from torchrec_scratchpipe.stages import FeatureSource, PlannedBatch, Pool, StageRunner
+from torchrec_scratchpipe.slot_map import SlotMap
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
-__all__ = ["ScratchPipeEmbeddingBag", "ScratchpadOptions", "check_load_factor"]
+__all__ = ["ScratchPipeEmbeddingBag"]
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-DEFAULT_LOAD_FACTOR = 0.2  # FBGEMM's default cache_load_factor
-MIN_SLOTS_PER_TABLE = 32  # rows of one set of FBGEMM's cache, its smallest; a table of 3 rows simply fits
-
-# Per optimizer: the name in TorchRec's optimizer state_dict, FBGEMM's buffer, one value per row or per weight.
-OPTIMIZER_STATES: dict[EmbOptimType, tuple[tuple[str, str, bool], ...]] = {
-    EmbOptimType.EXACT_SGD: (),
-    EmbOptimType.EXACT_ADAGRAD: (("sum", "momentum1", False),),
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (("sum", "momentum1", True),),
-}
-
-# FBGEMM settings of its own cache. The scratchpad has no use for them; load_factor is read per table.
-CACHE_SETTINGS = frozenset(
-    {
-        "cache_algorithm",
-        "cache_load_factor",
-        "cache_precision",
-        "cache_reserved_memory",
-        "cache_sets",
-        "enforce_hbm",
-        "gather_uvm_cache_stats",
-        "multipass_prefetch_config",
-        "prefetch_pipeline",
-        "record_cache_metrics",
-        "uvm_host_mapped",
-        "uvm_non_rowwise_momentum",
-    }
-)
-
-
-@dataclass(frozen=True)
-class ScratchpadOptions:
-    """What all scratchpad tables of a sharder share.
-
-    Args:
-        table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
-        overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        make_eviction_order: Makes a pool's eviction order, given its number of slots.
-    """
-
-    table_dir: str | None = None
-    overlap: bool = True
-    make_eviction_order: Callable[[int], EvictionOrder] = LeastRecentlyUsed
-
-    def make_storage(self, device: torch.device) -> TableStorage:
-        """Where host tables of a scratchpad on this device come from."""
-        if self.table_dir is not None:
-            return MappedStorage(self.table_dir)
-        return RamStorage(pin_memory=device.type == "cuda")
 
 
 class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
@@ -127,8 +87,8 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         self._runner = runner
         self._next_batch: PlannedBatch | None = None
         fused_params = dict(config.fused_params or {})
-        self._state_names = _states_of(config, fused_params)
-        self._pool_tables = _tables_by_width(config)
+        self._state_names = optimizer_states(config, fused_params)
+        self._pool_tables = tables_by_width(config)
         self._pool_of_table = {
             index: (pool_index, position)
             for pool_index, indices in enumerate(self._pool_tables)
@@ -145,7 +105,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
             for table in config.embedding_tables:
                 if table.global_metadata is not None:
                     table.global_metadata.tensor_properties.pin_memory = True
-        self._optim: FusedOptimizer = _FlushingFusedOptimizer(self, config, _TableSurface(self), pg)
+        self._optim: FusedOptimizer = FlushingFusedOptimizer(self, config, TableSurface(self), pg)
         self.init_parameters()
 
     def submit(self, features: KeyedJaggedTensor) -> PlannedBatch:
@@ -276,10 +236,10 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
                 embedding_dim=dim,
             )
             weight._in_backward_optimizers = [  # type: ignore[attr-defined]
-                _FlushingFusedOptimizer(
+                FlushingFusedOptimizer(
                     self,
                     self._config,
-                    _TableSurface(self),
+                    TableSurface(self),
                     self._pg,
                     create_for_table=name,
                     param_weight_for_table=weight,
@@ -307,12 +267,12 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         nums_slots = []
         for indices in self._pool_tables:
             specs = [
-                TableSpec(table.name, table.local_rows, _load_factor(table))
+                TableSpec(table.name, table.local_rows, load_factor_of(table))
                 for table in (self._config.embedding_tables[index] for index in indices)
             ]
             layout = RowLayout(self._local_cols[indices[0]], torch.float32, states)
             host_tables.append(HostTable(specs, layout, storage))
-            nums_slots.append(sum(_num_slots(spec) for spec in specs))
+            nums_slots.append(sum(num_slots_of(spec) for spec in specs))
         layouts = [host_table.layout for host_table in host_tables]
         memory = allocate_scratchpads(layouts, nums_slots, self._scratchpad_device)
         pools = [
@@ -386,44 +346,6 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         tbe.optimizer_args = tbe.optimizer_args._replace(total_hash_size=cumulative[-1])
 
 
-class _TableSurface:
-    """The part of a TBE that EmbeddingFusedOptimizer uses: state from the host tables, settings from the TBE."""
-
-    def __init__(self, kernel: ScratchPipeEmbeddingBag) -> None:
-        self.split_embedding_weights = kernel.split_embedding_weights
-        self.get_optimizer_state = kernel.split_optimizer_states
-        tbe = kernel.emb_module
-        self.get_learning_rate = tbe.get_learning_rate
-        self.set_learning_rate = tbe.set_learning_rate
-        self.set_optimizer_step = tbe.set_optimizer_step
-        self.update_hyper_parameters = tbe.update_hyper_parameters
-
-
-class _FlushingFusedOptimizer(EmbeddingFusedOptimizer):
-    """TorchRec's fused optimizer, whose state is brought up to date whenever it is read.
-
-    CombinedOptimizer reads `state` of its children and calls no hook of theirs, so the read itself has to flush.
-    """
-
-    def __init__(self, kernel: ScratchPipeEmbeddingBag, *args: Any, **kwargs: Any) -> None:
-        self._kernel = kernel
-        super().__init__(*args, **kwargs)
-
-    @property
-    def state(self) -> Any:
-        """Optimizer state by parameter; flushes."""
-        self._kernel.flush()
-        return self._state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._state = state
-
-    def post_load_state_dict(self) -> None:
-        """The tables' states were overwritten: forget the rows in the scratchpad."""
-        self._kernel.purge()
-
-
 def _release_after_backward(output: Tensor, batch: PlannedBatch) -> None:
     """Hold the batch's slots until its fused update has run, or until nobody can run it any more.
 
@@ -443,78 +365,3 @@ def _release_after_backward(output: Tensor, batch: PlannedBatch) -> None:
 
     output.grad_fn.register_prehook(refuse_second_backward)
     output.grad_fn.register_hook(lambda _grad_inputs, _grad_outputs: hold.release(is_updated=True))
-
-
-def _states_of(config: GroupedEmbeddingConfig, fused_params: dict[str, Any]) -> dict[str, tuple[str, bool]]:
-    names = ", ".join(table.name for table in config.embedding_tables)
-    precision = data_type_to_sparse_type(config.data_type)
-    if precision is not SparseType.FP32:
-        raise ConfigError(
-            f"tables {names}: data_type {config.data_type.value} is not supported in a scratchpad. Use DataType.FP32, "
-            "or compute kernel fused."
-        )
-    optimizer = fused_params.get("optimizer", EmbOptimType.EXACT_SGD)
-    if optimizer not in OPTIMIZER_STATES:
-        supported = ", ".join(sorted(kind.name for kind in OPTIMIZER_STATES))
-        raise ConfigError(
-            f"tables {names}: optimizer {optimizer} keeps state that cannot travel with its row yet. Use one of "
-            f"{supported}, or compute kernel fused."
-        )
-    decay_mode = fused_params.get("weight_decay_mode", WeightDecayMode.NONE)
-    if decay_mode not in (WeightDecayMode.NONE, WeightDecayMode.L2, WeightDecayMode.DECOUPLE):
-        raise ConfigError(
-            f"tables {names}: weight_decay_mode {decay_mode} changes rows that a batch does not use. Use NONE, L2 or "
-            "DECOUPLE, or compute kernel fused."
-        )
-    return {name: (prefix, is_rowwise) for name, prefix, is_rowwise in OPTIMIZER_STATES[optimizer]}
-
-
-def _tables_by_width(config: GroupedEmbeddingConfig) -> list[list[int]]:
-    """Table indices of each pool; shards of one table must end up side by side."""
-    by_width: dict[int, list[int]] = {}
-    widths_of_name: dict[str, set[int]] = {}
-    for index, table in enumerate(config.embedding_tables):
-        if table.local_cols % 4 != 0:
-            raise ConfigError(
-                f"table {table.name}: a shard has {table.local_cols} columns, FBGEMM needs a multiple of 4. Change "
-                "embedding_dim or min_partition."
-            )
-        by_width.setdefault(table.local_cols, []).append(index)
-        widths_of_name.setdefault(table.name, set()).add(table.local_cols)
-    for name, widths in widths_of_name.items():
-        if len(widths) > 1:
-            raise ConfigError(
-                f"table {name}: its column shards on this rank have widths {sorted(widths)}, one width is needed. "
-                "Choose min_partition so that it divides embedding_dim."
-            )
-    return list(by_width.values())
-
-
-def _num_slots(table: TableSpec) -> int:
-    return max(math.ceil(table.load_factor * table.num_rows), min(MIN_SLOTS_PER_TABLE, table.num_rows))
-
-
-def check_load_factor(table_name: str, load_factor: float) -> float:
-    """Refuse what cannot be a share of a table.
-
-    Args:
-        table_name: For the message.
-        load_factor: Slots per row.
-
-    Returns:
-        The load factor.
-
-    Raises:
-        ConfigError: It does not lie in (0, 1].
-    """
-    if not 0.0 < load_factor <= 1.0:  # false for NaN too
-        raise ConfigError(
-            f"table {table_name}: load_factor is {load_factor}, it must lie in (0, 1]. Set "
-            "CacheParams(load_factor=...) in the table's ParameterConstraints."
-        )
-    return float(load_factor)
-
-
-def _load_factor(table: ShardedEmbeddingTable) -> float:
-    fused_params = table.fused_params or {}
-    return check_load_factor(table.name, fused_params.get("cache_load_factor", DEFAULT_LOAD_FACTOR))

@@ -15,8 +15,11 @@ from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.kernel import ScratchpadOptions, ScratchPipeEmbeddingBag
-from torchrec_scratchpipe.stages import PlannedBatch, Pool, StageRunner
+from torchrec_scratchpipe.kernel import ScratchPipeEmbeddingBag
+from torchrec_scratchpipe.options import ScratchpadOptions
+from torchrec_scratchpipe.planned_batch import PlannedBatch
+from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.runner import StageRunner
 
 __all__ = ["SCRATCHPAD_KERNEL", "SUPPORTED_SHARDING_TYPES", "ScratchPipePooledLookup", "create_pooled_lookup"]
 

@@ -27,15 +27,17 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_scratchpipe.errors import ConfigError
-from torchrec_scratchpipe.kernel import ScratchpadOptions
 from torchrec_scratchpipe.lookup import (
     SCRATCHPAD_KERNEL,
     SUPPORTED_SHARDING_TYPES,
     ScratchPipePooledLookup,
     create_pooled_lookup,
 )
+from torchrec_scratchpipe.options import ScratchpadOptions
+from torchrec_scratchpipe.planned_batch import PlannedBatch
+from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
-from torchrec_scratchpipe.stages import OverlappedStageRunner, PlannedBatch, Pool, StageRunner
 from torchrec_scratchpipe.stats import PoolStats
 from torchrec_scratchpipe.types import StageSpan
 

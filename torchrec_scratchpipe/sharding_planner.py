@@ -8,8 +8,8 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
 
-from torchrec_scratchpipe.kernel import check_load_factor
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, SUPPORTED_SHARDING_TYPES
+from torchrec_scratchpipe.options import check_load_factor
 
 __all__ = ["ScratchPipeShardingPlanner"]
 

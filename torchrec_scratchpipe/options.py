@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a scratchpad table may be: the sharder's options, and the checks that refuse the rest at construction."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.modules.embedding_configs import data_type_to_sparse_type
+
+from torchrec_scratchpipe.compat import WeightDecayMode
+from torchrec_scratchpipe.errors import ConfigError
+from torchrec_scratchpipe.host_table import MappedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
+from torchrec_scratchpipe.types import TableSpec
+
+__all__ = [
+    "CACHE_SETTINGS",
+    "ScratchpadOptions",
+    "check_load_factor",
+    "load_factor_of",
+    "num_slots_of",
+    "optimizer_states",
+    "tables_by_width",
+]
+
+DEFAULT_LOAD_FACTOR = 0.2  # FBGEMM's default cache_load_factor
+MIN_SLOTS_PER_TABLE = 32  # rows of one set of FBGEMM's cache, its smallest; a table of 3 rows simply fits
+
+# Per optimizer: the name in TorchRec's optimizer state_dict, FBGEMM's buffer, one value per row or per weight.
+OPTIMIZER_STATES: dict[EmbOptimType, tuple[tuple[str, str, bool], ...]] = {
+    EmbOptimType.EXACT_SGD: (),
+    EmbOptimType.EXACT_ADAGRAD: (("sum", "momentum1", False),),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (("sum", "momentum1", True),),
+}
+
+# FBGEMM settings of its own cache. The scratchpad has no use for them; load_factor is read per table.
+CACHE_SETTINGS = frozenset(
+    {
+        "cache_algorithm",
+        "cache_load_factor",
+        "cache_precision",
+        "cache_reserved_memory",
+        "cache_sets",
+        "enforce_hbm",
+        "gather_uvm_cache_stats",
+        "multipass_prefetch_config",
+        "prefetch_pipeline",
+        "record_cache_metrics",
+        "uvm_host_mapped",
+        "uvm_non_rowwise_momentum",
+    }
+)
+
+
+@dataclass(frozen=True)
+class ScratchpadOptions:
+    """What all scratchpad tables of a sharder share.
+
+    Args:
+        table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
+        overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
+        make_eviction_order: Makes a pool's eviction order, given its number of slots.
+    """
+
+    table_dir: str | None = None
+    overlap: bool = True
+    make_eviction_order: Callable[[int], EvictionOrder] = LeastRecentlyUsed
+
+    def make_storage(self, device: torch.device) -> TableStorage:
+        """Where host tables of a scratchpad on this device come from."""
+        if self.table_dir is not None:
+            return MappedStorage(self.table_dir)
+        return RamStorage(pin_memory=device.type == "cuda")
+
+
+def optimizer_states(config: GroupedEmbeddingConfig, fused_params: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    """The states that travel with each row of a group.
+
+    Args:
+        config: TorchRec's group of tables.
+        fused_params: What its TBE is built with.
+
+    Returns:
+        By name in TorchRec's optimizer state_dict: FBGEMM's buffer, and whether it has one value per row.
+
+    Raises:
+        ConfigError: Data type, optimizer or weight decay cannot be served.
+    """
+    names = ", ".join(table.name for table in config.embedding_tables)
+    precision = data_type_to_sparse_type(config.data_type)
+    if precision is not SparseType.FP32:
+        raise ConfigError(
+            f"tables {names}: data_type {config.data_type.value} is not supported in a scratchpad. Use DataType.FP32, "
+            "or compute kernel fused."
+        )
+    optimizer = fused_params.get("optimizer", EmbOptimType.EXACT_SGD)
+    if optimizer not in OPTIMIZER_STATES:
+        supported = ", ".join(sorted(kind.name for kind in OPTIMIZER_STATES))
+        raise ConfigError(
+            f"tables {names}: optimizer {optimizer} keeps state that cannot travel with its row yet. Use one of "
+            f"{supported}, or compute kernel fused."
+        )
+    decay_mode = fused_params.get("weight_decay_mode", WeightDecayMode.NONE)
+    if decay_mode not in (WeightDecayMode.NONE, WeightDecayMode.L2, WeightDecayMode.DECOUPLE):
+        raise ConfigError(
+            f"tables {names}: weight_decay_mode {decay_mode} changes rows that a batch does not use. Use NONE, L2 or "
+            "DECOUPLE, or compute kernel fused."
+        )
+    return {name: (prefix, is_rowwise) for name, prefix, is_rowwise in OPTIMIZER_STATES[optimizer]}
+
+
+def tables_by_width(config: GroupedEmbeddingConfig) -> list[list[int]]:
+    """Table indices of each pool; shards of one table must end up side by side."""
+    by_width: dict[int, list[int]] = {}
+    widths_of_name: dict[str, set[int]] = {}
+    for index, table in enumerate(config.embedding_tables):
+        if table.local_cols % 4 != 0:
+            raise ConfigError(
+                f"table {table.name}: a shard has {table.local_cols} columns, FBGEMM needs a multiple of 4. Change "
+                "embedding_dim or min_partition."
+            )
+        by_width.setdefault(table.local_cols, []).append(index)
+        widths_of_name.setdefault(table.name, set()).add(table.local_cols)
+    for name, widths in widths_of_name.items():
+        if len(widths) > 1:
+            raise ConfigError(
+                f"table {name}: its column shards on this rank have widths {sorted(widths)}, one width is needed. "
+                "Choose min_partition so that it divides embedding_dim."
+            )
+    return list(by_width.values())
+
+
+def num_slots_of(table: TableSpec) -> int:
+    """How many slots a table brings to its pool."""
+    return max(math.ceil(table.load_factor * table.num_rows), min(MIN_SLOTS_PER_TABLE, table.num_rows))
+
+
+def check_load_factor(table_name: str, load_factor: float) -> float:
+    """Refuse what cannot be a share of a table.
+
+    Args:
+        table_name: For the message.
+        load_factor: Slots per row.
+
+    Returns:
+        The load factor.
+
+    Raises:
+        ConfigError: It does not lie in (0, 1].
+    """
+    if not 0.0 < load_factor <= 1.0:  # false for NaN too
+        raise ConfigError(
+            f"table {table_name}: load_factor is {load_factor}, it must lie in (0, 1]. Set "
+            "CacheParams(load_factor=...) in the table's ParameterConstraints."
+        )
+    return float(load_factor)
+
+
+def load_factor_of(table: ShardedEmbeddingTable) -> float:
+    """A table's load factor, as its plan or fused_params give it, else FBGEMM's default; checked."""
+    fused_params = table.fused_params or {}
+    return check_load_factor(table.name, fused_params.get("cache_load_factor", DEFAULT_LOAD_FACTOR))

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One batch on its way through the stages, and the hold that keeps its rows in place until it has trained.
+
+Shapes: ``I`` ids.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from torchrec_scratchpipe import stages
+from torchrec_scratchpipe.errors import IdOutOfRangeError, ScratchpadFullError, ScratchPipeError, StageFailedError
+from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.slot_map import SlotsHeldError
+from torchrec_scratchpipe.types import CachePlan, Stage, StageSpan
+
+__all__ = ["BatchRunner", "FeatureSource", "Hold", "PlannedBatch"]
+
+
+class FeatureSource(NamedTuple):
+    """Where the ids of one feature look up their rows."""
+
+    feature_name: str
+    pool_index: int
+    table_index: int
+
+
+class BatchRunner(Protocol):
+    """What a batch needs of whoever runs its stages; see :mod:`torchrec_scratchpipe.runner`."""
+
+    def finish(self, batch: "PlannedBatch") -> None:
+        """Make sure that a submitted batch is done."""
+
+    def record_train(self) -> None:
+        """Train of a batch has been issued, its slots are about to be released."""
+
+    def slots_released(self) -> None:
+        """A batch has let go of slots."""
+
+    def order_after_trains(self) -> None:
+        """Order the stages' device work after every Train whose release Plan has seen."""
+
+    def let_current_stream_wait(self, batch: "PlannedBatch") -> None:
+        """Order the caller's device work after Insert of a batch."""
+
+
+class Hold:
+    """What keeps one batch's slots from becoming victims, until Train has updated them.
+
+    Release it when the batch's backward has run, or when the batch will never train. A hold
+    that nobody owns any more releases itself.
+    """
+
+    def __init__(self, runner: BatchRunner) -> None:
+        self._runner = runner
+        self._held: deque[tuple[Pool, int]] = deque()
+        self._train_start_s: float | None = None
+        self.is_released = False
+
+    def add(self, pool: Pool, batch_index: int) -> None:
+        """Take responsibility for a planned batch.
+
+        Args:
+            pool: Whose slots are held.
+            batch_index: As :class:`CachePlan` says.
+        """
+        self._held.append((pool, batch_index))
+        if self.is_released:
+            self.release()
+
+    def start_train(self) -> None:
+        """Train reads the slots from now on."""
+        self._train_start_s = time.perf_counter()
+
+    def release(self, *, is_updated: bool = False) -> None:
+        """Let go of the slots; later calls do nothing.
+
+        Args:
+            is_updated: Whether Train has changed the rows.
+        """
+        self.is_released = True
+        while self._held:
+            try:
+                pool, batch_index = self._held.popleft()
+            except IndexError:  # another thread released the last one
+                break
+            if is_updated:
+                pool.note_update()
+            if self._train_start_s is not None:
+                pool.counters.spans.append(
+                    StageSpan(batch_index, Stage.TRAIN, self._train_start_s, time.perf_counter(), 0)
+                )
+            self._runner.record_train()
+            pool.slot_map.release(batch_index)
+            self._runner.slots_released()
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class PlannedBatch:
+    """One batch of ids on its way through Plan, Collect, Exchange and Insert.
+
+    Args:
+        pools: The pools that the ids may look up.
+        features: Where each feature looks up, in the order of `ids`.
+        ids: [I] int32 or int64, the ids of all features behind each other.
+        feature_bounds: Feature `f` owns ``ids[feature_bounds[f] : feature_bounds[f + 1]]``.
+        runner: Who runs the stages.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        features: Sequence[FeatureSource],
+        ids: Tensor,
+        feature_bounds: Sequence[int],
+        runner: BatchRunner,
+    ) -> None:
+        self.hold = Hold(runner)
+        self.is_awaited = False
+        self.done = threading.Event()
+        self._runner = runner
+        self._pools = pools
+        self._features = features
+        self._ids = ids
+        self._feature_bounds = feature_bounds
+        self._plans: list[CachePlan] = []
+        self._row_ids: list[Tensor] | None = None
+        self._error: Exception | None = None
+        self.inserted: torch.Event | None = None
+
+    def wait(self) -> Tensor:
+        """Wait until every row of the batch is in its slot (hazard 4), and count the wait if there was one.
+
+        Returns:
+            [I] int64, the slot of each id.
+
+        Raises:
+            ScratchPipeError: What stopped a stage; no slot stays held.
+        """
+        if not self.done.is_set():
+            start_s = time.perf_counter()
+            self._runner.finish(self)
+            for pool in self._pools:
+                pool.counters.add_stall(1e3 * (time.perf_counter() - start_s))
+        if self._error is not None:
+            self.hold.release()
+            raise self._error
+        self._runner.let_current_stream_wait(self)
+        for pool, cache_plan in zip(self._pools, self._plans, strict=True):
+            pool.counters.add_misses_at_train(pool.slot_map.count_mismatches(cache_plan.rows, cache_plan.slots))
+        self.hold.start_train()
+        return self._slots_of_ids()
+
+    def try_stages(self, is_last_chance: bool) -> None:
+        """Run the stages of every pool that has not run them; sets `done` unless slots are held for now.
+
+        Args:
+            is_last_chance: No slot will be released before this batch trains, so that waiting would not help.
+        """
+        try:
+            if self._row_ids is None:
+                self._row_ids = self._rows_of_ids()
+            while len(self._plans) < len(self._pools):
+                self._run_stages(len(self._plans))
+        except SlotsHeldError as held:
+            pool = self._pools[len(self._plans)]
+            if held.num_needed <= pool.scratchpad.num_slots and not is_last_chance:
+                return
+            self._error = _full_error(pool, held)
+        except Exception as error:  # whatever stops a stage belongs to this batch's Train, on another thread
+            self._error = error
+        self.done.set()
+
+    def _run_stages(self, pool_index: int) -> None:
+        pool = self._pools[pool_index]
+        pool.check_usable()
+        start_s = time.perf_counter()
+        with record_function("## scratchpipe plan ##"):
+            cache_plan = stages.plan(pool, self._rows_of_pool(pool_index), self._num_ids_per_table(pool_index))
+        pool.counters.spans.append(
+            StageSpan(cache_plan.batch_index, Stage.PLAN, start_s, time.perf_counter(), num_bytes=0)
+        )
+        self.hold.add(pool, cache_plan.batch_index)
+        self._runner.order_after_trains()
+        try:
+            with _span(pool, cache_plan, Stage.COLLECT):
+                staged = stages.collect(pool, cache_plan)
+            with _span(pool, cache_plan, Stage.EXCHANGE):
+                staged = stages.exchange(pool, staged)
+        except BaseException:
+            pool.slot_map.undo(cache_plan)
+            raise
+        try:
+            with _span(pool, cache_plan, Stage.INSERT):
+                stages.insert(pool, cache_plan, staged)
+        except BaseException as error:
+            pool.failure = f"Insert of batch {cache_plan.batch_index} failed ({error!r})"
+            raise StageFailedError(f"{pool.name}: {pool.failure}") from error
+        self._plans.append(cache_plan)
+
+    def _segments(self, pool_index: int) -> Iterator[tuple[FeatureSource, int, int]]:
+        bounds = self._feature_bounds
+        for feature, first, last in zip(self._features, bounds[:-1], bounds[1:], strict=True):
+            if feature.pool_index == pool_index:
+                yield feature, first, last
+
+    def _num_ids_per_table(self, pool_index: int) -> list[int]:
+        counts = [0] * len(self._pools[pool_index].host_table.tables)
+        for feature, first, last in self._segments(pool_index):
+            counts[feature.table_index] += last - first
+        return counts
+
+    def _rows_of_ids(self) -> list[Tensor]:
+        """Row ids of each pool, [I of the pool] int64; checks every id before anything is planned."""
+        row_ids = []
+        for pool_index, pool in enumerate(self._pools):
+            segments = list(self._segments(pool_index))
+            _check_ids(pool, segments, self._ids)
+            rows = torch.empty(
+                sum(last - first for _, first, last in segments), dtype=torch.int64, device=self._ids.device
+            )
+            position = 0
+            for feature, first, last in segments:
+                offset = pool.host_table.row_offsets[feature.table_index]
+                torch.add(self._ids[first:last], offset, out=rows[position : position + last - first])
+                position += last - first
+            row_ids.append(rows)
+        return row_ids
+
+    def _rows_of_pool(self, pool_index: int) -> Tensor:
+        assert self._row_ids is not None
+        return self._row_ids[pool_index]
+
+    def _slots_of_ids(self) -> Tensor:
+        if len(self._pools) == 1:
+            return self._plans[0].slots
+        slots = torch.empty(self._ids.numel(), dtype=torch.int64, device=self._ids.device)
+        for pool_index, cache_plan in enumerate(self._plans):
+            position = 0
+            for _, first, last in self._segments(pool_index):
+                slots[first:last] = cache_plan.slots[position : position + last - first]
+                position += last - first
+        return slots
+
+
+@contextmanager
+def _span(pool: Pool, cache_plan: CachePlan, stage: Stage) -> Iterator[None]:
+    num_rows = cache_plan.miss_rows.numel() + cache_plan.victim_rows.numel()
+    num_bytes = num_rows * pool.host_table.layout.row_bytes
+    start_s = time.perf_counter()
+    with record_function(f"## scratchpipe {stage.value} {cache_plan.batch_index} ##"):
+        yield
+    pool.counters.spans.append(StageSpan(cache_plan.batch_index, stage, start_s, time.perf_counter(), num_bytes))
+
+
+def _check_ids(pool: Pool, segments: Sequence[tuple[FeatureSource, int, int]], ids: Tensor) -> None:
+    filled = [(feature, ids[first:last].aminmax()) for feature, first, last in segments if last > first]
+    if not filled:
+        return
+    lows = torch.stack([bounds.min for _, bounds in filled]).tolist()
+    highs = torch.stack([bounds.max for _, bounds in filled]).tolist()
+    for (feature, _), low, high in zip(filled, lows, highs, strict=True):
+        table = pool.host_table.tables[feature.table_index]
+        if low < 0 or high >= table.num_rows:
+            bad = low if low < 0 else high
+            raise IdOutOfRangeError(
+                f"table {table.name}: feature {feature.feature_name} has id {bad}, this rank's shard has rows "
+                f"[0, {table.num_rows}). Hash the ids into the table's num_embeddings, or raise num_embeddings."
+            )
+
+
+def _full_error(pool: Pool, held: SlotsHeldError) -> ScratchPipeError:
+    num_slots, num_rows = pool.scratchpad.num_slots, pool.host_table.num_rows
+    if held.num_needed > num_slots:
+        return ScratchpadFullError(
+            f"{pool.name}: one batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}. Raise "
+            f"load_factor to at least {min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
+        )
+    return ScratchpadFullError(
+        f"{pool.name}: a batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,} and other batches in "
+        f"flight hold all but {held.num_available:,}. Let them train first, lower lookahead, raise load_factor, or "
+        "drop results whose backward will never run."
+    )

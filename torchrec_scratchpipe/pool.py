@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Holds what belongs together: tables of one row layout, their scratchpad, and the map between them."""
+
+from torch import Tensor
+from torch.profiler import record_function
+
+from torchrec_scratchpipe.errors import BatchesInFlightError, StageFailedError
+from torchrec_scratchpipe.host_table import HostTable
+from torchrec_scratchpipe.scratchpad import Scratchpad
+from torchrec_scratchpipe.slot_map import SlotMap
+from torchrec_scratchpipe.stats import PoolCounters, PoolStats
+from torchrec_scratchpipe.types import RowLayout
+
+__all__ = ["Pool", "Staging"]
+
+FLUSH_CHUNK_ROWS = 65536  # bounds what a flush needs beyond the tables: 16 MiB for rows of 64 floats
+
+
+class Pool:
+    """All scratchpad tables of one kernel group that share a row layout, and their scratchpad.
+
+    Args:
+        host_table: Every row.
+        scratchpad: The rows that sit in a slot.
+        slot_map: Which row sits in which slot.
+    """
+
+    def __init__(self, host_table: HostTable, scratchpad: Scratchpad, slot_map: SlotMap) -> None:
+        self.host_table = host_table
+        self.scratchpad = scratchpad
+        self.slot_map = slot_map
+        self.counters = PoolCounters(host_table, slot_map.device)
+        self.failure: str | None = None
+        self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
+        self._num_updates = 0
+        self._num_updates_flushed = 0
+        self._flushed_below = 0
+
+    @property
+    def name(self) -> str:
+        """The pool, as error messages call it."""
+        tables = self.host_table.tables
+        what = f"table {tables[0].name}" if len(tables) == 1 else f"{len(tables)} tables"
+        return f"pool of {what} (dim {self.host_table.layout.dim})"
+
+    def note_update(self) -> None:
+        """A batch has trained: its rows are newer in the scratchpad than in the table."""
+        self._num_updates += 1
+
+    def flush(self) -> None:
+        """Copy every row that may be newer in the scratchpad back to its table; rows stay resident.
+
+        Waits for the device. Does nothing when no batch has trained since the last flush.
+
+        Raises:
+            StageFailedError: An earlier stage failed half-way.
+        """
+        self.check_usable()
+        if self._num_updates == self._num_updates_flushed:
+            self.host_table.flush()
+            return
+        with record_function("## scratchpipe flush ##"):
+            slots, rows = self.slot_map.resident_since(self._flushed_below)
+            for some_slots, some_rows in zip(
+                slots.split(FLUSH_CHUNK_ROWS), rows.cpu().split(FLUSH_CHUNK_ROWS), strict=True
+            ):
+                values = [part.index_select(0, some_slots).cpu() for part in self.scratchpad.parts]
+                self.host_table.write(some_rows, values)
+            self.host_table.flush()
+        self._num_updates_flushed = self._num_updates
+        self._flushed_below = self.slot_map.first_held
+
+    def purge(self) -> None:
+        """Flush, then empty the scratchpad; hazard 6.
+
+        Raises:
+            BatchesInFlightError: Planned batches rely on rows of this pool.
+        """
+        num_in_flight = self.slot_map.num_batches_in_flight
+        if num_in_flight > 0:
+            raise BatchesInFlightError(
+                f"{self.name}: {num_in_flight} planned batches still need their rows, the tables cannot be "
+                "overwritten now. Let the pipeline train them, or call its reset(), before load_state_dict()."
+            )
+        self.flush()
+        self.slot_map.purge()
+
+    def check_usable(self) -> None:
+        """Raise if an earlier stage failed half-way.
+
+        Raises:
+            StageFailedError: With the first failure.
+        """
+        if self.failure is not None:
+            raise StageFailedError(
+                f"{self.name}: {self.failure}. Its rows are incomplete; build the model anew and load a checkpoint."
+            )
+
+    def stats(self) -> PoolStats:
+        """All counts of this pool; waits for the device."""
+        return self.counters.stats(self.scratchpad.num_slots, self.slot_map.num_resident_rows)
+
+
+class Staging:
+    """Host memory that rows pass through, grown to the largest batch and reused by every batch of a pool."""
+
+    def __init__(self, layout: RowLayout, pin_memory: bool) -> None:
+        self._layout = layout
+        self._pin_memory = pin_memory
+        self._buffers: dict[str, list[Tensor]] = {}
+
+    def take(self, purpose: str, num_rows: int) -> list[Tensor]:
+        """Room for `num_rows` rows, valid until the next call with the same purpose."""
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer[0].shape[0] < num_rows:
+            buffer = self._layout.empty(max(256, num_rows + num_rows // 4), pin_memory=self._pin_memory)
+            self._buffers[purpose] = buffer
+        return [part[:num_rows] for part in buffer]

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs the stages of batch after batch, in an order in which no row is lost.
+
+Shapes: ``I`` ids.
+
+One batch runs its four stages as a unit, and batches run one at a time. :class:`StageRunner` runs them on the caller's
+thread: it is the oracle. :class:`OverlappedStageRunner` runs the same code on a worker
+thread (and, for a CUDA device, on a stream of its own) while earlier batches train.
+
+Hazards and guards; the numbers are those of docs/design.md:
+
+1.  Collect(N) must not read a victim that Train(M), M < N, has not updated yet: M holds its slots.
+2.  Collect(N+1) must not read a row from the table before Insert(N) has written it back: batches run their stages
+    one after another, never interleaved.
+3.  Insert(N) must not overwrite a slot that Train(M), M < N, still reads: M holds its slots.
+4.  Train(N) must not start before Insert(N) has ended: :meth:`PlannedBatch.wait`.
+5.  A table must not be read while rows are newer in the scratchpad: :meth:`Pool.flush`, between two batches' stages.
+6.  A table must not be overwritten while a planned batch relies on its rows: :meth:`Pool.purge` refuses.
+"""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from torchrec_scratchpipe.planned_batch import PlannedBatch
+
+__all__ = ["OverlappedStageRunner", "StageRunner"]
+
+
+class StageRunner:
+    """Runs the stages of one batch after another on the caller's thread: the sequential twin and oracle.
+
+    Args:
+        device: Where the scratchpads are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._submitted: deque[PlannedBatch] = deque()
+        self._lock = threading.RLock()
+
+    def submit(self, batch: PlannedBatch) -> None:
+        """Take a batch; its stages run now, or, while batches in flight hold too many slots, later.
+
+        Args:
+            batch: A new batch.
+        """
+        with self._lock:
+            self._submitted.append(batch)
+            while self._submitted and self._run(self._submitted[0], is_last_chance=False):
+                self._submitted.popleft()
+
+    def finish(self, batch: PlannedBatch) -> None:
+        """Make sure that a submitted batch is done, ahead of others if it must be.
+
+        Args:
+            batch: A batch that was submitted.
+        """
+        with self._lock:
+            self._submitted.remove(batch)
+            self._run(batch, is_last_chance=True)
+
+    def record_train(self) -> None:
+        """Train of a batch has been issued, its slots are about to be released; called from any thread."""
+
+    def slots_released(self) -> None:
+        """A batch has let go of slots; called from any thread."""
+
+    def order_after_trains(self) -> None:
+        """Order the stages' device work after every Train whose release Plan has seen; a CPU has nothing to order."""
+
+    def between_batches(self) -> AbstractContextManager[object]:
+        """While entered, no stage of any batch runs (hazards 5 and 6)."""
+        return self._lock
+
+    def let_current_stream_wait(self, batch: PlannedBatch) -> None:
+        """Order the caller's device work after Insert of a batch; a CPU has nothing to order.
+
+        Args:
+            batch: A batch that is done.
+        """
+
+    def _run(self, batch: PlannedBatch, is_last_chance: bool) -> bool:
+        batch.try_stages(is_last_chance)
+        return batch.done.is_set()
+
+
+class OverlappedStageRunner(StageRunner):
+    """Runs the stages on a worker thread while earlier batches train; same stages, same order, same bits.
+
+    Batches run in the order submitted. Where the next one must wait for slots, a batch that Train
+    already waits for goes ahead of it. On a CUDA device the worker issues to its own stream: Plan waits for the
+    event of the last Train that was released (hazards 1 and 3), Train waits for the event of Insert (hazard 4).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._queue = _WorkQueue()
+        self._thread: threading.Thread | None = None
+        self._stream = torch.get_device_module(device).Stream() if device.type == "cuda" else None
+        self._train_events: deque[torch.Event] = deque()
+
+    def submit(self, batch: PlannedBatch) -> None:
+        """Take a batch; its stages run on the worker thread.
+
+        Args:
+            batch: A new batch.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.get_device_module(self.device).current_stream())
+        if self._thread is None:
+            self._start()
+        self._queue.put(batch)
+
+    def finish(self, batch: PlannedBatch) -> None:
+        """Wait for the worker to finish a batch, ahead of others if it must be.
+
+        Args:
+            batch: A batch that was submitted.
+        """
+        self._queue.mark_awaited(batch)
+        batch.done.wait()
+
+    def record_train(self) -> None:
+        """Record the event that a later Collect has to wait for.
+
+        Hazards 1 and 3: Collect(N) reads, and Insert(N) overwrites, a slot that Train(M), M < N, used on the stream of
+        the model. The event is recorded before the slot is released, so that whoever sees the release finds the event.
+        """
+        if self._stream is not None:
+            event = torch.get_device_module(self.device).Event()
+            event.record()
+            self._train_events.append(event)
+
+    def slots_released(self) -> None:
+        """Wake the worker, which may be waiting for slots."""
+        self._queue.slots_released()
+
+    def order_after_trains(self) -> None:
+        """Let the worker's stream wait for the events of :meth:`record_train`; after Plan, see there."""
+        while self._stream is not None and self._train_events:
+            self._stream.wait_event(self._train_events.popleft())
+
+    def let_current_stream_wait(self, batch: PlannedBatch) -> None:
+        """Order the caller's device work after Insert of a batch (hazard 4).
+
+        Args:
+            batch: A batch that is done.
+        """
+        if batch.inserted is not None:
+            torch.get_device_module(self.device).current_stream().wait_event(batch.inserted)
+
+    @contextmanager
+    def _on_stream(self, batch: PlannedBatch) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with torch.get_device_module(self.device).stream(self._stream):
+            yield
+            batch.inserted = torch.get_device_module(self.device).Event()
+            batch.inserted.record()
+
+    def _run(self, batch: PlannedBatch, is_last_chance: bool) -> bool:
+        with self._lock, self._on_stream(batch):
+            return super()._run(batch, is_last_chance)
+
+    def _start(self) -> None:
+        # The thread must not keep the runner alive: it sees the queue, and the runner only while it works.
+        self._thread = threading.Thread(
+            target=_work, args=(self._queue, weakref.ref(self)), name="scratchpipe-stages", daemon=True
+        )
+        self._thread.start()
+        weakref.finalize(self, _stop, self._queue, self._thread)
+
+
+class _WorkQueue:
+    """Batches that wait for the worker, and the reasons to look at them again."""
+
+    def __init__(self) -> None:
+        self._batches: deque[PlannedBatch] = deque()
+        self._changed = threading.Condition()
+        self._num_changes = 0
+        self._is_closed = False
+
+    def put(self, batch: PlannedBatch) -> None:
+        with self._changed:
+            self._batches.append(batch)
+            self._note_change()
+
+    def mark_awaited(self, batch: PlannedBatch) -> None:
+        with self._changed:
+            batch.is_awaited = True
+            self._note_change()
+
+    def slots_released(self) -> None:
+        with self._changed:
+            self._note_change()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._note_change()
+
+    def next(self, num_changes_seen: int) -> tuple[PlannedBatch | None, int]:
+        """The batch to try next: an awaited one, else the oldest; None when closed.
+
+        Blocks while the queue is empty, or nothing has changed since `num_changes_seen`.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or (self._batches and self._num_changes != num_changes_seen))
+            if self._is_closed:
+                return None, self._num_changes
+            awaited = next((batch for batch in self._batches if batch.is_awaited), None)
+            return awaited or self._batches[0], self._num_changes
+
+    def remove(self, batch: PlannedBatch) -> None:
+        with self._changed:
+            self._batches.remove(batch)
+
+    def _note_change(self) -> None:
+        self._num_changes += 1
+        self._changed.notify_all()
+
+
+def _work(queue: _WorkQueue, runner_ref: "weakref.ref[OverlappedStageRunner]") -> None:
+    num_changes_seen = -1
+    while True:
+        batch, num_changes = queue.next(num_changes_seen)
+        runner = runner_ref()
+        if batch is None or runner is None:
+            return
+        is_done = runner._run(batch, is_last_chance=batch.is_awaited)
+        if is_done:
+            queue.remove(batch)
+        num_changes_seen = -1 if is_done else num_changes
+        del batch, runner
+
+
+def _stop(queue: _WorkQueue, thread: threading.Thread) -> None:
+    queue.close()
+    if thread is not threading.current_thread():
+        thread.join(timeout=10)
