@@ -160,17 +160,32 @@ class PlannedBatch:
         self.hold.start_train()
         return self._slots_of_ids()
 
+    def record_stream(self, stages_stream: torch.Stream, train_stream: torch.Stream | None = None) -> None:
+        """Tell the allocator that tensors made on one stream are used on another.
+
+        Args:
+            stages_stream: Where the stages read the ids.
+            train_stream: Where Train reads what Plan made, once the batch is done.
+        """
+        self._ids.record_stream(stages_stream)
+        if train_stream is not None:
+            for cache_plan in self._plans:
+                cache_plan.rows.record_stream(train_stream)
+                cache_plan.slots.record_stream(train_stream)
+
     def try_stages(self, is_last_chance: bool) -> None:
         """Run the stages of every pool that has not run them; sets `done` unless slots are held for now.
 
         Args:
             is_last_chance: No slot will be released before this batch trains, so that waiting would not help.
         """
+        plan_start_s = time.perf_counter()
         try:
             if self._row_ids is None:
                 self._row_ids = self._rows_of_ids()
             while len(self._plans) < len(self._pools):
-                self._run_stages(len(self._plans))
+                self._run_stages(len(self._plans), plan_start_s)
+                plan_start_s = time.perf_counter()
         except SlotsHeldError as held:
             pool = self._pools[len(self._plans)]
             if held.num_needed <= pool.scratchpad.num_slots and not is_last_chance:
@@ -180,14 +195,13 @@ class PlannedBatch:
             self._error = error
         self.done.set()
 
-    def _run_stages(self, pool_index: int) -> None:
+    def _run_stages(self, pool_index: int, plan_start_s: float) -> None:
         pool = self._pools[pool_index]
         pool.check_usable()
-        start_s = time.perf_counter()
         with record_function("## scratchpipe plan ##"):
             cache_plan = stages.plan(pool, self._rows_of_pool(pool_index), self._num_ids_per_table(pool_index))
         pool.counters.spans.append(
-            StageSpan(cache_plan.batch_index, Stage.PLAN, start_s, time.perf_counter(), num_bytes=0)
+            StageSpan(cache_plan.batch_index, Stage.PLAN, plan_start_s, time.perf_counter(), num_bytes=0)
         )
         self.hold.add(pool, cache_plan.batch_index)
         self._runner.order_after_trains()

@@ -101,7 +101,7 @@ class OverlappedStageRunner(StageRunner):
         super().__init__(device)
         self._queue = _WorkQueue()
         self._thread: threading.Thread | None = None
-        self._stream = torch.get_device_module(device).Stream() if device.type == "cuda" else None
+        self._stream = torch.get_device_module(device).Stream(device) if device.type == "cuda" else None
         self._train_events: deque[torch.Event] = deque()
 
     def submit(self, batch: PlannedBatch) -> None:
@@ -111,7 +111,8 @@ class OverlappedStageRunner(StageRunner):
             batch: A new batch.
         """
         if self._stream is not None:
-            self._stream.wait_stream(torch.get_device_module(self.device).current_stream())
+            self._stream.wait_stream(torch.get_device_module(self.device).current_stream(self.device))
+            batch.record_stream(self._stream)
         if self._thread is None:
             self._start()
         self._queue.put(batch)
@@ -151,8 +152,10 @@ class OverlappedStageRunner(StageRunner):
         Args:
             batch: A batch that is done.
         """
-        if batch.inserted is not None:
-            torch.get_device_module(self.device).current_stream().wait_event(batch.inserted)
+        if self._stream is not None and batch.inserted is not None:
+            train_stream = torch.get_device_module(self.device).current_stream(self.device)
+            train_stream.wait_event(batch.inserted)
+            batch.record_stream(self._stream, train_stream)
 
     @contextmanager
     def _on_stream(self, batch: PlannedBatch) -> Iterator[None]:
