@@ -40,7 +40,7 @@ def test_mapped_table_leaves_no_file_name(tmp_path: Path) -> None:
     table = HostTable(TABLES, LAYOUT, MappedStorage(tmp_path))
     assert list(tmp_path.iterdir()) == []
     table.parts[0].fill_(1.0)
-    table.sync()
+    table.persist()
     assert float(table.parts[0].sum()) == 12 * 4
 
 

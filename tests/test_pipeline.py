@@ -6,15 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, Setting, Trainer, assert_same_bits, assert_same_outputs, drain, make_batches
+from helpers import (
+    CPU,
+    Setting,
+    Trainer,
+    assert_same_bits,
+    assert_same_outputs,
+    drain,
+    make_batches,
+    scratchpad_constraints,
+)
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import (
+    BatchesInFlightError,
     ConfigError,
     IdOutOfRangeError,
     ScratchpadFullError,
+    ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeError,
     ScratchPipeTrainPipeline,
     scratchpad_stats,
@@ -260,3 +271,52 @@ def test_two_sharded_models_in_turn() -> None:
         assert torch.equal(stock_2.step(batch), second.progress(iterator_2))
     assert_same_bits(stock, ours)
     assert_same_bits(stock_2, ours_2)
+
+
+def test_failed_lookup_leaves_nothing_behind_for_the_next_forward() -> None:
+    """Two lookups, the first one fails: the second must not answer a later batch with this one's slots."""
+    setting = Setting(num_batches=20)
+    constraints = scratchpad_constraints(setting)
+    constraints["t1"].sharding_types = ["row_wise"]
+    stock = Trainer(setting, constraints=constraints)
+    ours = Trainer(setting, ScratchPipeEmbeddingBagCollectionSharder(), constraints)
+    batches = make_batches(setting)
+    values = batches[3].sparse_features.values().clone()
+    values[0] = 10_000  # t0 is table-wise, in the lookup that comes first
+    pipeline = ours.pipeline()
+    iterator = iter([*batches[:3], with_values(batches[3], values), *batches[4:8]])
+    actual = [pipeline.progress(iterator) for _ in range(3)]
+    with pytest.raises(IdOutOfRangeError):
+        pipeline.progress(iterator)
+    pipeline.reset()
+    assert num_in_flight(ours) == 0
+    pipeline.detach()
+    actual += ours.train_plain(batches[8:12])
+    actual += drain(pipeline, batches[12:])
+    assert_same_outputs(stock.train_plain(batches[:3] + batches[8:]), actual)
+    assert_same_bits(stock, ours)
+
+
+def test_attaching_another_model_with_batches_in_flight_is_refused() -> None:
+    _, ours = twins()
+    _, other = twins()
+    pipeline = ours.pipeline()
+    pipeline.progress(iter(make_batches(SETTING)))
+    pipeline.detach()
+    with pytest.raises(BatchesInFlightError, match="planned for another model"):
+        pipeline.attach(other.model)
+    pipeline.reset()
+    pipeline.attach(other.model)
+    drain(pipeline, make_batches(SETTING)[:3])
+
+
+def test_dropped_batches_are_not_fetched() -> None:
+    setting = Setting(num_batches=20, load_factor=0.1, batch_size=12)
+    _, ours = twins(setting)
+    pipeline = ours.pipeline(lookahead=8)
+    pipeline.progress(iter(make_batches(setting)))
+    pipeline.reset()
+    queue = ours.model.module.ebc._runner._queue
+    ours.train_plain(make_batches(setting)[:1])
+    assert not queue._batches
+    assert num_in_flight(ours) == 0

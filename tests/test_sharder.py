@@ -13,6 +13,7 @@ from helpers import CPU, Setting, TinyModel, Trainer, assert_same_bits, make_bat
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType
 
@@ -175,6 +176,29 @@ def test_loading_while_batches_are_planned_is_refused() -> None:
         ours.model.load_state_dict(weights)
     pipeline.reset()
     ours.model.load_state_dict(ours.model.state_dict())
+
+
+def test_loading_optimizer_state_while_batches_are_planned_is_refused() -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    pipeline = ours.pipeline()
+    pipeline.progress(iter(make_batches(SETTING)))
+    with pytest.raises(BatchesInFlightError, match=r"optimizer states were loaded .* call the pipeline's reset\(\)"):
+        ours.optimizer.load_state_dict(ours.optimizer.state_dict())
+    pipeline.reset()
+    ours.optimizer.load_state_dict(ours.optimizer.state_dict())
+
+
+def test_settings_of_fbgemms_cache_are_named_as_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    setting = replace(SETTING, fused_params={"cache_reserved_memory": 1.0})
+    with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
+        Trainer.scratchpipe(setting)
+    assert "tables t0, t1, t2: cache_reserved_memory set FBGEMM's cache and have no effect" in caplog.text
+
+
+def test_enumerator_on_a_cpu_is_refused() -> None:
+    topology = Topology(world_size=1, compute_device="cpu")
+    with pytest.raises(ConfigError, match="enumerator cannot be given on a CPU"):
+        ScratchPipeShardingPlanner(topology=topology, enumerator=EmbeddingEnumerator(topology, batch_size=4))
 
 
 def test_backward_twice_is_refused() -> None:

@@ -100,8 +100,8 @@ def test_uses_of_long_runs_do_not_pile_up() -> None:
     slot_map = SlotMap(60, 20, order)
     for rows in random_rows(num_batches=500, ids_per_batch=6):
         slot_map.release(slot_map.plan(rows).batch_index)
-        assert order._num_entries <= 2 * 20 + 6
-    assert sum(slots.numel() for _, slots in order._uses) == order._num_entries
+        assert order._num_uses <= 2 * 20 + 6
+    assert sum(slots.numel() for _, slots in order._uses) == order._num_uses
 
 
 def test_release_is_idempotent_and_takes_any_order() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Lookahead scratchpad for TorchRec: tables in host memory, training at device memory speed, the same bits."""
+"""Lookahead scratchpad for TorchRec: tables in host memory, the rows of coming batches on the device, the same bits."""
 
 from torchrec_scratchpipe._version import __version__
 from torchrec_scratchpipe.errors import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every error this package raises on purpose.
+"""Every error that reaches a user of this package on purpose.
 
 ::
 

@@ -1,46 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""TorchRec's fused-optimizer surface over host tables: state from the tables, settings from the TBE."""
+"""TorchRec's fused optimizer over host tables."""
 
 from typing import Any, Protocol
 
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from torch import Tensor
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 
-__all__ = ["FlushingFusedOptimizer", "HostTableKernel", "TableSurface"]
+from torchrec_scratchpipe.errors import BatchesInFlightError
+
+__all__ = ["FlushingFusedOptimizer", "HostTableKernel"]
 
 
 class HostTableKernel(Protocol):
-    """What the surface needs of a kernel."""
-
-    @property
-    def emb_module(self) -> SplitTableBatchedEmbeddingBagsCodegen:
-        """The TBE that updates rows."""
-
-    def split_embedding_weights(self) -> list[Tensor]:
-        """Weights by table."""
-
-    def split_optimizer_states(self) -> list[dict[str, Tensor]]:
-        """States by table."""
+    """What the optimizer needs of its kernel."""
 
     def flush(self) -> None:
         """Bring the tables up to date."""
 
     def purge(self) -> None:
         """Flush, then forget the rows in the scratchpad."""
-
-
-class TableSurface:
-    """The part of a TBE that EmbeddingFusedOptimizer uses: state from the host tables, settings from the TBE."""
-
-    def __init__(self, kernel: HostTableKernel) -> None:
-        self.split_embedding_weights = kernel.split_embedding_weights
-        self.get_optimizer_state = kernel.split_optimizer_states
-        tbe = kernel.emb_module
-        self.get_learning_rate = tbe.get_learning_rate
-        self.set_learning_rate = tbe.set_learning_rate
-        self.set_optimizer_step = tbe.set_optimizer_step
-        self.update_hyper_parameters = tbe.update_hyper_parameters
 
 
 class FlushingFusedOptimizer(EmbeddingFusedOptimizer):
@@ -64,5 +41,17 @@ class FlushingFusedOptimizer(EmbeddingFusedOptimizer):
         self._state = state
 
     def post_load_state_dict(self) -> None:
-        """The tables' states were overwritten: forget the rows in the scratchpad."""
-        self._kernel.purge()
+        """Forget the rows in the scratchpad, whose states in the tables have just been overwritten.
+
+        `purge` flushes first; this writes nothing, because load_state_dict has read `state`, which flushed.
+
+        Raises:
+            BatchesInFlightError: Planned batches still rely on resident rows and their old states.
+        """
+        try:
+            self._kernel.purge()
+        except BatchesInFlightError as error:
+            raise BatchesInFlightError(
+                f"optimizer states were loaded while batches were planned ({error}). Rows of those batches still have "
+                "their old states: call the pipeline's reset(), then load_state_dict() again."
+            ) from error

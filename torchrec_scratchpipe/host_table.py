@@ -43,27 +43,20 @@ class TableStorage(Protocol):
             [num_values], contiguous, on the host.
         """
 
-    def sync(self) -> None:
+    def persist(self) -> None:
         """Wait until everything written so far has reached the medium."""
 
 
 class RamStorage:
-    """Anonymous memory; pages are taken from the system when they are first written.
-
-    Args:
-        pin_memory: Page-lock it, so that a CUDA device can copy from it asynchronously.
-    """
+    """Anonymous memory; pages are taken from the system when they are first written."""
 
     is_slow_to_write = False
 
-    def __init__(self, pin_memory: bool = False) -> None:
-        self._pin_memory = pin_memory
-
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """See :class:`TableStorage`."""
-        return torch.zeros(num_values, dtype=dtype, pin_memory=self._pin_memory)
+        return torch.zeros(num_values, dtype=dtype)
 
-    def sync(self) -> None:
+    def persist(self) -> None:
         """Does nothing."""
 
 
@@ -134,7 +127,7 @@ class MappedStorage:
         self._mappings.append(mapped)
         return torch.frombuffer(mapped, dtype=dtype, count=num_values) if num_values else torch.empty(0, dtype=dtype)
 
-    def sync(self) -> None:
+    def persist(self) -> None:
         """See :class:`TableStorage`."""
         for mapped in self._mappings:
             mapped.flush()
@@ -172,7 +165,7 @@ class HostTable:
         return self.num_rows * self.layout.row_bytes
 
     def table_parts(self, table_index: int) -> list[Tensor]:
-        """One table's weights, then its optimizer states; views, not copies, as of the last :meth:`flush`.
+        """One table's weights, then its optimizer states; views, not copies, as of the last :meth:`drain`.
 
         Args:
             table_index: Position in `tables`.
@@ -206,15 +199,15 @@ class HostTable:
         else:
             self._write_buffer.write(rows, values)
 
-    def flush(self) -> None:
-        """Bring `parts` up to date with every write."""
+    def drain(self) -> None:
+        """Bring `parts` up to date with every :meth:`write`."""
         if self._write_buffer is not None:
             self._write_buffer.drain()
 
-    def sync(self) -> None:
+    def persist(self) -> None:
         """Wait until every write has reached the table's medium, the disk of a memory-mapped table."""
-        self.flush()
-        self._storage.sync()
+        self.drain()
+        self._storage.persist()
 
 
 class WriteBuffer:

@@ -20,7 +20,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
-from torchrec.distributed.embedding_kernel import get_state_dict
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
@@ -29,7 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation
 from torchrec_scratchpipe.errors import BackwardTwiceError
-from torchrec_scratchpipe.fused_optimizer import FlushingFusedOptimizer, TableSurface
+from torchrec_scratchpipe.fused_optimizer import FlushingFusedOptimizer
 from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.options import (
     CACHE_SETTINGS,
@@ -38,6 +37,7 @@ from torchrec_scratchpipe.options import (
     num_slots_of,
     optimizer_states,
     tables_by_width,
+    warn_of_ignored_settings,
 )
 from torchrec_scratchpipe.planned_batch import FeatureSource, PlannedBatch
 from torchrec_scratchpipe.pool import Pool
@@ -87,6 +87,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         self._runner = runner
         self._next_batch: PlannedBatch | None = None
         fused_params = dict(config.fused_params or {})
+        warn_of_ignored_settings(config, fused_params)
         self._state_names = optimizer_states(config, fused_params)
         self._pool_tables = tables_by_width(config)
         self._pool_of_table = {
@@ -101,11 +102,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
             for table_index, table in enumerate(config.embedding_tables)
             for feature_name in table.feature_names
         ]
-        if self._scratchpad_device.type == "cuda" and options.table_dir is None:
-            for table in config.embedding_tables:
-                if table.global_metadata is not None:
-                    table.global_metadata.tensor_properties.pin_memory = True
-        self._optim: FusedOptimizer = FlushingFusedOptimizer(self, config, TableSurface(self), pg)
+        self._optim: FusedOptimizer = self._make_optimizer()
         self.init_parameters()
 
     def submit(self, features: KeyedJaggedTensor) -> PlannedBatch:
@@ -128,6 +125,12 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
             batch: From :meth:`submit`.
         """
         self._next_batch = batch
+
+    def forget(self) -> None:
+        """Drop a batch that was expected and not looked up, because another lookup has failed."""
+        batch, self._next_batch = self._next_batch, None
+        if batch is not None:
+            batch.hold.release()
 
     def forward(
         self,
@@ -152,6 +155,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         batch, self._next_batch = self._next_batch, None
         if batch is None:
             batch = self.submit(features)
+        assert batch.num_ids == features.values().numel(), f"{batch.num_ids=}, {features.values().numel()=}"
         slots = batch.wait()
         features_over_slots = copy.copy(features)
         features_over_slots._values = slots
@@ -236,24 +240,20 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
                 embedding_dim=dim,
             )
             weight._in_backward_optimizers = [  # type: ignore[attr-defined]
-                FlushingFusedOptimizer(
-                    self,
-                    self._config,
-                    TableSurface(self),
-                    self._pg,
-                    create_for_table=name,
-                    param_weight_for_table=weight,
-                )
+                self._make_optimizer(create_for_table=name, param_weight_for_table=weight)
             ]
             yield name, weight
 
-    def state_dict(
-        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """As TorchRec's, after a flush; the tensors are the tables themselves, not copies."""
-        self.flush()
-        return get_state_dict(
-            self._config.embedding_tables, self.split_embedding_weights(), self._pg, destination, prefix
+    def _make_optimizer(self, **kwargs: Any) -> FlushingFusedOptimizer:
+        """TorchRec's optimizer surface: settings of the TBE, weights and states of the host tables."""
+        return FlushingFusedOptimizer(
+            self,
+            self._config,
+            self._emb_module,
+            self._pg,
+            embedding_weights_by_table=self.split_embedding_weights(),
+            all_optimizer_states=self.split_optimizer_states(),
+            **kwargs,
         )
 
     def _table_parts(self, table_index: int) -> list[Tensor]:
@@ -262,7 +262,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
 
     def _make_pools(self, options: ScratchpadOptions) -> tuple[list[Pool], ScratchpadMemory]:
         states = tuple(StateSpec(prefix, is_rowwise) for prefix, is_rowwise in self._state_names.values())
-        storage = options.make_storage(self._scratchpad_device)
+        storage = options.make_storage()
         host_tables = []
         nums_slots = []
         for indices in self._pool_tables:

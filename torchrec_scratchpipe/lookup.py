@@ -84,6 +84,11 @@ class ScratchPipePooledLookup(GroupedPooledEmbeddingsLookup):
         for kernel, batch in zip(self._scratchpad_kernels(), batches, strict=True):
             kernel.expect(batch)
 
+    def forget(self) -> None:
+        """Drop batches that were expected and not looked up."""
+        for kernel in self._scratchpad_kernels():
+            kernel.forget()
+
     def _scratchpad_kernels(self) -> list[ScratchPipeEmbeddingBag]:
         return [kernel for kernel in self._emb_modules if isinstance(kernel, ScratchPipeEmbeddingBag)]
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a scratchpad table may be: the sharder's options, and the checks that refuse the rest at construction."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
@@ -25,7 +25,10 @@ __all__ = [
     "num_slots_of",
     "optimizer_states",
     "tables_by_width",
+    "warn_of_ignored_settings",
 ]
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 DEFAULT_LOAD_FACTOR = 0.2  # FBGEMM's default cache_load_factor
 MIN_SLOTS_PER_TABLE = 32  # rows of one set of FBGEMM's cache, its smallest; a table of 3 rows simply fits
@@ -70,11 +73,24 @@ class ScratchpadOptions:
     overlap: bool = True
     make_eviction_order: Callable[[int], EvictionOrder] = LeastRecentlyUsed
 
-    def make_storage(self, device: torch.device) -> TableStorage:
-        """Where host tables of a scratchpad on this device come from."""
+    def make_storage(self) -> TableStorage:
+        """Where host tables come from."""
         if self.table_dir is not None:
             return MappedStorage(self.table_dir)
-        return RamStorage(pin_memory=device.type == "cuda")
+        return RamStorage()
+
+
+def warn_of_ignored_settings(config: GroupedEmbeddingConfig, fused_params: dict[str, Any]) -> None:
+    """Say which settings of the user have no effect on a scratchpad.
+
+    Args:
+        config: TorchRec's group of tables.
+        fused_params: What was given for it.
+    """
+    ignored = sorted(CACHE_SETTINGS & fused_params.keys() - {"cache_load_factor", "prefetch_pipeline"})
+    if ignored:
+        names = ", ".join(table.name for table in config.embedding_tables)
+        logger.warning("tables %s: %s set FBGEMM's cache and have no effect on a scratchpad", names, ", ".join(ignored))
 
 
 def optimizer_states(config: GroupedEmbeddingConfig, fused_params: dict[str, Any]) -> dict[str, tuple[str, bool]]:

@@ -15,7 +15,7 @@ from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForwar
 from torchrec.distributed.types import Awaitable
 from torchrec.streamable import Pipelineable
 
-from torchrec_scratchpipe.errors import ConfigError, ScratchPipeError
+from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.sharder import (
     ScratchPipeEmbeddingBagCollectionContext,
     ShardedScratchPipeEmbeddingBagCollection,
@@ -190,6 +190,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         Args:
             dataloader_iter: Where the next batches come from.
         """
+        # A batch is planned as soon as it is distributed, so that the worker starts while the next one is loaded; the
+        # loop below catches up with the last batches when the data has ended.
         while len(self.batches) <= self._lookahead + NUM_BATCHES_IN_DIST:
             if not self._load(dataloader_iter):
                 break
@@ -207,7 +209,15 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             model: The model to attach, if another.
             sparse_dist: Accepted for compatibility: a batch in flight is never distributed a second time, because it
                 has been planned already.
+
+        Raises:
+            BatchesInFlightError: Batches in flight were planned for the model attached before.
         """
+        if model is not None and model is not self._model and self.contexts:
+            raise BatchesInFlightError(
+                f"attach(): {len(self.contexts)} batches in flight were planned for another model. Let the pipeline "
+                "train them, or call reset(), first."
+            )
         super().attach(model, sparse_dist=False)
 
     def reset(self) -> None:

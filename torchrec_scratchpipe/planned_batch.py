@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from torchrec_scratchpipe import stages
-from torchrec_scratchpipe.errors import IdOutOfRangeError, ScratchpadFullError, ScratchPipeError, StageFailedError
+from torchrec_scratchpipe.errors import IdOutOfRangeError, ScratchpadFullError, ScratchPipeError
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.slot_map import SlotsHeldError
 from torchrec_scratchpipe.types import CachePlan, Stage, StageSpan
@@ -38,8 +38,11 @@ class BatchRunner(Protocol):
     def finish(self, batch: "PlannedBatch") -> None:
         """Make sure that a submitted batch is done."""
 
-    def record_train(self) -> None:
-        """Train of a batch has been issued, its slots are about to be released."""
+    def current_stream(self) -> torch.Stream | None:
+        """The caller's stream on the device; None on a CPU."""
+
+    def record_train(self, stream: torch.Stream | None) -> None:
+        """Train of a batch has been issued on a stream, its slots are about to be released."""
 
     def slots_released(self) -> None:
         """A batch has let go of slots."""
@@ -62,6 +65,7 @@ class Hold:
         self._runner = runner
         self._held: deque[tuple[Pool, int]] = deque()
         self._train_start_s: float | None = None
+        self._train_stream: torch.Stream | None = None
         self.is_released = False
 
     def add(self, pool: Pool, batch_index: int) -> None:
@@ -76,7 +80,8 @@ class Hold:
             self.release()
 
     def start_train(self) -> None:
-        """Train reads the slots from now on."""
+        """Train reads the slots from now on, on the caller's stream."""
+        self._train_stream = self._runner.current_stream()
         self._train_start_s = time.perf_counter()
 
     def release(self, *, is_updated: bool = False) -> None:
@@ -97,16 +102,17 @@ class Hold:
                 pool.counters.spans.append(
                     StageSpan(batch_index, Stage.TRAIN, self._train_start_s, time.perf_counter(), 0)
                 )
-            self._runner.record_train()
+            # The stream that Train ran on: the thread that releases may be on another, or on none.
+            self._runner.record_train(self._train_stream)
             pool.slot_map.release(batch_index)
-            self._runner.slots_released()
+        self._runner.slots_released()
 
     def __del__(self) -> None:
         self.release()
 
 
 class PlannedBatch:
-    """One batch of ids on its way through Plan, Collect, Exchange and Insert.
+    """One kernel group's share of a batch, on its way through Plan, Collect, Exchange and Insert.
 
     Args:
         pools: The pools that the ids may look up.
@@ -134,7 +140,7 @@ class PlannedBatch:
         self._feature_bounds = feature_bounds
         self._plans: list[CachePlan] = []
         self._row_ids: list[Tensor] | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self.inserted: torch.Event | None = None
 
     def wait(self) -> Tensor:
@@ -149,8 +155,8 @@ class PlannedBatch:
         if not self.done.is_set():
             start_s = time.perf_counter()
             self._runner.finish(self)
-            for pool in self._pools:
-                pool.counters.add_stall(1e3 * (time.perf_counter() - start_s))
+            # One wait, whatever the number of pools: the first one counts it, so that sums are right.
+            self._pools[0].counters.add_stall(1e3 * (time.perf_counter() - start_s))
         if self._error is not None:
             self.hold.release()
             raise self._error
@@ -173,12 +179,31 @@ class PlannedBatch:
                 cache_plan.rows.record_stream(train_stream)
                 cache_plan.slots.record_stream(train_stream)
 
-    def try_stages(self, is_last_chance: bool) -> None:
-        """Run the stages of every pool that has not run them; sets `done` unless slots are held for now.
+    @property
+    def num_ids(self) -> int:
+        """I."""
+        return self._ids.numel()
+
+    def fail(self, error: BaseException) -> None:
+        """Let the batch's Train raise.
+
+        Args:
+            error: What stopped a stage.
+        """
+        self._error = error
+
+    def try_stages(self, is_last_chance: bool) -> bool:
+        """Run the stages of every pool that has not run them.
 
         Args:
             is_last_chance: No slot will be released before this batch trains, so that waiting would not help.
+
+        Returns:
+            False if batches in flight hold too many slots for now; else the batch is ready, or has failed.
         """
+        if self.hold.is_released:
+            self.fail(ScratchPipeError("the batch was dropped before its rows were fetched"))
+            return True
         plan_start_s = time.perf_counter()
         try:
             if self._row_ids is None:
@@ -189,11 +214,11 @@ class PlannedBatch:
         except SlotsHeldError as held:
             pool = self._pools[len(self._plans)]
             if held.num_needed <= pool.scratchpad.num_slots and not is_last_chance:
-                return
-            self._error = _full_error(pool, held)
+                return False
+            self.fail(_full_error(pool, held))
         except Exception as error:  # whatever stops a stage belongs to this batch's Train, on another thread
-            self._error = error
-        self.done.set()
+            self.fail(error)
+        return True
 
     def _run_stages(self, pool_index: int, plan_start_s: float) -> None:
         pool = self._pools[pool_index]
@@ -218,7 +243,7 @@ class PlannedBatch:
                 stages.insert(pool, cache_plan, staged)
         except BaseException as error:
             pool.failure = f"Insert of batch {cache_plan.batch_index} failed ({error!r})"
-            raise StageFailedError(f"{pool.name}: {pool.failure}") from error
+            raise pool.failure_error() from error
         self._plans.append(cache_plan)
 
     def _segments(self, pool_index: int) -> Iterator[tuple[FeatureSource, int, int]]:

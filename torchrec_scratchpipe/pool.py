@@ -56,8 +56,10 @@ class Pool:
             StageFailedError: An earlier stage failed half-way.
         """
         self.check_usable()
-        if self._num_updates == self._num_updates_flushed:
-            self.host_table.flush()
+        # Read first: a batch that finishes its Train meanwhile must count as not flushed.
+        num_updates, first_held = self._num_updates, self.slot_map.first_held
+        if num_updates == self._num_updates_flushed:
+            self.host_table.drain()
             return
         with record_function("## scratchpipe flush ##"):
             slots, rows = self.slot_map.resident_since(self._flushed_below)
@@ -66,9 +68,9 @@ class Pool:
             ):
                 values = [part.index_select(0, some_slots).cpu() for part in self.scratchpad.parts]
                 self.host_table.write(some_rows, values)
-            self.host_table.flush()
-        self._num_updates_flushed = self._num_updates
-        self._flushed_below = self.slot_map.first_held
+            self.host_table.drain()
+        self._num_updates_flushed = num_updates
+        self._flushed_below = first_held
 
     def purge(self) -> None:
         """Flush, then empty the scratchpad; hazard 6.
@@ -92,9 +94,13 @@ class Pool:
             StageFailedError: With the first failure.
         """
         if self.failure is not None:
-            raise StageFailedError(
-                f"{self.name}: {self.failure}. Its rows are incomplete; build the model anew and load a checkpoint."
-            )
+            raise self.failure_error()
+
+    def failure_error(self) -> StageFailedError:
+        """The first failure, and what to do about it."""
+        return StageFailedError(
+            f"{self.name}: {self.failure}. Its rows are incomplete; build the model anew and load a checkpoint."
+        )
 
     def stats(self) -> PoolStats:
         """All counts of this pool; waits for the device."""

@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 
@@ -64,8 +64,18 @@ class StageRunner:
             self._submitted.remove(batch)
             self._run(batch, is_last_chance=True)
 
-    def record_train(self) -> None:
-        """Train of a batch has been issued, its slots are about to be released; called from any thread."""
+    def current_stream(self) -> torch.Stream | None:
+        """The caller's stream on the device; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        return torch.get_device_module(self.device).current_stream(self.device)
+
+    def record_train(self, stream: torch.Stream | None) -> None:
+        """Train of a batch has been issued, its slots are about to be released; called from any thread.
+
+        Args:
+            stream: Where Train runs; None on a CPU, or if it never started.
+        """
 
     def slots_released(self) -> None:
         """A batch has let go of slots; called from any thread."""
@@ -73,9 +83,11 @@ class StageRunner:
     def order_after_trains(self) -> None:
         """Order the stages' device work after every Train whose release Plan has seen; a CPU has nothing to order."""
 
-    def between_batches(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def between_batches(self) -> Iterator[None]:
         """While entered, no stage of any batch runs (hazards 5 and 6)."""
-        return self._lock
+        with self._lock:
+            yield
 
     def let_current_stream_wait(self, batch: PlannedBatch) -> None:
         """Order the caller's device work after Insert of a batch; a CPU has nothing to order.
@@ -85,16 +97,25 @@ class StageRunner:
         """
 
     def _run(self, batch: PlannedBatch, is_last_chance: bool) -> bool:
-        batch.try_stages(is_last_chance)
-        return batch.done.is_set()
+        self._wait_for_device()
+        is_done = batch.try_stages(is_last_chance)
+        self._wait_for_device()
+        if is_done:
+            batch.done.set()
+        return is_done
+
+    def _wait_for_device(self) -> None:
+        # The oracle has no overlap to lose, and Train may run on another stream than the caller's.
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
 
 
 class OverlappedStageRunner(StageRunner):
-    """Runs the stages on a worker thread while earlier batches train; same stages, same order, same bits.
+    """Runs the stages on a worker thread while earlier batches train; same stages, same bits.
 
     Batches run in the order submitted. Where the next one must wait for slots, a batch that Train
-    already waits for goes ahead of it. On a CUDA device the worker issues to its own stream: Plan waits for the
-    event of the last Train that was released (hazards 1 and 3), Train waits for the event of Insert (hazard 4).
+    already waits for goes ahead of it. On a CUDA device the worker issues to its own stream: Collect waits for the
+    events of all Trains whose release Plan has seen (hazards 1 and 3), Train waits for the event of Insert (hazard 4).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -126,15 +147,18 @@ class OverlappedStageRunner(StageRunner):
         self._queue.mark_awaited(batch)
         batch.done.wait()
 
-    def record_train(self) -> None:
+    def record_train(self, stream: torch.Stream | None) -> None:
         """Record the event that a later Collect has to wait for.
+
+        Args:
+            stream: Where Train runs; None if it never started.
 
         Hazards 1 and 3: Collect(N) reads, and Insert(N) overwrites, a slot that Train(M), M < N, used on the stream of
         the model. The event is recorded before the slot is released, so that whoever sees the release finds the event.
         """
-        if self._stream is not None:
+        if stream is not None:
             event = torch.get_device_module(self.device).Event()
-            event.record()
+            event.record(stream)
             self._train_events.append(event)
 
     def slots_released(self) -> None:
@@ -158,21 +182,36 @@ class OverlappedStageRunner(StageRunner):
             batch.record_stream(self._stream, train_stream)
 
     @contextmanager
-    def _on_stream(self, batch: PlannedBatch) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        with torch.get_device_module(self.device).stream(self._stream):
-            yield
-            batch.inserted = torch.get_device_module(self.device).Event()
-            batch.inserted.record()
+    def between_batches(self) -> Iterator[None]:
+        """While entered, no stage runs, and the caller's device work comes after all stages and before the next."""
+        with self._lock:
+            if self._stream is None:
+                yield
+                return
+            caller = self.current_stream()
+            self._stream.wait_stream(caller)
+            with torch.get_device_module(self.device).stream(self._stream):
+                yield
+            assert caller is not None
+            caller.wait_stream(self._stream)
 
     def _run(self, batch: PlannedBatch, is_last_chance: bool) -> bool:
-        with self._lock, self._on_stream(batch):
-            return super()._run(batch, is_last_chance)
+        with self._lock:
+            if self._stream is None:
+                is_done = batch.try_stages(is_last_chance)
+            else:
+                with torch.get_device_module(self.device).stream(self._stream):
+                    is_done = batch.try_stages(is_last_chance)
+                    event = torch.get_device_module(self.device).Event()
+                    event.record(self._stream)
+                    batch.inserted = event
+        if is_done:
+            batch.done.set()  # last: whoever sees it finds the event of Insert recorded (hazard 4)
+        return is_done
 
     def _start(self) -> None:
-        # The thread must not keep the runner alive: it sees the queue, and the runner only while it works.
+        # The thread sees the queue, and the runner only while it works, so that a runner that nobody needs and that
+        # has no batch left is collected, and its thread ends. Batches that were dropped leave the queue unrun.
         self._thread = threading.Thread(
             target=_work, args=(self._queue, weakref.ref(self)), name="scratchpipe-stages", daemon=True
         )
@@ -236,7 +275,12 @@ def _work(queue: _WorkQueue, runner_ref: "weakref.ref[OverlappedStageRunner]") -
         runner = runner_ref()
         if batch is None or runner is None:
             return
-        is_done = runner._run(batch, is_last_chance=batch.is_awaited)
+        try:
+            is_done = runner._run(batch, is_last_chance=batch.is_awaited)
+        except BaseException as error:  # the thread must outlive it, or Train would wait for ever
+            batch.fail(error)
+            batch.done.set()
+            is_done = True
         if is_done:
             queue.remove(batch)
         num_changes_seen = -1 if is_done else num_changes

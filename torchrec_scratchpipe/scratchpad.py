@@ -5,13 +5,14 @@ Shapes: ``S`` slots, ``D`` row width.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.types import RowLayout
 
-__all__ = ["Scratchpad", "allocate_scratchpads"]
+__all__ = ["Scratchpad", "ScratchpadMemory", "allocate_scratchpads"]
 
 
 class Scratchpad:
@@ -33,13 +34,12 @@ class Scratchpad:
         return self.num_slots * self.layout.row_bytes
 
 
-class ScratchpadMemory:
+class ScratchpadMemory(NamedTuple):
     """Flat device memory that several scratchpads share, so that one kernel can address all of them."""
 
-    def __init__(self, scratchpads: list[Scratchpad], flat_parts: list[Tensor], value_offsets: list[list[int]]) -> None:
-        self.scratchpads = scratchpads
-        self.flat_parts = flat_parts
-        self.value_offsets = value_offsets
+    scratchpads: list[Scratchpad]
+    flat_parts: list[Tensor]  # one per part of a row
+    value_offsets: list[list[int]]  # per part: where each pool begins in its flat tensor, in values
 
 
 def allocate_scratchpads(
@@ -53,8 +53,7 @@ def allocate_scratchpads(
         device: Where they lie.
 
     Returns:
-        The scratchpads, the flat tensors, and for each part the pools' offsets into its flat
-        tensor, in values.
+        The scratchpads and the memory that they share.
     """
     shapes = [layout.part_shapes(num_slots) for layout, num_slots in zip(layouts, nums_slots, strict=True)]
     parts_per_pool: list[list[Tensor]] = [[] for _ in layouts]

@@ -42,6 +42,7 @@ from torchrec_scratchpipe.stats import PoolStats
 from torchrec_scratchpipe.types import StageSpan
 
 __all__ = [
+    "ScratchPipeEmbeddingBagCollectionContext",
     "ScratchPipeEmbeddingBagCollectionSharder",
     "ShardedScratchPipeEmbeddingBagCollection",
     "scratchpad_stats",
@@ -86,7 +87,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         super().__init__(*args, device=device, **kwargs)
         # Gigabytes of initial weights would otherwise be written out during the first minutes of training.
         for pool in self.pools:
-            pool.host_table.sync()
+            pool.host_table.persist()
 
     @property
     def pools(self) -> list[Pool]:
@@ -130,7 +131,12 @@ class ShardedScratchPipeEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for index, lookup in self._scratchpad_lookups():
                 if index in ctx.planned_batches:
                     lookup.expect(ctx.planned_batches.pop(index))
-        return super().compute_and_output_dist(ctx, input)
+        try:
+            return super().compute_and_output_dist(ctx, input)
+        finally:
+            # If one lookup raises, those after it have not taken their batch, and must not take it next time.
+            for _, lookup in self._scratchpad_lookups():
+                lookup.forget()
 
     def _create_lookups(self) -> None:
         for sharding in self._embedding_shardings:
@@ -229,7 +235,7 @@ def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
         module: A sharded model, or any part of one.
 
     Returns:
-        One entry per pool; empty where no table uses a scratchpad.
+        One per pool; empty where no table uses a scratchpad.
     """
     stats: list[PoolStats] = []
     for collection in _scratchpad_collections(module):
@@ -255,7 +261,7 @@ def _scratchpad_collections(module: nn.Module) -> list[ShardedScratchPipeEmbeddi
 
 
 def _as_scratchpad_table(name: str, sharding: ParameterSharding) -> ParameterSharding:
-    """The plan's entry as the stock code needs to see it; other tables' entries are returned as they are."""
+    """A table's ParameterSharding as the stock code needs to see it; other tables' come back as they are."""
     if sharding.compute_kernel != SCRATCHPAD_KERNEL.value:
         return sharding
     supported = [kind.value for kind in SUPPORTED_SHARDING_TYPES]

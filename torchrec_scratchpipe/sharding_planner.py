@@ -8,6 +8,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
 
+from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, SUPPORTED_SHARDING_TYPES
 from torchrec_scratchpipe.options import check_load_factor
 
@@ -18,10 +19,10 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
     """Stock planner that also knows scratchpad tables on a CPU.
 
     A table is a scratchpad table when its constraints name the compute kernel `fused_uvm_caching`; `cache_params`
-    gives its load factor, and a table with load factor 1 is planned as `fused`, since it fits. On CUDA this is stock
-    TorchRec. On a CPU, where stock offers `fused` alone, such tables are planned as if they were `fused` and then
-    renamed, so every table gets the sharding type that stock would choose; row-wise is considered only where a
-    scratchpad table's constraints ask for it.
+    gives its load factor. On CUDA this is stock TorchRec. On a CPU, where stock offers `fused` alone, such tables are
+    planned as if they were `fused` and then renamed, so every table gets the sharding type that stock would choose;
+    row-wise is considered only where a scratchpad table's constraints ask for it, and a table with load factor 1 stays
+    `fused`, since it fits.
 
     Args:
         topology: As stock.
@@ -58,8 +59,14 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         )
         is_cpu = self._topology.compute_device == "cpu"
         self._cpu_scratchpad_tables = scratchpad_tables if is_cpu else set()
-        if is_cpu and "enumerator" not in kwargs:
+        if is_cpu:
+            if kwargs.get("enumerator") is not None:
+                raise ConfigError(
+                    "enumerator cannot be given on a CPU: ScratchPipeShardingPlanner needs its own to place "
+                    "fused_uvm_caching tables there. Leave it out."
+                )
             self._enumerator = _CpuEnumerator(
+                scratchpad_tables,
                 topology=self._topology,
                 batch_size=self._batch_size,
                 constraints=constraints,
@@ -76,21 +83,21 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
 
 
 class _CpuEnumerator(EmbeddingEnumerator):
-    """Offers `fused`, which stock can estimate on a CPU, wherever a constraint says `fused_uvm_caching`."""
+    """Offers `fused`, which stock can estimate on a CPU, to scratchpad tables."""
+
+    def __init__(self, scratchpad_tables: set[str], **kwargs: Any) -> None:
+        self._scratchpad_tables = scratchpad_tables
+        super().__init__(**kwargs)
 
     def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], *args: Any) -> list[str]:
         allowed = list(allowed_sharding_types)
-        if self._is_scratchpad_table(name):
+        if name in self._scratchpad_tables:
             asked = (self._constraints or {})[name].sharding_types or []
             allowed += [kind.value for kind in SUPPORTED_SHARDING_TYPES if kind.value in asked]
         return super()._filter_sharding_types(name, list(dict.fromkeys(allowed)), *args)
 
     def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
-        if self._is_scratchpad_table(name):
+        if name in self._scratchpad_tables:
             is_supported = sharding_type != ShardingType.DATA_PARALLEL.value
             return [EmbeddingComputeKernel.FUSED.value] if is_supported else []
         return super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type)
-
-    def _is_scratchpad_table(self, name: str) -> bool:
-        constraint = (self._constraints or {}).get(name)
-        return bool(constraint and constraint.compute_kernels and SCRATCHPAD_KERNEL.value in constraint.compute_kernels)

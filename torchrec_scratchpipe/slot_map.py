@@ -37,7 +37,7 @@ class EvictionOrder(Protocol):
         """
 
     def choose(self, num_victims: int, last_use: Tensor, first_held: int) -> Tensor:
-        """Choose victims; changes nothing.
+        """Choose victims; the maps do not change, records of uses that no longer count may go.
 
         Args:
             num_victims: How many are wanted.
@@ -53,24 +53,24 @@ class EvictionOrder(Protocol):
 
 
 class LeastRecentlyUsed:
-    """Smallest `last_use` first, exactly, without ever scanning all slots for one batch.
+    """Smallest `last_use` first, exactly, without scanning the slots for each batch.
 
-    Each batch leaves the list of slots that it used. A list entry is live while no later batch used
-    the slot, so the live entries of the oldest list are the least recently used slots. Dead
-    entries are dropped when met, and all at once when they outnumber the slots, which costs O(1) per use.
+    Each batch leaves the list of slots that it used. A use is live while no later batch used the slot, so the live uses
+    of the oldest list are the least recently used slots. Dead uses are dropped when met, and all at once when they
+    outnumber the slots, which costs O(1) per use.
     """
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
         self._uses: deque[tuple[int, Tensor]] = deque()
-        self._num_entries = 0
+        self._num_uses = 0
         self._compact_above = 2 * num_slots
 
     def used(self, slots: Tensor, batch_index: int, last_use: Tensor) -> None:
         """See :class:`EvictionOrder`."""
         self._uses.append((batch_index, slots))
-        self._num_entries += slots.numel()
-        if self._num_entries > self._compact_above:
+        self._num_uses += slots.numel()
+        if self._num_uses > self._compact_above:
             self._compact(last_use)
 
     def choose(self, num_victims: int, last_use: Tensor, first_held: int) -> Tensor:
@@ -92,22 +92,22 @@ class LeastRecentlyUsed:
     def purge(self) -> None:
         """See :class:`EvictionOrder`."""
         self._uses.clear()
-        self._num_entries = 0
+        self._num_uses = 0
 
     def _replace_oldest(self, live_uses: list[tuple[int, Tensor]]) -> None:
         for _ in live_uses:
-            self._num_entries -= self._uses.popleft()[1].numel()
+            self._num_uses -= self._uses.popleft()[1].numel()
         for batch_index, live in reversed(live_uses):
             if live.numel() > 0:
                 self._uses.appendleft((batch_index, live))
-                self._num_entries += live.numel()
+                self._num_uses += live.numel()
 
     def _compact(self, last_use: Tensor) -> None:
         live_uses = (
             (batch_index, slots[last_use.index_select(0, slots) == batch_index]) for batch_index, slots in self._uses
         )
         self._uses = deque((batch_index, slots) for batch_index, slots in live_uses if slots.numel() > 0)
-        self._num_entries = sum(slots.numel() for _, slots in self._uses)
+        self._num_uses = sum(slots.numel() for _, slots in self._uses)
 
 
 class SlotMap:
@@ -120,7 +120,7 @@ class SlotMap:
 
     Args:
         num_rows: R. Costs 4 bytes each.
-        num_slots: S, at least 1. Costs 16 bytes each, plus the eviction order's own.
+        num_slots: S, at least 1. Costs 24 bytes each, plus the eviction order's own.
         eviction_order: Order among slots that are not held.
         device: Where the maps live and :meth:`plan` runs.
 
@@ -313,7 +313,7 @@ class SlotMap:
         return slots[self._first_seen_at.index_select(0, slots) == positions]
 
     def _unique_misses(self, miss_ids: Tensor) -> Tensor:
-        # As _unique_slots; rows without a slot lend their entry of row_to_slot, all values below -1.
+        # As _unique_slots; rows without a slot lend their place in row_to_slot, all values below -1.
         marks = torch.arange(-2, -2 - miss_ids.numel(), -1, dtype=torch.int32, device=self.device)
         self._row_to_slot.scatter_(0, miss_ids, marks)
         return miss_ids[self._row_to_slot.index_select(0, miss_ids) == marks]

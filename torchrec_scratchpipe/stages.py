@@ -76,7 +76,9 @@ def exchange(pool: Pool, staged: StagedRows) -> StagedRows:
     writeback = pool.staging.take("writeback", staged.writeback[0].shape[0])
     for source, target in zip(staged.writeback, writeback, strict=True):
         target.copy_(source, non_blocking=True)
-    torch.get_device_module(device).current_stream().synchronize()
+    # Both copies must have ended before Insert of this batch reads `writeback` on the host, and before Collect of the
+    # next one refills the staging behind `fill`.
+    torch.get_device_module(device).current_stream(device).synchronize()
     return StagedRows(fill, writeback)
 
 

@@ -36,7 +36,8 @@ class PoolStats:
     """What one pool did since construction.
 
     `num_ids` counts lookups, `num_unique_ids` distinct rows per batch, summed over batches.
-    `num_stalls` and `stall_ms` count batches for which Train had to wait for rows, and how long.
+    `num_stalls` and `stall_ms` count batches for which Train had to wait for rows, and how long; pools of one kernel
+    group wait together, and the first of them counts it.
     `num_misses_at_train` compares, at every lookup, each id's slot with the row that sits there.
     """
 

@@ -97,9 +97,12 @@ class StagedRows(NamedTuple):
 
 
 class StageSpan(NamedTuple):
-    """When one stage of one batch ran, and how much it moved."""
+    """When one stage of one batch ran, by the host's clock, and how much it moved.
 
-    batch_index: int
+    On a CUDA device Train and the copies are timed as they are issued, not as they run.
+    """
+
+    batch_index: int  # the pool's own count, which evaluation advances too
     stage: Stage
     start_s: float  # time.perf_counter()
     end_s: float

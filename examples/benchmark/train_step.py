@@ -166,6 +166,8 @@ def run_block(contender: Contender, batches: Iterator[Batch], num_steps: int) ->
         contender.pipeline.progress(batches)
         if step == num_steps - 1:
             contender.settle()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         contender.step_ms.append(1e3 * (time.perf_counter() - start))
 
 

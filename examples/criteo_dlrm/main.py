@@ -306,8 +306,10 @@ def main() -> None:
     args = parse_args()
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torchrec")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
-    device = device or torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     with tempfile.TemporaryDirectory() as directory:
         by_torchrun = "RANK" in os.environ
         dist.init_process_group(

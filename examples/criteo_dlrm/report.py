@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torchrec.distributed.types import ParameterSharding
 
 from torchrec_scratchpipe import PoolStats, Stage, StageSpan
@@ -33,6 +34,8 @@ class Measurements:
         """Time one training step."""
         start = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._step_ms.append(1e3 * (time.perf_counter() - start))
         self._peak_anonymous_bytes = max(self._peak_anonymous_bytes, anonymous_bytes())
 
