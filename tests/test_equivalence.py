@@ -171,6 +171,8 @@ def _check_on_two_ranks(rank: int) -> None:
             num_victims = torch.tensor(ours.num_victims)
             dist.all_reduce(num_victims)
             assert num_victims > 50, f"{setting}: {num_victims} victims"
+    # A table with fewer rows than ranks leaves a rank with an empty pool.
+    check_equal(Setting(num_rows=(200, 1), dims=(8, 16), sharding_type="row_wise", num_batches=10))
     mixed = check_equal(Setting(fused_tables=("t1",), dims=(8, 4, 8), load_factor=0.25))
     assert mixed.model is not None
 

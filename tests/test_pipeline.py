@@ -164,6 +164,22 @@ def test_exception_in_forward_then_reset() -> None:
     assert_same_bits(stock, ours)
 
 
+def test_reset_releases_a_batch_whose_exception_is_kept() -> None:
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    pipeline = ours.pipeline(custom_model_fwd=FailingOnce(ours.model, fail_at=3))
+    iterator = iter(batches[:8])
+    actual = [pipeline.progress(iterator) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="bad batch") as kept:  # its traceback keeps the autograd graph alive
+        pipeline.progress(iterator)
+    pipeline.reset()
+    assert num_in_flight(ours) == 0
+    actual += drain(pipeline, batches[8:])
+    assert kept.value is not None
+    assert_same_outputs(stock.train_plain(batches[:2] + batches[8:]), actual)
+    assert_same_bits(stock, ours)
+
+
 def with_values(batch: Batch, values: torch.Tensor, lengths: torch.Tensor | None = None) -> Batch:
     features = batch.sparse_features
     lengths = features.lengths() if lengths is None else lengths

@@ -16,10 +16,12 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType
+from torchrec.optim.clipping import GradientClippingOptimizer
+from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from torchrec_scratchpipe import (
     BackwardTwiceError,
-    BatchesInFlightError,
     ConfigError,
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
@@ -167,25 +169,48 @@ def test_loading_replaces_resident_rows_and_keeps_optimizer_state() -> None:
     assert_same_bits(stock, ours)
 
 
-def test_loading_while_batches_are_planned_is_refused() -> None:
-    ours = Trainer.scratchpipe(SETTING)
-    pipeline = ours.pipeline()
-    pipeline.progress(iter(make_batches(SETTING)))
-    weights = ours.model.state_dict()
-    with pytest.raises(BatchesInFlightError, match=r"planned batches still need their rows"):
-        ours.model.load_state_dict(weights)
-    pipeline.reset()
-    ours.model.load_state_dict(ours.model.state_dict())
+@pytest.mark.parametrize("overlap", [False, True], ids=["sequential", "overlapped"])
+@pytest.mark.parametrize("lookahead", [1, 8])
+def test_loading_while_batches_are_in_flight_is_as_in_stock(overlap: bool, lookahead: int) -> None:
+    setting = replace(SETTING, num_batches=40, load_factor=0.2)
+    batches = make_batches(setting)
+    other = Trainer(replace(setting, seed=9))
+    other.train_plain(make_batches(replace(setting, seed=9)))
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting, overlap=overlap)
+    pipeline, iterator = ours.pipeline(lookahead), iter(batches)
+    for index, batch in enumerate(batches):
+        if index in (7, 23):
+            stock.copy_from(other)
+            ours.copy_from(other)
+        if index in (15, 23):
+            stock.optimizer.load_state_dict(other.optimizer.state_dict())
+            ours.optimizer.load_state_dict(other.optimizer.state_dict())
+        assert torch.equal(stock.step(batch), pipeline.progress(iterator)), f"batch {index}"
+    assert_same_bits(stock, ours)
+    assert ours.num_victims > 50
 
 
-def test_loading_optimizer_state_while_batches_are_planned_is_refused() -> None:
-    ours = Trainer.scratchpipe(SETTING)
-    pipeline = ours.pipeline()
-    pipeline.progress(iter(make_batches(SETTING)))
-    with pytest.raises(BatchesInFlightError, match=r"optimizer states were loaded .* call the pipeline's reset\(\)"):
-        ours.optimizer.load_state_dict(ours.optimizer.state_dict())
-    pipeline.reset()
-    ours.optimizer.load_state_dict(ours.optimizer.state_dict())
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        GradientClippingOptimizer,
+        lambda fused: WarmupOptimizer(fused, [WarmupStage(policy=WarmupPolicy.LINEAR, max_iters=5, value=0.1)], lr=0.1),
+    ],
+    ids=["clipping", "warmup"],
+)
+def test_state_of_a_wrapped_optimizer_is_saved_and_loaded(wrap: Any) -> None:
+    setting = replace(SETTING, num_batches=40)
+    batches = make_batches(setting)
+    stock, ours, other = Trainer(setting), Trainer.scratchpipe(setting), Trainer(replace(setting, seed=9))
+    for trainer in (stock, ours, other):
+        dense = trainer.optimizer.optimizers[1][1]
+        trainer.optimizer = CombinedOptimizer([wrap(trainer.model.fused_optimizer), dense])
+        trainer.train_plain(batches[:20])
+    assert_same_bits(stock, ours)
+    for trainer in (stock, ours):
+        trainer.optimizer.load_state_dict(other.optimizer.state_dict())
+        trainer.train_plain(batches[20:])
+    assert_same_bits(stock, ours)
 
 
 def test_settings_of_fbgemms_cache_are_named_as_ignored(caplog: pytest.LogCaptureFixture) -> None:
@@ -216,6 +241,18 @@ def test_forward_without_backward_lets_go_when_its_result_is_dropped() -> None:
     assert pool.slot_map.num_batches_in_flight == 1
     del result
     assert pool.slot_map.num_batches_in_flight == 0
+
+
+def test_a_result_that_is_kept_holds_its_own_rows_and_no_others() -> None:
+    setting = replace(SETTING, num_batches=40)
+    batches = make_batches(setting)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    kept = [trainer.model(batches[0])[0] for trainer in (stock, ours)]
+    stock.train_plain(batches)
+    ours.train_plain(batches)
+    assert_same_bits(stock, ours)
+    assert ours.num_victims > 50
+    del kept
 
 
 def test_statistics_per_pool_and_table() -> None:

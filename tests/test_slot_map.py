@@ -19,8 +19,8 @@ ORDERS = [LeastRecentlyUsed, RandomOrder, MostRecentlyUsed]
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
-    """Steps: plan some rows, release the oldest batch, undo the newest plan, purge."""
-    kinds = st.sampled_from(["plan", "plan", "plan", "release", "release", "undo", "purge"])
+    """Steps: plan some rows, release the oldest or the newest batch, undo the newest plan, purge."""
+    kinds = st.sampled_from(["plan", "plan", "plan", "release", "release", "release newest", "undo", "purge"])
     rows = st.lists(st.integers(0, NUM_ROWS - 1), max_size=16)
     return draw(st.lists(st.tuples(kinds, rows), max_size=40))
 
@@ -32,21 +32,17 @@ def test_laws(order: type[EvictionOrder], stream: list[tuple[str, list[int]]]) -
     slot_map = SlotMap(NUM_ROWS, NUM_SLOTS, order(NUM_SLOTS))
     in_flight: OrderedDict[int, dict[int, int]] = OrderedDict()
     newest_plan = None
-    planned: list[list[int]] = []
     for kind, rows in stream:
         if kind == "plan":
             ids = torch.tensor(rows, dtype=torch.int64)
-            row_to_slot, last_use = slot_map._row_to_slot.clone(), slot_map._last_use.clone()
+            row_to_slot = slot_map._row_to_slot.clone()
             held = {slot for slots in in_flight.values() for slot in slots.values()}
             cache_plan = _plan_or_none(slot_map, ids)
-            if cache_plan is None:  # refused, and rightly so: nothing has changed, and there was no room
+            if cache_plan is None:  # refused, and rightly so: no row has moved, and there was no room
                 assert torch.equal(row_to_slot, slot_map._row_to_slot)
-                assert torch.equal(last_use, slot_map._last_use)
-                oldest = next(iter(in_flight), len(planned))
-                assert len(set(rows).union(*planned[oldest:])) > NUM_SLOTS
+                assert len(set(rows).union(*in_flight.values())) > NUM_SLOTS
                 continue
             newest_plan, before = cache_plan, row_to_slot
-            planned.append(rows)
             assert torch.equal(slot_map.rows_in(newest_plan.slots), ids)
             assert not held & set(newest_plan.victim_slots.tolist())
             assert len(set(newest_plan.miss_slots.tolist())) == newest_plan.miss_slots.numel()
@@ -55,6 +51,8 @@ def test_laws(order: type[EvictionOrder], stream: list[tuple[str, list[int]]]) -
             in_flight[newest_plan.batch_index] = dict(zip(rows, newest_plan.slots.tolist(), strict=True))
         elif kind == "release" and in_flight:
             slot_map.release(in_flight.popitem(last=False)[0])
+        elif kind == "release newest" and in_flight:
+            slot_map.release(in_flight.popitem(last=True)[0])
         elif kind == "undo" and newest_plan is not None and newest_plan.batch_index in in_flight:
             slot_map.undo(newest_plan)
             assert torch.equal(before, slot_map._row_to_slot)
@@ -102,6 +100,9 @@ def test_uses_of_long_runs_do_not_pile_up() -> None:
         slot_map.release(slot_map.plan(rows).batch_index)
         assert order._num_uses <= 2 * 20 + 6
     assert sum(slots.numel() for _, slots in order._uses) == order._num_uses
+    for _ in range(1000):
+        slot_map.release(slot_map.plan(torch.empty(0, dtype=torch.int64)).batch_index)
+    assert len(order._uses) < 100
 
 
 def test_release_is_idempotent_and_takes_any_order() -> None:

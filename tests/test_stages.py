@@ -22,7 +22,6 @@ from core_helpers import (
 
 from torchrec_scratchpipe import stages
 from torchrec_scratchpipe.errors import (
-    BatchesInFlightError,
     IdOutOfRangeError,
     ScratchpadFullError,
     StageFailedError,
@@ -136,21 +135,41 @@ def test_hazard_5_flush_between_batches_keeps_training_exact() -> None:
         assert max_diff(expected, pool.host_table.parts) == 0.0
 
 
-def test_hazard_6_purge_refuses_while_batches_are_planned() -> None:
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_hazard_6_planned_batches_train_what_was_loaded(is_guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool()
+    if not is_guarded:
+        monkeypatch.setattr(pool, "refresh", lambda: None)
     runner = StageRunner(CPU)
-    batch = planned(pool, torch.arange(6), runner)
-    runner.submit(batch)
-    with pytest.raises(BatchesInFlightError, match=r"1 planned batches.*reset\(\)"):
-        pool.purge()
-    # What the guard prevents: the planned batch trains old rows, and flush writes them over the loaded ones.
-    pool.host_table.parts[0].fill_(5.0)
-    train(pool.scratchpad.parts, batch.wait())
-    batch.hold.release(is_updated=True)
-    pool.flush()
-    assert float(pool.host_table.parts[0][:6].max()) < 5.0
+    batches = random_rows(num_batches=20, ids_per_batch=6)
+    run(pool, batches[:10], runner, lookahead=2)
+    in_flight = [planned(pool, rows, runner) for rows in batches[10:12]]
+    for batch in in_flight:
+        runner.submit(batch)
+    pool.purge()
+    assert pool.slot_map.num_batches_in_flight == 2
+    for part in pool.host_table.parts:
+        part.fill_(5.0)
+    expected = expected_parts(pool, batches[10:])
+    for batch in in_flight:
+        train(pool.scratchpad.parts, batch.wait())
+        batch.hold.release(is_updated=True)
+    run(pool, batches[12:], runner, lookahead=2)
+    assert (max_diff(expected, pool.host_table.parts) == 0.0) == is_guarded
+
+
+def test_purge_without_batches_in_flight_empties_the_scratchpad() -> None:
+    pool = make_pool()
+    run(pool, random_rows(num_batches=5, ids_per_batch=6), StageRunner(CPU), lookahead=1)
     pool.purge()
     assert pool.stats().num_resident_rows == 0
+
+
+def test_int32_ids_are_widened_before_the_row_offset_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    monkeypatch.setattr(pool.host_table, "row_offsets", [3_000_000_000])
+    batch = planned(pool, torch.tensor([5, 6], dtype=torch.int32), StageRunner(CPU))
+    assert batch._rows_of_ids()[0].tolist() == [3_000_000_005, 3_000_000_006]
 
 
 def test_purge_keeps_what_was_trained() -> None:
@@ -206,7 +225,7 @@ def test_slots_held_by_others_are_an_error_not_a_deadlock(runner_class: type[Sta
     urgent = planned(pool, torch.arange(8, 10), runner)  # fits beside the first; must not queue behind the blocked one
     runner.submit(urgent)
     assert urgent.wait().numel() == 2
-    with pytest.raises(ScratchpadFullError, match="other batches in flight hold all but 0"):
+    with pytest.raises(ScratchpadFullError, match="all but 0 are held by batches since the oldest"):
         blocked.wait()
     first.hold.release()
     urgent.hold.release()

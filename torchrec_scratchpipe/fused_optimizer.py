@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """TorchRec's fused optimizer over host tables."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
-
-from torchrec_scratchpipe.errors import BatchesInFlightError
 
 __all__ = ["FlushingFusedOptimizer", "HostTableKernel"]
 
@@ -13,45 +12,42 @@ __all__ = ["FlushingFusedOptimizer", "HostTableKernel"]
 class HostTableKernel(Protocol):
     """What the optimizer needs of its kernel."""
 
-    def flush(self) -> None:
-        """Bring the tables up to date."""
+    def expect_overwrite(self) -> None:
+        """Bring the tables up to date, and rows in the scratchpad after them once they have been written."""
 
-    def purge(self) -> None:
-        """Flush, then forget the rows in the scratchpad."""
+
+class _SharedState(dict[str, Any]):
+    """One parameter's optimizer states, as views of the tables: up to date when read, and free to be written.
+
+    CombinedOptimizer and the wrappers (warm-up, clipping) keep these very objects. They call no hook before they read
+    them, to save or to load into them, and not all of them call one afterwards.
+    """
+
+    def __init__(self, states: dict[str, Any], expect_overwrite: Callable[[], None]) -> None:
+        super().__init__(states)
+        self._expect_overwrite = expect_overwrite
+
+    def __getitem__(self, name: str) -> Any:
+        self._expect_overwrite()
+        return super().__getitem__(name)
+
+    def items(self) -> Any:
+        """All states by name; flushes."""
+        self._expect_overwrite()
+        return super().items()
+
+    def values(self) -> Any:
+        """All states; flushes."""
+        self._expect_overwrite()
+        return super().values()
 
 
 class FlushingFusedOptimizer(EmbeddingFusedOptimizer):
-    """TorchRec's fused optimizer, whose state is brought up to date whenever it is read.
+    """TorchRec's fused optimizer, whose states are up to date whenever they are read."""
 
-    CombinedOptimizer reads `state` of its children and calls no hook of theirs, so the read itself has to flush.
-    """
+    state: dict[Any, Any]
 
     def __init__(self, kernel: HostTableKernel, *args: Any, **kwargs: Any) -> None:
-        self._kernel = kernel
         super().__init__(*args, **kwargs)
-
-    @property
-    def state(self) -> Any:
-        """Optimizer state by parameter; flushes."""
-        self._kernel.flush()
-        return self._state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._state = state
-
-    def post_load_state_dict(self) -> None:
-        """Forget the rows in the scratchpad, whose states in the tables have just been overwritten.
-
-        `purge` flushes first; this writes nothing, because load_state_dict has read `state`, which flushed.
-
-        Raises:
-            BatchesInFlightError: Planned batches still rely on resident rows and their old states.
-        """
-        try:
-            self._kernel.purge()
-        except BatchesInFlightError as error:
-            raise BatchesInFlightError(
-                f"optimizer states were loaded while batches were planned ({error}). Rows of those batches still have "
-                "their old states: call the pipeline's reset(), then load_state_dict() again."
-            ) from error
+        for parameter, states in self.state.items():
+            self.state[parameter] = _SharedState(states, kernel.expect_overwrite)

@@ -55,7 +55,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
     """Pooled lookup of scratchpad tables that share data type, pooling and optimizer.
 
     Tables of equal row width form one pool. The parameters and optimizer states it shows are the host tables, under
-    stock names; reading them flushes.
+    stock names; state_dict and the optimizer's state flush before they are read, parameters do not.
 
     Args:
         config: TorchRec's group of local tables.
@@ -174,20 +174,28 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         return self._optim
 
     def flush(self) -> None:
-        """Bring every table up to date with its scratchpad (hazard 5); waits for the device."""
+        """Bring every table up to date with its scratchpad (hazard 5); waits for the worker and the device."""
+        self._runner.settle()
         with self._runner.between_batches():
             for pool in self.pools:
                 pool.flush()
 
     def purge(self) -> None:
-        """Flush, then empty the scratchpads, before tables are overwritten (hazard 6).
+        """Flush, and make sure that no old row is used once tables are overwritten (hazard 6).
 
-        Raises:
-            BatchesInFlightError: Planned batches rely on resident rows.
+        The worker stays idle until the caller submits or trains a batch, so that it writes nothing meanwhile.
         """
+        self._runner.settle()
         with self._runner.between_batches():
             for pool in self.pools:
                 pool.purge()
+
+    def expect_overwrite(self) -> None:
+        """Flush, and read resident rows anew before they are next used, because tables may be written meanwhile."""
+        self._runner.settle()
+        with self._runner.between_batches():
+            for pool in self.pools:
+                pool.expect_overwrite()
 
     def split_embedding_weights(self) -> list[Tensor]:
         """[local_rows, local_cols] of each table, on the host, as of the last flush."""
@@ -264,7 +272,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         states = tuple(StateSpec(prefix, is_rowwise) for prefix, is_rowwise in self._state_names.values())
         storage = options.make_storage()
         host_tables = []
-        nums_slots = []
+        nums_slots: list[int] = []
         for indices in self._pool_tables:
             specs = [
                 TableSpec(table.name, table.local_rows, load_factor_of(table))
@@ -272,7 +280,8 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
             ]
             layout = RowLayout(self._local_cols[indices[0]], torch.float32, states)
             host_tables.append(HostTable(specs, layout, storage))
-            nums_slots.append(sum(num_slots_of(spec) for spec in specs))
+            # A row-wise table shorter than the number of ranks leaves some of them without rows.
+            nums_slots.append(max(1, sum(num_slots_of(spec) for spec in specs)))
         layouts = [host_table.layout for host_table in host_tables]
         memory = allocate_scratchpads(layouts, nums_slots, self._scratchpad_device)
         pools = [
@@ -359,8 +368,9 @@ def _release_after_backward(output: Tensor, batch: PlannedBatch) -> None:
     def refuse_second_backward(_grad_outputs: object) -> None:
         if hold.is_released:
             raise BackwardTwiceError(
-                "backward ran a second time through one scratchpad lookup, whose rows may have left the scratchpad. "
-                "Call backward once per forward (retain_graph=True cannot be used through embeddings)."
+                "backward runs through a scratchpad lookup whose rows were already released, by an earlier backward or "
+                "by the pipeline's reset(). Call backward once per forward (retain_graph=True cannot be used through "
+                "embeddings), and not for batches that were dropped."
             )
 
     output.grad_fn.register_prehook(refuse_second_backward)

@@ -57,7 +57,7 @@ class _ScratchPipeForward(PipelinedForward):
                 "Give the second call a module of its own, or use no pipeline."
             )
         dist_input = context.planned_inputs.pop(self._name)
-        module_context = context.module_contexts.pop(self._name)
+        module_context = context.module_contexts[self._name]  # stays, so that reset() can release a failed batch
         if self._stream is not None:
             stream = torch.get_device_module(self._device).current_stream()
             stream.wait_stream(self._stream)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -52,6 +52,9 @@ class BatchRunner(Protocol):
 
     def let_current_stream_wait(self, batch: "PlannedBatch") -> None:
         """Order the caller's device work after Insert of a batch."""
+
+    def between_batches(self) -> AbstractContextManager[None]:
+        """While entered, no stage of any batch runs."""
 
 
 class Hold:
@@ -160,6 +163,10 @@ class PlannedBatch:
         if self._error is not None:
             self.hold.release()
             raise self._error
+        if any(pool.is_overwritten for pool in self._pools):
+            with self._runner.between_batches():
+                for pool in self._pools:
+                    pool.refresh()
         self._runner.let_current_stream_wait(self)
         for pool, cache_plan in zip(self._pools, self._plans, strict=True):
             pool.counters.add_misses_at_train(pool.slot_map.count_mismatches(cache_plan.rows, cache_plan.slots))
@@ -223,6 +230,7 @@ class PlannedBatch:
     def _run_stages(self, pool_index: int, plan_start_s: float) -> None:
         pool = self._pools[pool_index]
         pool.check_usable()
+        pool.refresh()
         with record_function("## scratchpipe plan ##"):
             cache_plan = stages.plan(pool, self._rows_of_pool(pool_index), self._num_ids_per_table(pool_index))
         pool.counters.spans.append(
@@ -270,7 +278,7 @@ class PlannedBatch:
             position = 0
             for feature, first, last in segments:
                 offset = pool.host_table.row_offsets[feature.table_index]
-                torch.add(self._ids[first:last], offset, out=rows[position : position + last - first])
+                torch.add(self._ids[first:last].long(), offset, out=rows[position : position + last - first])
                 position += last - first
             row_ids.append(rows)
         return row_ids
@@ -325,7 +333,7 @@ def _full_error(pool: Pool, held: SlotsHeldError) -> ScratchPipeError:
             f"load_factor to at least {min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
         )
     return ScratchpadFullError(
-        f"{pool.name}: a batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,} and other batches in "
-        f"flight hold all but {held.num_available:,}. Let them train first, lower lookahead, raise load_factor, or "
-        "drop results whose backward will never run."
+        f"{pool.name}: a batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}, and all but "
+        f"{held.num_available:,} are held by batches since the oldest one in flight. Let those train first, lower "
+        "lookahead, raise load_factor, or drop results whose backward will never run: they keep their batch in flight."
     )

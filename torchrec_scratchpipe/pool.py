@@ -4,8 +4,9 @@
 from torch import Tensor
 from torch.profiler import record_function
 
-from torchrec_scratchpipe.errors import BatchesInFlightError, StageFailedError
+from torchrec_scratchpipe.errors import StageFailedError
 from torchrec_scratchpipe.host_table import HostTable
+from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.scratchpad import Scratchpad
 from torchrec_scratchpipe.slot_map import SlotMap
 from torchrec_scratchpipe.stats import PoolCounters, PoolStats
@@ -35,6 +36,7 @@ class Pool:
         self._num_updates = 0
         self._num_updates_flushed = 0
         self._flushed_below = 0
+        self.is_overwritten = False
 
     @property
     def name(self) -> str:
@@ -73,19 +75,32 @@ class Pool:
         self._flushed_below = first_held
 
     def purge(self) -> None:
-        """Flush, then empty the scratchpad; hazard 6.
+        """Flush, then empty the scratchpad; or, while batches in flight rely on its rows, see :meth:`expect_overwrite`."""
+        self.expect_overwrite()
+        if self.slot_map.num_batches_in_flight == 0:
+            self.slot_map.purge()
+            self.is_overwritten = False
 
-        Raises:
-            BatchesInFlightError: Planned batches rely on rows of this pool.
+    def expect_overwrite(self) -> None:
+        """Flush, and let :meth:`refresh` read resident rows anew before anybody uses them (hazard 6).
+
+        For tables that somebody outside is about to write, or may write.
         """
-        num_in_flight = self.slot_map.num_batches_in_flight
-        if num_in_flight > 0:
-            raise BatchesInFlightError(
-                f"{self.name}: {num_in_flight} planned batches still need their rows, the tables cannot be "
-                "overwritten now. Let the pipeline train them, or call its reset(), before load_state_dict()."
-            )
         self.flush()
-        self.slot_map.purge()
+        self.is_overwritten = True
+
+    def refresh(self) -> None:
+        """Read every resident row anew from its table, if tables may have been overwritten."""
+        if not self.is_overwritten:
+            return
+        self.is_overwritten = False
+        slots, rows = self.slot_map.resident_since(0)
+        for some_slots, some_rows in zip(
+            slots.split(FLUSH_CHUNK_ROWS), rows.cpu().split(FLUSH_CHUNK_ROWS), strict=True
+        ):
+            values = self.host_table.layout.empty(some_rows.numel())
+            self.host_table.read(some_rows, values)
+            write_rows(self.scratchpad.parts, some_slots, [value.to(self.slot_map.device) for value in values])
 
     def check_usable(self) -> None:
         """Raise if an earlier stage failed half-way.

@@ -15,7 +15,7 @@ Hazards and guards; the numbers are those of docs/design.md:
 3.  Insert(N) must not overwrite a slot that Train(M), M < N, still reads: M holds its slots.
 4.  Train(N) must not start before Insert(N) has ended: :meth:`PlannedBatch.wait`.
 5.  A table must not be read while rows are newer in the scratchpad: :meth:`Pool.flush`, between two batches' stages.
-6.  A table must not be overwritten while a planned batch relies on its rows: :meth:`Pool.purge` refuses.
+6.  Rows that a planned batch relies on must not stay old when their table is overwritten: :meth:`Pool.refresh`.
 """
 
 import threading
@@ -89,6 +89,9 @@ class StageRunner:
         with self._lock:
             yield
 
+    def settle(self) -> None:
+        """Wait until no stage will run before the caller submits, finishes or releases a batch."""
+
     def let_current_stream_wait(self, batch: PlannedBatch) -> None:
         """Order the caller's device work after Insert of a batch; a CPU has nothing to order.
 
@@ -146,6 +149,10 @@ class OverlappedStageRunner(StageRunner):
         """
         self._queue.mark_awaited(batch)
         batch.done.wait()
+
+    def settle(self) -> None:
+        """Wait until the worker has nothing to do, or waits for slots."""
+        self._queue.wait_until_idle()
 
     def record_train(self, stream: torch.Stream | None) -> None:
         """Record the event that a later Collect has to wait for.
@@ -226,6 +233,7 @@ class _WorkQueue:
         self._batches: deque[PlannedBatch] = deque()
         self._changed = threading.Condition()
         self._num_changes = 0
+        self._is_idle = True
         self._is_closed = False
 
     def put(self, batch: PlannedBatch) -> None:
@@ -253,11 +261,17 @@ class _WorkQueue:
         Blocks while the queue is empty, or nothing has changed since `num_changes_seen`.
         """
         with self._changed:
+            self._is_idle = not self._batches or self._num_changes == num_changes_seen
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_closed or (self._batches and self._num_changes != num_changes_seen))
             if self._is_closed:
                 return None, self._num_changes
             awaited = next((batch for batch in self._batches if batch.is_awaited), None)
             return awaited or self._batches[0], self._num_changes
+
+    def wait_until_idle(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._is_idle)
 
     def remove(self, batch: PlannedBatch) -> None:
         with self._changed:
@@ -265,6 +279,7 @@ class _WorkQueue:
 
     def _note_change(self) -> None:
         self._num_changes += 1
+        self._is_idle = not self._batches
         self._changed.notify_all()
 
 

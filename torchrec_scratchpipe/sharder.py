@@ -54,7 +54,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 @dataclass
 class ScratchPipeEmbeddingBagCollectionContext(EmbeddingBagCollectionContext):
-    """TorchRec's context of one batch, and the batch's way through the stages, by lookup."""
+    """TorchRec's context of one batch, and the batch's way through the stages, by lookup, until it is dropped."""
 
     planned_batches: dict[int, list[PlannedBatch]] = field(default_factory=dict)
 
@@ -130,7 +130,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if isinstance(ctx, ScratchPipeEmbeddingBagCollectionContext):
             for index, lookup in self._scratchpad_lookups():
                 if index in ctx.planned_batches:
-                    lookup.expect(ctx.planned_batches.pop(index))
+                    lookup.expect(ctx.planned_batches[index])
         try:
             return super().compute_and_output_dist(ctx, input)
         finally:

@@ -68,6 +68,8 @@ class LeastRecentlyUsed:
 
     def used(self, slots: Tensor, batch_index: int, last_use: Tensor) -> None:
         """See :class:`EvictionOrder`."""
+        if slots.numel() == 0:
+            return
         self._uses.append((batch_index, slots))
         self._num_uses += slots.numel()
         if self._num_uses > self._compact_above:
@@ -135,7 +137,7 @@ class SlotMap:
         eviction_order: EvictionOrder | None = None,
         device: torch.device | None = None,
     ) -> None:
-        assert 1 <= num_slots <= num_rows, f"{num_slots=} must lie in [1, {num_rows=}]"
+        assert 1 <= num_slots <= max(1, num_rows), f"{num_slots=} must lie in [1, {num_rows=}]"
         self.num_rows = num_rows
         self.num_slots = num_slots
         self.device = device or torch.device("cpu")
@@ -145,10 +147,12 @@ class SlotMap:
         self._last_use = torch.full((num_slots,), -1, dtype=torch.int32, device=self.device)
         self._first_seen_at = torch.empty(num_slots, dtype=torch.int32, device=self.device)
         self._free_slots = torch.arange(num_slots, device=self.device)
-        self._next_batch = 0
-        self._first_held = 0
+        self._next_batch = 1  # so that slots which nobody holds can have been used by an earlier batch, 0
+        self._first_held = 1
         self._newly_released: deque[int] = deque()
         self._released_early: set[int] = set()
+        self._slots_in_flight: dict[int, Tensor] = {}
+        self._last_use_before_newest: tuple[Tensor, Tensor] | None = None
 
     @property
     def num_resident_rows(self) -> int:
@@ -162,6 +166,7 @@ class SlotMap:
             batch_index = self._newly_released.popleft()
             if batch_index >= self._first_held:
                 self._released_early.add(batch_index)
+                self._slots_in_flight.pop(batch_index, None)
         while self._first_held in self._released_early:
             self._released_early.remove(self._first_held)
             self._first_held += 1
@@ -204,18 +209,28 @@ class SlotMap:
         num_free = min(self._free_slots.numel(), miss_rows.numel())
         num_victims = miss_rows.numel() - num_free
         victim_slots = self._eviction_order.choose(num_victims, self._last_use, self.first_held)
+        has_let_go = victim_slots.numel() < num_victims and self._let_go_of_released(unique_hit_slots)
+        if has_let_go:
+            victim_slots = self._eviction_order.choose(num_victims, self._last_use, self.first_held)
         if victim_slots.numel() < num_victims:
             self._row_to_slot.index_fill_(0, miss_rows, -1)
             self._last_use.index_copy_(0, unique_hit_slots, last_use_of_hits)
+            if has_let_go:
+                self._rebuild_eviction_order()
             raise SlotsHeldError(unique_hit_slots.numel() + miss_rows.numel(), self.num_slots - self._num_held())
 
         victim_rows = self._slot_to_row.index_select(0, victim_slots)
         miss_slots = torch.cat([self._free_slots[:num_free], victim_slots])
         self._free_slots = self._free_slots[num_free:]
+        self._last_use_before_newest = (
+            torch.cat([unique_hit_slots, victim_slots]),
+            torch.cat([last_use_of_hits, self._last_use.index_select(0, victim_slots)]),
+        )
         self._place(victim_rows, miss_rows, miss_slots, batch_index)
         unique_slots = torch.cat([unique_hit_slots, miss_slots])
         self._eviction_order.used(unique_slots, batch_index, self._last_use)
         slots.index_copy_(0, miss_positions, self._row_to_slot.index_select(0, miss_ids).long())
+        self._slots_in_flight[batch_index] = unique_slots
         self._next_batch += 1
         return CachePlan(batch_index, rows, slots, unique_slots, miss_rows, miss_slots, victim_rows, victim_slots)
 
@@ -234,6 +249,9 @@ class SlotMap:
         self._free_slots = torch.cat([freed, self._free_slots])
         self._row_to_slot.index_copy_(0, plan.victim_rows, plan.victim_slots.int())
         self._slot_to_row.index_copy_(0, plan.victim_slots, plan.victim_rows)
+        assert self._last_use_before_newest is not None
+        self._last_use.index_copy_(0, *self._last_use_before_newest)
+        self._rebuild_eviction_order()
         self.release(plan.batch_index)
 
     def release(self, batch_index: int) -> None:
@@ -323,6 +341,32 @@ class SlotMap:
         self._row_to_slot.index_copy_(0, miss_rows, miss_slots.int())
         self._slot_to_row.index_copy_(0, miss_slots, miss_rows)
         self._last_use.index_fill_(0, miss_slots, batch_index)
+
+    def _let_go_of_released(self, slots_to_keep: Tensor) -> bool:
+        """Free what is held for batches that were released after one that is still in flight.
+
+        `first_held` stands at the oldest batch in flight, and holds the slots of every later one with it. This costs
+        nothing while batches are released in order; where one stays behind (a loss that is kept and never
+        sees a backward), its own slots must be told from the others.
+        """
+        first_held = self.first_held
+        is_held = torch.zeros(self.num_slots, dtype=torch.bool, device=self.device)
+        is_held[slots_to_keep] = True
+        for slots in self._slots_in_flight.values():
+            is_held[slots] = True
+        may_leave = (self._last_use >= first_held) & ~is_held
+        if not bool(may_leave.any()):
+            return False
+        self._last_use[may_leave] = first_held - 1
+        self._rebuild_eviction_order()
+        return True
+
+    def _rebuild_eviction_order(self) -> None:
+        occupied = (self._last_use >= 0).nonzero().view(-1)
+        batches = self._last_use.index_select(0, occupied)
+        self._eviction_order.purge()
+        for batch_index in batches.unique().tolist():
+            self._eviction_order.used(occupied[batches == batch_index], batch_index, self._last_use)
 
     def _num_held(self) -> int:
         return int((self._last_use >= self.first_held).sum())
