@@ -24,7 +24,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from torchrec.distributed.types import DataType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_scratchpipe import scratchpad_stats, stages
+from torchrec_scratchpipe import IdOutOfRangeError, scratchpad_stats, stages
 from torchrec_scratchpipe.slot_map import EvictionOrder
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
@@ -175,6 +175,27 @@ def _check_on_two_ranks(rank: int) -> None:
     check_equal(Setting(num_rows=(200, 1), dims=(8, 16), sharding_type="row_wise", num_batches=10))
     mixed = check_equal(Setting(fused_tables=("t1",), dims=(8, 4, 8), load_factor=0.25))
     assert mixed.model is not None
+
+
+def _check_row_wise_ids_on_two_ranks(rank: int) -> None:
+    setting = Setting(sharding_type="row_wise", num_batches=8)
+    batches = make_batches(setting, rank=rank)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    ours.copy_from(stock)
+    batches[5].sparse_features.values()[0] = 1000  # beyond both ranks' blocks: stock would wrap it onto another row
+    pipeline, iterator = ours.pipeline(), iter(batches)
+    actual = [pipeline.progress(iterator)]
+    with pytest.raises(IdOutOfRangeError, match=r"table t0: feature f0 has id 1000, there are rows \[0, 200\)"):
+        pipeline.progress(iterator)
+    pipeline.reset()
+    actual += drain(pipeline, batches[6:])
+    assert_same_outputs(stock.train_plain(batches[:1] + batches[6:]), actual)
+    assert_same_bits(stock, ours)
+
+
+@pytest.mark.dist
+def test_row_wise_ids_are_checked_before_they_are_distributed() -> None:
+    run_ranks(2, _check_row_wise_ids_on_two_ranks)
 
 
 @pytest.mark.dist

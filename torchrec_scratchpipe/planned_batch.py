@@ -21,7 +21,7 @@ from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.slot_map import SlotsHeldError
 from torchrec_scratchpipe.types import CachePlan, Stage, StageSpan
 
-__all__ = ["BatchRunner", "FeatureSource", "Hold", "PlannedBatch"]
+__all__ = ["BatchRunner", "FeatureSource", "Hold", "PlannedBatch", "check_ids"]
 
 
 class FeatureSource(NamedTuple):
@@ -245,6 +245,7 @@ class PlannedBatch:
                 staged = stages.exchange(pool, staged)
         except BaseException:
             pool.slot_map.undo(cache_plan)
+            pool.counters.undo_plan(cache_plan)
             raise
         try:
             with _span(pool, cache_plan, Stage.INSERT):
@@ -271,7 +272,9 @@ class PlannedBatch:
         row_ids = []
         for pool_index, pool in enumerate(self._pools):
             segments = list(self._segments(pool_index))
-            _check_ids(pool, segments, self._ids)
+            for feature, first, last in segments:
+                table = pool.host_table.tables[feature.table_index]
+                check_ids(table.name, feature.feature_name, self._ids[first:last], table.num_rows)
             rows = torch.empty(
                 sum(last - first for _, first, last in segments), dtype=torch.int64, device=self._ids.device
             )
@@ -309,20 +312,26 @@ def _span(pool: Pool, cache_plan: CachePlan, stage: Stage) -> Iterator[None]:
     pool.counters.spans.append(StageSpan(cache_plan.batch_index, stage, start_s, time.perf_counter(), num_bytes))
 
 
-def _check_ids(pool: Pool, segments: Sequence[tuple[FeatureSource, int, int]], ids: Tensor) -> None:
-    filled = [(feature, ids[first:last].aminmax()) for feature, first, last in segments if last > first]
-    if not filled:
+def check_ids(table_name: str, feature_name: str, ids: Tensor, num_rows: int) -> None:
+    """Refuse ids that point outside a table.
+
+    Args:
+        table_name: For the message.
+        feature_name: For the message.
+        ids: [I] int32 or int64. On a CUDA device this waits for it.
+        num_rows: Ids must lie in ``[0, num_rows)``.
+
+    Raises:
+        IdOutOfRangeError: Names the table, the id and the range.
+    """
+    if ids.numel() == 0:
         return
-    lows = torch.stack([bounds.min for _, bounds in filled]).tolist()
-    highs = torch.stack([bounds.max for _, bounds in filled]).tolist()
-    for (feature, _), low, high in zip(filled, lows, highs, strict=True):
-        table = pool.host_table.tables[feature.table_index]
-        if low < 0 or high >= table.num_rows:
-            bad = low if low < 0 else high
-            raise IdOutOfRangeError(
-                f"table {table.name}: feature {feature.feature_name} has id {bad}, this rank's shard has rows "
-                f"[0, {table.num_rows}). Hash the ids into the table's num_embeddings, or raise num_embeddings."
-            )
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= num_rows:
+        raise IdOutOfRangeError(
+            f"table {table_name}: feature {feature_name} has id {low if low < 0 else high}, there are rows "
+            f"[0, {num_rows}). Hash the ids into the table's num_embeddings, or raise num_embeddings."
+        )
 
 
 def _full_error(pool: Pool, held: SlotsHeldError) -> ScratchPipeError:

@@ -30,7 +30,7 @@ class Pool:
         self.host_table = host_table
         self.scratchpad = scratchpad
         self.slot_map = slot_map
-        self.counters = PoolCounters(host_table, slot_map.device)
+        self.counters = PoolCounters(host_table, scratchpad.num_slots, slot_map.device)
         self.failure: str | None = None
         self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
         self._num_updates = 0

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.embedding_types import KJTList, ShardingType
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.types import (
+    Awaitable,
     CacheParams,
     EnumerableShardingSpec,
     LazyAwaitable,
@@ -23,8 +24,9 @@ from torchrec.distributed.types import (
     QuantizedCommCodecs,
     ShardingEnv,
 )
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.lookup import (
@@ -34,7 +36,7 @@ from torchrec_scratchpipe.lookup import (
     create_pooled_lookup,
 )
 from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.planned_batch import PlannedBatch
+from torchrec_scratchpipe.planned_batch import PlannedBatch, check_ids
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
@@ -85,6 +87,13 @@ class ShardedScratchPipeEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         make_runner = OverlappedStageRunner if options.overlap else StageRunner
         self._runner: StageRunner = make_runner(device or torch.device("cpu"))
         super().__init__(*args, device=device, **kwargs)
+        self._row_wise_features: dict[str, list[EmbeddingBagConfig]] = {}
+        for config in self._embedding_bag_configs:
+            sharding = self.module_sharding_plan[config.name]
+            is_row_wise = sharding.sharding_type == ShardingType.ROW_WISE.value
+            if is_row_wise and sharding.compute_kernel == SCRATCHPAD_KERNEL.value:
+                for feature in config.feature_names:
+                    self._row_wise_features.setdefault(feature, []).append(config)
         # Gigabytes of initial weights would otherwise be written out during the first minutes of training.
         for pool in self.pools:
             pool.host_table.persist()
@@ -97,6 +106,32 @@ class ShardedScratchPipeEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def create_context(self) -> ScratchPipeEmbeddingBagCollectionContext:
         """A context that can carry planned batches."""
         return ScratchPipeEmbeddingBagCollectionContext()
+
+    def input_dist(
+        self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """As stock; on a CPU, ids of row-wise scratchpad tables are checked before they are distributed.
+
+        Stock's distribution wraps ids beyond the last rank's block onto rows of other ids, where nobody can tell any
+        more. Ids of other shardings are checked at Plan.
+
+        Args:
+            ctx: The batch's context.
+            features: The batch's features on this rank.
+
+        Returns:
+            As stock.
+
+        Raises:
+            IdOutOfRangeError: Names the table, the id and the range.
+        """
+        if self._row_wise_features and isinstance(features, KeyedJaggedTensor) and features.device().type == "cpu":
+            bounds = features.offset_per_key()
+            for key, first, last in zip(features.keys(), bounds[:-1], bounds[1:], strict=True):
+                if key in self._row_wise_features:
+                    for config in self._row_wise_features[key]:
+                        check_ids(config.name, key, features.values()[first:last], config.num_embeddings)
+        return super().input_dist(ctx, features)
 
     def prefetch(
         self,

@@ -34,7 +34,7 @@ def plan(pool: Pool, rows: Tensor, num_ids_per_table: Sequence[int]) -> CachePla
         SlotsHeldError: Batches in flight hold too many slots for now.
     """
     cache_plan = pool.slot_map.plan(rows)
-    pool.counters.add_plan(cache_plan, num_ids_per_table, pool.slot_map.rows_in(cache_plan.unique_slots))
+    pool.counters.add_plan(cache_plan, num_ids_per_table)
     return cache_plan
 
 

@@ -63,10 +63,12 @@ class PoolStats:
 class PoolCounters:
     """Running counts of one pool; device counts stay on the device until :meth:`stats`."""
 
-    def __init__(self, host_table: HostTable, device: torch.device) -> None:
+    def __init__(self, host_table: HostTable, num_slots: int, device: torch.device) -> None:
         self._host_table = host_table
         num_tables = len(host_table.tables)
         self._table_ends = torch.tensor(host_table.row_offsets[1:], device=device)
+        # A row's table is looked up once, when it comes: for all rows of each batch that took a tenth of Plan.
+        self._slot_to_table = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._num_ids = [0] * num_tables
         self._num_unique = torch.zeros(num_tables, dtype=torch.int64, device=device)
         self._num_misses = torch.zeros(num_tables, dtype=torch.int64, device=device)
@@ -77,20 +79,30 @@ class PoolCounters:
         self.stall_ms = 0.0
         self.spans: deque[StageSpan] = deque(maxlen=MAX_STAGE_SPANS)
 
-    def add_plan(self, plan: CachePlan, num_ids_per_table: Sequence[int], unique_rows: Tensor) -> None:
+    def add_plan(self, cache_plan: CachePlan, num_ids_per_table: Sequence[int]) -> None:
         """Count one planned batch.
 
         Args:
-            plan: The batch's cache plan.
+            cache_plan: The batch's cache plan.
             num_ids_per_table: Lookups per table.
-            unique_rows: [U] int64, the distinct rows of the batch.
         """
         self.num_batches += 1
         for table_index, num_ids in enumerate(num_ids_per_table):
             self._num_ids[table_index] += num_ids
-        self._add_per_table(self._num_unique, unique_rows)
-        self._add_per_table(self._num_misses, plan.miss_rows)
-        self._add_per_table(self._num_victims, plan.victim_rows)
+        self._add_per_table(self._num_victims, self._slot_to_table.index_select(0, cache_plan.victim_slots))
+        tables_of_misses = torch.bucketize(cache_plan.miss_rows, self._table_ends, right=True)
+        self._slot_to_table.index_copy_(0, cache_plan.miss_slots, tables_of_misses)
+        self._add_per_table(self._num_misses, tables_of_misses)
+        self._add_per_table(self._num_unique, self._slot_to_table.index_select(0, cache_plan.unique_slots))
+
+    def undo_plan(self, cache_plan: CachePlan) -> None:
+        """Note that victims stayed where they were; the batch stays counted.
+
+        Args:
+            cache_plan: A plan that was taken back.
+        """
+        tables = torch.bucketize(cache_plan.victim_rows, self._table_ends, right=True)
+        self._slot_to_table.index_copy_(0, cache_plan.victim_slots, tables)
 
     def add_stall(self, stall_ms: float) -> None:
         """Count one batch for which Train waited.
@@ -147,9 +159,8 @@ class PoolCounters:
             ),
         )
 
-    def _add_per_table(self, counts: Tensor, rows: Tensor) -> None:
-        if len(self._host_table.tables) == 1:
-            counts += rows.numel()
-            return
-        table_indices = torch.bucketize(rows, self._table_ends, right=True)
-        counts.index_add_(0, table_indices, torch.ones_like(table_indices))
+    def _add_per_table(self, counts: Tensor, table_indices: Tensor) -> None:
+        if self._slot_to_table.device.type == "cpu":
+            counts += torch.bincount(table_indices, minlength=counts.numel())
+        else:  # bincount would wait for the device
+            counts.index_add_(0, table_indices, torch.ones_like(table_indices))
