@@ -7,7 +7,7 @@
     ├── ConfigError              (ValueError)    a setting cannot be served
     ├── IdOutOfRangeError        (ValueError)    an id points outside its table
     ├── ScratchpadFullError      (RuntimeError)  one batch needs more slots than there are
-    ├── BatchesInFlightError     (RuntimeError)  tables would change under planned batches
+    ├── BatchesInFlightError     (RuntimeError)  batches were planned for another model
     ├── BackwardTwiceError       (RuntimeError)  a lookup's rows were already released
     ├── TableStorageError        (OSError)       a table cannot be put where it was asked to be
     └── StageFailedError         (RuntimeError)  rows were lost between table and scratchpad
@@ -42,7 +42,7 @@ class ScratchpadFullError(ScratchPipeError, RuntimeError):
 
 
 class BatchesInFlightError(ScratchPipeError, RuntimeError):
-    """Tables cannot be overwritten while planned batches still rely on their rows."""
+    """Batches in flight were planned for another model than the one to be attached."""
 
 
 class BackwardTwiceError(ScratchPipeError, RuntimeError):
