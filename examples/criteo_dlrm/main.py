@@ -134,7 +134,7 @@ def layer_sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
 
 
-def make_model(args: argparse.Namespace) -> DLRMTrain:
+def make_dlrm(args: argparse.Namespace) -> DLRMTrain:
     collection = EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
@@ -160,6 +160,15 @@ def make_model(args: argparse.Namespace) -> DLRMTrain:
             DLRM_Projection(**common, interaction_branch1_layer_sizes=first, interaction_branch2_layer_sizes=second)
         )
     return DLRMTrain(DLRM(**common))
+
+
+def make_model(args: argparse.Namespace) -> DLRMTrain:
+    """The unsharded model; its embedding tables know the optimizer that updates them in backward."""
+    model = make_dlrm(args)
+    optimizer_class = torch.optim.Adagrad if args.adagrad else torch.optim.SGD
+    optimizer_kwargs = {"lr": args.learning_rate} | ({"eps": args.eps} if args.adagrad else {})
+    apply_optimizer_in_backward(optimizer_class, model.model.sparse_arch.parameters(), optimizer_kwargs)
+    return model
 
 
 def make_optimizer(args: argparse.Namespace, model: DistributedModelParallel) -> KeyedOptimizer:
@@ -189,9 +198,6 @@ def shard(
     """Plan and shard; with stock TorchRec in its place, planner, sharder and pipeline change and nothing else."""
     torch.manual_seed(args.seed)
     model = make_model(args)
-    optimizer_class = torch.optim.Adagrad if args.adagrad else torch.optim.SGD
-    optimizer_kwargs = {"lr": args.learning_rate} | ({"eps": args.eps} if args.adagrad else {})
-    apply_optimizer_in_backward(optimizer_class, model.model.sparse_arch.parameters(), optimizer_kwargs)
     is_cached = args.embedding_cache == "scratchpipe"
     constraints = {
         f"t_{feature}": ParameterConstraints(

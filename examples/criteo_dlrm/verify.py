@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -26,7 +25,7 @@ class Twin:
         args: The example's arguments.
         model: The model to compare with; its weights are copied.
         plan: Its sharding plan.
-        make_model: Makes the unsharded model.
+        make_model: Makes the unsharded model, its embedding optimizer set.
         make_optimizer: Makes the optimizers of a sharded model.
         device: Where it trains.
     """
@@ -46,9 +45,6 @@ class Twin:
                 if sharding.compute_kernel == "fused_uvm_caching":
                     sharding.compute_kernel, sharding.cache_params = "fused", None
         unsharded = make_model(args)
-        optimizer_class = torch.optim.Adagrad if args.adagrad else torch.optim.SGD
-        optimizer_kwargs = {"lr": args.learning_rate} | ({"eps": args.eps} if args.adagrad else {})
-        apply_optimizer_in_backward(optimizer_class, unsharded.model.sparse_arch.parameters(), optimizer_kwargs)
         self._model = DistributedModelParallel(
             unsharded, device=device, plan=stock_plan, sharders=[EmbeddingBagCollectionSharder()]
         )
