@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The edges of the pipeline: short data, draining, new iterators, evaluation, detaching, errors."""
 
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +32,8 @@ from torchrec_scratchpipe import (
     ScratchPipeTrainPipeline,
     scratchpad_stats,
 )
+from torchrec_scratchpipe.planned_batch import Hold
+from torchrec_scratchpipe.pool import Pool
 
 SETTING = Setting(num_batches=30)
 
@@ -311,6 +315,29 @@ def test_failed_lookup_leaves_nothing_behind_for_the_next_forward() -> None:
     actual += drain(pipeline, batches[12:])
     assert_same_outputs(stock.train_plain(batches[:3] + batches[8:]), actual)
     assert_same_bits(stock, ours)
+
+
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_reset_waits_for_a_batch_that_is_being_planned(is_detached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between Plan and the hold that will release it, a batch is in flight and nobody's."""
+    _, ours = twins()
+    is_planned = threading.Event()
+    add = Hold.add
+
+    def add_late(hold: Hold, pool: Pool, batch_index: int) -> None:
+        if batch_index == 4:
+            is_planned.set()
+            time.sleep(0.2)
+        add(hold, pool, batch_index)
+
+    monkeypatch.setattr(Hold, "add", add_late)
+    pipeline = ours.pipeline(lookahead=3)
+    pipeline.progress(iter(make_batches(SETTING)))
+    is_planned.wait()
+    if is_detached:
+        pipeline.detach()
+    pipeline.reset()
+    assert num_in_flight(ours) == 0
 
 
 def test_attaching_another_model_with_batches_in_flight_is_refused() -> None:

@@ -226,6 +226,9 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             for module_context in context.module_contexts.values():
                 if isinstance(module_context, ScratchPipeEmbeddingBagCollectionContext):
                     module_context.release()
+        for module in self._model.modules():
+            if isinstance(module, ShardedScratchPipeEmbeddingBagCollection):
+                module.settle()  # the worker may just have planned a batch, and lets go of it in a moment
         super().reset()
         self._dataloader_iter = None
 

@@ -152,6 +152,10 @@ class ShardedScratchPipeEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for index, lookup in self._scratchpad_lookups():
             ctx.planned_batches[index] = lookup.submit(dist_input[index])
 
+    def settle(self) -> None:
+        """Wait until no stage runs, nor will before the next batch is sent or looked up."""
+        self._runner.settle()
+
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """As stock, over planned batches where there are any.
 
