@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,18 +14,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, PoolingType
 from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
-from torchrec.distributed.types import CacheParams, ModuleSharder
+from torchrec.distributed.types import CacheParams, ModuleSharder, QuantizedCommCodecs
+from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import (
     ScratchPipeEmbeddingBagCollectionSharder,
+    ScratchPipeEmbeddingCollectionSharder,
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
     scratchpad_stats,
@@ -53,6 +57,13 @@ class Setting:
     max_ids_per_bag: int = 3
     num_batches: int = 100
     is_weighted: bool = False
+    is_vbe: bool = False
+    is_pooled: bool = True
+    use_index_dedup: bool = False
+    data_type: DataType = DataType.FP32
+    index_dtype: torch.dtype = torch.int64
+    qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None
+    local_size: int | None = None
     seed: int = 0
     features_per_table: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
@@ -69,32 +80,62 @@ class TinyModel(nn.Module):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        self.ebc = EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(
-                    name=name,
-                    num_embeddings=rows,
-                    embedding_dim=dim,
-                    feature_names=list(setting.feature_names(i)),
-                    pooling=setting.pooling,
-                )
-                for i, (name, rows, dim) in enumerate(
-                    zip(setting.table_names, setting.num_rows, setting.dims, strict=True)
-                )
-            ],
-            device=torch.device("meta"),
-            is_weighted=setting.is_weighted,
-        )
+        if setting.is_pooled:
+            self.ebc = make_bags(setting)
+        else:
+            self.ec = make_embeddings(setting)
+        self.is_pooled = setting.is_pooled
         self.names = [name for i in range(len(setting.num_rows)) for name in setting.feature_names(i)]
         width = sum(dim * len(setting.feature_names(i)) for i, dim in enumerate(setting.dims))
         self.over = nn.Linear(width + NUM_DENSE, 1)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings = self.ebc(batch.sparse_features)
-        columns = [embeddings[name] for name in self.names]
+        if self.is_pooled:
+            bags = self.ebc(batch.sparse_features)
+            columns = [bags[name] for name in self.names]
+        else:
+            sequences = self.ec(batch.sparse_features)
+            columns = [
+                torch.segment_reduce(sequences[name].values(), "sum", lengths=sequences[name].lengths())
+                for name in self.names
+            ]
         logits = self.over(torch.cat([*columns, batch.dense_features], dim=1)).squeeze(1)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
         return loss, logits.detach()
+
+
+def make_bags(setting: Setting) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=name,
+                num_embeddings=rows,
+                embedding_dim=dim,
+                feature_names=list(setting.feature_names(i)),
+                pooling=setting.pooling,
+                data_type=setting.data_type,
+            )
+            for i, (name, rows, dim) in enumerate(zip(setting.table_names, setting.num_rows, setting.dims, strict=True))
+        ],
+        device=torch.device("meta"),
+        is_weighted=setting.is_weighted,
+    )
+
+
+def make_embeddings(setting: Setting) -> EmbeddingCollection:
+    return EmbeddingCollection(
+        tables=[
+            EmbeddingConfig(
+                name=name,
+                num_embeddings=rows,
+                embedding_dim=dim,
+                feature_names=list(setting.feature_names(i)),
+                data_type=setting.data_type,
+            )
+            for i, (name, rows, dim) in enumerate(zip(setting.table_names, setting.num_rows, setting.dims, strict=True))
+        ],
+        device=torch.device("meta"),
+    )
 
 
 def make_batches(setting: Setting, rank: int = 0, num_batches: int | None = None) -> list[Batch]:
@@ -108,15 +149,31 @@ def _make_batch(setting: Setting, generator: torch.Generator) -> Batch:
     for i, rows in enumerate(setting.num_rows):
         for name in setting.feature_names(i):
             keys.append(name)
-            bag_lengths = torch.randint(0, setting.max_ids_per_bag + 1, (setting.batch_size,), generator=generator)
+            # With VBE, a feature brings fewer bags than the batch has samples, and samples share bags.
+            num_bags = setting.batch_size
+            if setting.is_vbe:
+                num_bags = int(torch.randint(1, setting.batch_size + 1, (1,), generator=generator))
+            bag_lengths = torch.randint(0, setting.max_ids_per_bag + 1, (num_bags,), generator=generator)
             skewed = torch.rand(int(bag_lengths.sum()), generator=generator) ** 3
             lengths.append(bag_lengths)
             values.append((skewed * rows).long().clamp_(max=rows - 1))
-    all_values = torch.cat(values)
+    all_values = torch.cat(values).to(setting.index_dtype)
     weights = torch.rand(all_values.numel(), generator=generator) if setting.is_weighted else None
+    vbe: dict[str, Any] = {}
+    if setting.is_vbe:
+        strides = [bag_lengths.numel() for bag_lengths in lengths]
+        shape = (setting.batch_size,)
+        inverse = [torch.randint(0, stride, shape, generator=generator) for stride in strides]
+        vbe = {
+            "stride_per_key_per_rank": [[stride] for stride in strides],
+            "inverse_indices": (keys, torch.stack(inverse)),
+        }
+    features = KeyedJaggedTensor(
+        keys, all_values, weights, lengths=torch.cat(lengths).to(setting.index_dtype), **vbe
+    ).sync()
     return Batch(
         dense_features=torch.rand(setting.batch_size, NUM_DENSE, generator=generator),
-        sparse_features=KeyedJaggedTensor.from_lengths_sync(keys, all_values, torch.cat(lengths), weights),
+        sparse_features=features,
         labels=torch.randint(0, 2, (setting.batch_size,), generator=generator).float(),
     )
 
@@ -133,43 +190,68 @@ def scratchpad_constraints(setting: Setting) -> dict[str, ParameterConstraints]:
     }
 
 
+def make_sharders(setting: Setting, is_stock: bool, **kwargs: Any) -> list[ModuleSharder[Any]]:
+    """One sharder per kind of collection; `kwargs` are for ours."""
+    bags_class = EmbeddingBagCollectionSharder if is_stock else ScratchPipeEmbeddingBagCollectionSharder
+    sequences_class = EmbeddingCollectionSharder if is_stock else ScratchPipeEmbeddingCollectionSharder
+    given = (setting.fused_params, setting.qcomm_codecs_registry)
+    bags = bags_class(*given, **kwargs)
+    sequences = sequences_class(*given, setting.use_index_dedup, **kwargs)
+    return [bags, sequences, FeatureProcessedEmbeddingBagCollectionSharder(ebc_sharder=bags)]
+
+
+def is_embedding(parameter_name: str) -> bool:
+    return "embedding_bags." in parameter_name or "embeddings." in parameter_name
+
+
 class Trainer:
-    """A sharded model with its optimizers; stock unless given our sharder."""
+    """A sharded model with its optimizers; stock unless given our sharders."""
 
     def __init__(
         self,
         setting: Setting,
-        sharder: ModuleSharder[Any] | None = None,
+        sharders: list[ModuleSharder[Any]] | None = None,
         constraints: dict[str, ParameterConstraints] | None = None,
+        make_model: Callable[[Setting], nn.Module] = TinyModel,
     ) -> None:
         self.setting = setting
         torch.manual_seed(setting.seed)
-        model = TinyModel(setting)
+        model = make_model(setting)
         if setting.optimizer is not None:
-            apply_optimizer_in_backward(setting.optimizer, model.ebc.parameters(), dict(setting.optimizer_kwargs))
+            tables = [parameter for name, parameter in model.named_parameters() if is_embedding(name)]
+            apply_optimizer_in_backward(setting.optimizer, tables, dict(setting.optimizer_kwargs))
         planner = ScratchPipeShardingPlanner(
-            topology=Topology(world_size=dist.get_world_size(), compute_device="cpu"),
+            topology=Topology(
+                world_size=dist.get_world_size(), local_world_size=setting.local_size, compute_device="cpu"
+            ),
             batch_size=setting.batch_size,
             constraints=constraints if constraints is not None else scratchpad_constraints(setting),
             debug=False,
         )
-        sharders = [sharder or EmbeddingBagCollectionSharder(setting.fused_params)]
-        # Both are planned by our planner and sharder, so that both get the same sharding; then stock is told `fused`.
-        plan = planner.collective_plan(model, [ScratchPipeEmbeddingBagCollectionSharder()], dist.group.WORLD)
-        if sharder is None:
-            for table in plan.plan["ebc"].values():
+        # Both are planned by our planner and sharders, so that both get the same sharding; then stock is told `fused`.
+        plan = planner.collective_plan(model, make_sharders(setting, is_stock=False), dist.group.WORLD)
+        if sharders is None:
+            for table in (table for module_plan in plan.plan.values() for table in module_plan.values()):
                 if table.compute_kernel == "fused_uvm_caching":
                     table.compute_kernel, table.cache_params = "fused", None
-        self.model = DistributedModelParallel(model, device=CPU, plan=plan, sharders=sharders)
+        self.model = DistributedModelParallel(
+            model, device=CPU, plan=plan, sharders=sharders or make_sharders(setting, is_stock=True)
+        )
         dense = KeyedOptimizerWrapper(
-            {name: p for name, p in self.model.named_parameters() if "ebc" not in name},
+            {name: p for name, p in self.model.named_parameters() if not is_embedding(name)},
             lambda params: torch.optim.SGD(params, lr=0.05),
         )
         self.optimizer = CombinedOptimizer([self.model.fused_optimizer, dense])
 
     @classmethod
-    def scratchpipe(cls, setting: Setting, **sharder_kwargs: Any) -> "Trainer":
-        return cls(setting, ScratchPipeEmbeddingBagCollectionSharder(setting.fused_params, **sharder_kwargs))
+    def scratchpipe(
+        cls,
+        setting: Setting,
+        constraints: dict[str, ParameterConstraints] | None = None,
+        make_model: Callable[[Setting], nn.Module] = TinyModel,
+        **sharder_kwargs: Any,
+    ) -> "Trainer":
+        return cls(setting, make_sharders(setting, is_stock=False, **sharder_kwargs), constraints, make_model)
 
     def pipeline(self, lookahead: int = 2, **kwargs: Any) -> ScratchPipeTrainPipeline[Any, Any]:
         return ScratchPipeTrainPipeline(self.model, self.optimizer, CPU, lookahead=lookahead, **kwargs)
@@ -248,8 +330,38 @@ def assert_same_outputs(expected: Sequence[torch.Tensor], actual: Sequence[torch
         assert torch.equal(a, b), f"batch {index}: max diff {(a - b).abs().max()}"
 
 
-def _run_rank(rank: int, world_size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+def check_equal(
+    setting: Setting,
+    lookahead: int = 2,
+    constraints: dict[str, ParameterConstraints] | None = None,
+    batches: Sequence[Batch] | None = None,
+    make_model: Callable[[Setting], nn.Module] = TinyModel,
+    pipeline_kwargs: dict[str, Any] | None = None,
+    **sharder_kwargs: Any,
+) -> Trainer:
+    """Train stock and ours on this rank's batches and compare everything; returns ours."""
+    batches = batches if batches is not None else make_batches(setting, rank=dist.get_rank())
+    stock = Trainer(setting, None, constraints, make_model)
+    ours = Trainer.scratchpipe(setting, constraints, make_model, **sharder_kwargs)
+    ours.copy_from(stock)
+    expected = stock.train_plain(batches)
+    assert_same_outputs(expected, drain(ours.pipeline(lookahead, **(pipeline_kwargs or {})), batches))
+    assert_same_bits(stock, ours)
+    assert all(pool.num_misses_at_train == 0 for pool in scratchpad_stats(ours.model))
+    return ours
+
+
+def with_optimizer(setting: Setting, optimizer: type[torch.optim.Optimizer]) -> Setting:
+    kwargs: tuple[tuple[str, float], ...] = (("lr", 0.1),)
+    if optimizer is not torch.optim.SGD:
+        kwargs += (("eps", 1e-8),)
+    return replace(setting, optimizer=optimizer, optimizer_kwargs=kwargs)
+
+
+def _run_rank(
+    rank: int, world_size: int, local_size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -260,7 +372,11 @@ def _run_rank(rank: int, world_size: int, store: str, function: Callable[..., No
         dist.destroy_process_group()
 
 
-def run_ranks(world_size: int, function: Callable[..., None], *args: Any) -> None:
-    """Run `function(rank, *args)` in that many processes joined by gloo; a failing rank fails the test."""
+def run_ranks(world_size: int, function: Callable[..., None], *args: Any, local_size: int | None = None) -> None:
+    """Run `function(rank, *args)` in that many processes joined by gloo; a failing rank fails the test.
+
+    With `local_size`, that many of them take themselves for the ranks of one host.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(_run_rank, (world_size, os.path.join(directory, "store"), function, args), nprocs=world_size)
+        store = os.path.join(directory, "store")
+        mp.spawn(_run_rank, (world_size, local_size or world_size, store, function, args), nprocs=world_size)

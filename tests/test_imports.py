@@ -15,6 +15,7 @@ LAYERS = [
     ["__init__"],
     ["pipeline"],
     ["sharder", "sharding_planner"],
+    ["collection"],
     ["lookup"],
     ["kernel"],
     ["options", "fused_optimizer"],
@@ -30,7 +31,7 @@ LAYERS = [
     ["types"],
     ["errors", "_version"],
 ]
-CORE_STARTS_AT = 7
+CORE_STARTS_AT = 8
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -79,11 +80,13 @@ def test_public_surface() -> None:
         "IdOutOfRangeError",
         "PoolStats",
         "ScratchPipeEmbeddingBagCollectionSharder",
+        "ScratchPipeEmbeddingCollectionSharder",
         "ScratchPipeError",
         "ScratchPipeShardingPlanner",
         "ScratchPipeTrainPipeline",
         "ScratchpadFullError",
         "ShardedScratchPipeEmbeddingBagCollection",
+        "ShardedScratchPipeEmbeddingCollection",
         "Stage",
         "StageFailedError",
         "StageSpan",

@@ -27,7 +27,6 @@ from torchrec_scratchpipe import (
     ConfigError,
     IdOutOfRangeError,
     ScratchpadFullError,
-    ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeError,
     ScratchPipeTrainPipeline,
     scratchpad_stats,
@@ -299,7 +298,7 @@ def test_failed_lookup_leaves_nothing_behind_for_the_next_forward() -> None:
     constraints = scratchpad_constraints(setting)
     constraints["t1"].sharding_types = ["row_wise"]
     stock = Trainer(setting, constraints=constraints)
-    ours = Trainer(setting, ScratchPipeEmbeddingBagCollectionSharder(), constraints)
+    ours = Trainer.scratchpipe(setting, constraints)
     batches = make_batches(setting)
     values = batches[3].sparse_features.values().clone()
     values[0] = 10_000  # t0 is table-wise, in the lookup that comes first

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from helpers import CPU, Setting, TinyModel, Trainer, assert_same_bits, make_batches, scratchpad_constraints
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.types import CacheParams
-from torchrec.modules.embedding_configs import DataType
+from torchrec.distributed.types import CacheParams, ShardingEnv2D
+from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.optim.clipping import GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
@@ -30,6 +31,7 @@ from torchrec_scratchpipe import (
     scratchpad_stats,
     stage_spans,
 )
+from torchrec_scratchpipe.compat import WeightDecayMode
 
 SETTING = Setting(num_batches=10)
 
@@ -53,14 +55,14 @@ def cached(load_factor: float | None = 0.3, **kwargs: Any) -> ParameterConstrain
 @pytest.mark.parametrize("load_factor", [0.0, -0.1, 1.5, float("nan"), float("inf")])
 def test_load_factor_outside_its_range_names_the_table(load_factor: float) -> None:
     with pytest.raises(ConfigError, match=rf"table t1: load_factor is {load_factor}, it must lie in \(0, 1\]"):
-        Trainer(SETTING, ScratchPipeEmbeddingBagCollectionSharder(), {"t1": cached(load_factor)})
+        Trainer.scratchpipe(SETTING, {"t1": cached(load_factor)})
 
 
 def test_load_factor_by_fused_params_is_checked_too() -> None:
     setting = replace(SETTING, fused_params={"cache_load_factor": 2.0})
     constraints = {name: cached(None) for name in setting.table_names}
     with pytest.raises(ConfigError, match=r"table t0: load_factor is 2.0"):
-        Trainer(setting, ScratchPipeEmbeddingBagCollectionSharder(setting.fused_params), constraints)
+        Trainer.scratchpipe(setting, constraints)
 
 
 def test_load_factor_one_is_planned_as_fused() -> None:
@@ -68,31 +70,54 @@ def test_load_factor_one_is_planned_as_fused() -> None:
     assert plan["t0"][1] == "fused"
 
 
-@pytest.mark.parametrize("sharding_type", ["table_row_wise", "grid_shard"])
-def test_sharding_type_that_is_not_supported(sharding_type: str) -> None:
+def test_sharding_type_that_is_not_supported() -> None:
     trainer = Trainer.scratchpipe(SETTING)
     plan = trainer.model.plan.plan["ebc"]
-    plan["t1"] = replace(plan["t1"], sharding_type=sharding_type)
+    plan["t1"] = replace(plan["t1"], sharding_type="data_parallel")
     sharder = ScratchPipeEmbeddingBagCollectionSharder()
-    with pytest.raises(ConfigError, match=rf"table t1: sharding type {sharding_type} is not supported.*table_wise"):
+    with pytest.raises(ConfigError, match=r"table t1: sharding type data_parallel is not supported.*table_wise"):
         sharder.shard(TinyModel(SETTING).ebc, plan, trainer.model._env, CPU)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam])
-def test_optimizer_that_is_not_supported(optimizer: type[torch.optim.Optimizer]) -> None:
-    setting = replace(SETTING, optimizer=optimizer, optimizer_kwargs=(("lr", 0.1),))
-    with pytest.raises(ConfigError, match=r"tables t0, t1, t2: optimizer .*adam.* Use one of EXACT_ADAGRAD, EXACT_ROW"):
+def test_grid_with_mean_names_the_upstream_fault() -> None:
+    setting = replace(SETTING, sharding_type="grid_shard", min_partition=4, pooling=PoolingType.MEAN)
+    with pytest.raises(ConfigError, match=r"table t0: TorchRec computes SUM where grid_shard is asked for MEAN"):
+        Trainer.scratchpipe(setting)
+
+
+def test_optimizer_that_has_no_kernel_on_a_cpu() -> None:
+    setting = replace(SETTING, optimizer=torch.optim.Adam, optimizer_kwargs=(("lr", 0.1),))
+    with pytest.raises(ConfigError, match=r"tables t0, t1, t2: optimizer .*adam has no kernel on a CPU.*EXACT_ADAGRAD"):
+        Trainer.scratchpipe(setting)
+
+
+@pytest.mark.parametrize(
+    ("fused_params", "message"),
+    [
+        ({"optimizer": EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD}, "keeps state that cannot travel"),
+        ({"weight_decay_mode": WeightDecayMode.COUNTER}, "weight_decay_mode .* changes rows that a batch does not use"),
+        ({"use_rowwise_bias_correction": True}, "use_rowwise_bias_correction keeps a counter per row"),
+    ],
+    ids=["optimizer", "weight_decay_mode", "bias_correction"],
+)
+def test_optimizer_whose_state_cannot_travel(fused_params: dict[str, Any], message: str) -> None:
+    setting = replace(SETTING, optimizer=None, fused_params=fused_params)
+    with pytest.raises(ConfigError, match=rf"tables t0, t1, t2: .*{message}"):
         Trainer.scratchpipe(setting)
 
 
 def test_data_type_that_is_not_supported() -> None:
+    setting = replace(SETTING, data_type=DataType.BF16)
+    with pytest.raises(ConfigError, match=r"tables t0, t1, t2: data_type BF16 is not supported.*DataType.FP16"):
+        Trainer.scratchpipe(setting)
+
+
+def test_two_dimensional_parallelism_is_refused() -> None:
     trainer = Trainer.scratchpipe(SETTING)
-    model = TinyModel(SETTING)
-    for config in model.ebc.embedding_bag_configs():
-        config.data_type = DataType.FP16
+    env = ShardingEnv2D.__new__(ShardingEnv2D)
     sharder = ScratchPipeEmbeddingBagCollectionSharder()
-    with pytest.raises(ConfigError, match=r"tables t0, t1, t2: data_type FP16 is not supported.*DataType.FP32"):
-        sharder.shard(model.ebc, trainer.model.plan.plan["ebc"], trainer.model._env, CPU)
+    with pytest.raises(ConfigError, match=r"DMPCollection \(2D parallelism\) .*Use DistributedModelParallel"):
+        sharder.shard(TinyModel(SETTING).ebc, trainer.model.plan.plan["ebc"], env, CPU)
 
 
 def test_columns_that_fbgemm_cannot_take() -> None:

@@ -2,6 +2,7 @@
 """Lookahead scratchpad for TorchRec: tables in host memory, the rows of coming batches on the device, the same bits."""
 
 from torchrec_scratchpipe._version import __version__
+from torchrec_scratchpipe.collection import scratchpad_stats, stage_spans
 from torchrec_scratchpipe.errors import (
     BackwardTwiceError,
     BatchesInFlightError,
@@ -15,9 +16,9 @@ from torchrec_scratchpipe.errors import (
 from torchrec_scratchpipe.pipeline import ScratchPipeTrainPipeline
 from torchrec_scratchpipe.sharder import (
     ScratchPipeEmbeddingBagCollectionSharder,
+    ScratchPipeEmbeddingCollectionSharder,
     ShardedScratchPipeEmbeddingBagCollection,
-    scratchpad_stats,
-    stage_spans,
+    ShardedScratchPipeEmbeddingCollection,
 )
 from torchrec_scratchpipe.sharding_planner import ScratchPipeShardingPlanner
 from torchrec_scratchpipe.stats import PoolStats, TableStats
@@ -30,11 +31,13 @@ __all__ = [
     "IdOutOfRangeError",
     "PoolStats",
     "ScratchPipeEmbeddingBagCollectionSharder",
+    "ScratchPipeEmbeddingCollectionSharder",
     "ScratchPipeError",
     "ScratchPipeShardingPlanner",
     "ScratchPipeTrainPipeline",
     "ScratchpadFullError",
     "ShardedScratchPipeEmbeddingBagCollection",
+    "ShardedScratchPipeEmbeddingCollection",
     "Stage",
     "StageFailedError",
     "StageSpan",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The pooled lookup of one kernel group: FBGEMM's TBE over scratchpad slots, tables on the host.
+"""The lookup of one kernel group: FBGEMM's TBE over scratchpad slots, tables on the host.
 
 Shapes: ``I`` ids, ``S`` slots, ``R`` rows, ``D`` row width, ``T`` tables.
 
@@ -10,7 +10,7 @@ the pool's one scratchpad. Ids become slots before the lookup, and nothing else 
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
 from torchrec.distributed.utils import append_prefix
-from torchrec.modules.embedding_configs import data_type_to_sparse_type
+from torchrec.modules.embedding_configs import data_type_to_dtype, data_type_to_sparse_type
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation
+from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, PoolingMode
 from torchrec_scratchpipe.errors import BackwardTwiceError
 from torchrec_scratchpipe.fused_optimizer import FlushingFusedOptimizer
 from torchrec_scratchpipe.host_table import HostTable
@@ -46,60 +46,53 @@ from torchrec_scratchpipe.scratchpad import ScratchpadMemory, allocate_scratchpa
 from torchrec_scratchpipe.slot_map import SlotMap
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
-__all__ = ["ScratchPipeEmbeddingBag"]
+__all__ = ["ScratchPipeEmbedding", "ScratchPipeEmbeddingBag", "ScratchpadKernel"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
 
-class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
-    """Pooled lookup of scratchpad tables that share data type, pooling and optimizer.
+class ScratchpadKernel(FusedOptimizerModule):
+    """What pooled and unpooled lookups of scratchpad tables share; mixed into TorchRec's base class for kernels.
 
-    Tables of equal row width form one pool. The parameters and optimizer states it shows are the host tables, under
-    stock names; state_dict and the optimizer's state flush before they are read, parameters do not.
-
-    Args:
-        config: TorchRec's group of local tables.
-        pg: The process group that shards them.
-        device: Where the scratchpads live.
-        sharding_type: As the sharding passes it; it decides where MEAN is divided.
-        options: What the sharder was given.
-        runner: Runs the stages.
-
-    Raises:
-        ConfigError: A table's load factor, data type or optimizer cannot be served.
-        TableStorageError: A table cannot be placed where it should be.
-
-    Source:
-        torchrec BatchedFusedEmbeddingBag (1.8.0), whose surface this keeps.
+    The tables of a kernel group share data type, pooling and optimizer; those of equal row width form one pool. The
+    parameters and optimizer states it shows are the host tables, under stock names; state_dict and the optimizer's
+    state flush before they are read, parameters do not.
     """
 
-    def __init__(
+    # From TorchRec's base class for kernels.
+    _config: GroupedEmbeddingConfig
+    _pg: dist.ProcessGroup | None
+    _local_rows: list[int]
+    _local_cols: list[int]
+    _feature_table_map: list[int]
+    table_name_to_count: dict[str, int]
+    init_parameters: Callable[[], None]
+
+    def _set_up(
         self,
-        config: GroupedEmbeddingConfig,
-        pg: dist.ProcessGroup | None,
         device: torch.device | None,
-        sharding_type: ShardingType | None,
+        pooling: PoolingMode,
         options: ScratchpadOptions,
         runner: StageRunner,
     ) -> None:
-        super().__init__(config, pg, device, sharding_type)
+        """Allocate tables, scratchpads and TBE; what a constructor does after TorchRec's."""
         self._scratchpad_device = device or torch.device("cpu")
         self._runner = runner
         self._next_batch: PlannedBatch | None = None
-        fused_params = dict(config.fused_params or {})
-        warn_of_ignored_settings(config, fused_params)
-        self._state_names = optimizer_states(config, fused_params)
-        self._pool_tables = tables_by_width(config)
+        fused_params = dict(self._config.fused_params or {})
+        warn_of_ignored_settings(self._config, fused_params)
+        self._states = optimizer_states(self._config, fused_params, self._scratchpad_device.type)
+        self._pool_tables = tables_by_width(self._config)
         self._pool_of_table = {
             index: (pool_index, position)
             for pool_index, indices in enumerate(self._pool_tables)
             for position, index in enumerate(indices)
         }
         self.pools, memory = self._make_pools(options)
-        self._emb_module = self._make_tbe(fused_params, memory)
+        self._emb_module = self._make_tbe(pooling, fused_params, memory)
         self._features = [
             FeatureSource(feature_name, *self._pool_of_table[table_index])
-            for table_index, table in enumerate(config.embedding_tables)
+            for table_index, table in enumerate(self._config.embedding_tables)
             for feature_name in table.feature_names
         ]
         self._optim: FusedOptimizer = self._make_optimizer()
@@ -132,26 +125,8 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         if batch is not None:
             batch.hold.release()
 
-    def forward(
-        self,
-        features: KeyedJaggedTensor,
-        vbe_output: Tensor | None = None,
-        vbe_output_offsets: Tensor | None = None,
-    ) -> Tensor:
-        """Look up and pool; rows that no stage has brought yet are fetched on the spot.
-
-        Args:
-            features: This group's rank-local features, with ids.
-            vbe_output: As TorchRec passes it.
-            vbe_output_offsets: As TorchRec passes it.
-
-        Returns:
-            [B, sum of the features' D] as stock.
-
-        Raises:
-            IdOutOfRangeError: Names the table, the id and the range.
-            ScratchpadFullError: Names both numbers and the setting to change.
-        """
+    def _look_up(self, features: KeyedJaggedTensor, look_up_slots: Callable[[KeyedJaggedTensor], Tensor]) -> Tensor:
+        """Look up the expected batch, or fetch these features on the spot, over slots instead of ids."""
         batch, self._next_batch = self._next_batch, None
         if batch is None:
             batch = self.submit(features)
@@ -159,7 +134,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         slots = batch.wait()
         features_over_slots = copy.copy(features)
         features_over_slots._values = slots
-        output = super().forward(features_over_slots, vbe_output, vbe_output_offsets)
+        output = look_up_slots(features_over_slots)
         _release_after_backward(output, batch)
         return output
 
@@ -203,10 +178,10 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
 
     def split_optimizer_states(self) -> list[dict[str, Tensor]]:
         """Each table's optimizer states on the host, under FBGEMM's names, as of the last flush."""
-        if not self._state_names:
+        if not self._states:
             return []
         return [
-            dict(zip(self._state_names, self._table_parts(index)[1:], strict=True))
+            dict(zip((state.name for state in self._states), self._table_parts(index)[1:], strict=True))
             for index in range(len(self._local_rows))
         ]
 
@@ -269,7 +244,8 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         return self.pools[pool_index].host_table.table_parts(position)
 
     def _make_pools(self, options: ScratchpadOptions) -> tuple[list[Pool], ScratchpadMemory]:
-        states = tuple(StateSpec(prefix, is_rowwise) for prefix, is_rowwise in self._state_names.values())
+        dtype = data_type_to_dtype(self._config.data_type)
+        states = tuple(StateSpec(state.buffer, state.is_rowwise, state.dtype) for state in self._states)
         storage = options.make_storage()
         host_tables = []
         nums_slots: list[int] = []
@@ -278,7 +254,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
                 TableSpec(table.name, table.local_rows, load_factor_of(table))
                 for table in (self._config.embedding_tables[index] for index in indices)
             ]
-            layout = RowLayout(self._local_cols[indices[0]], torch.float32, states)
+            layout = RowLayout(self._local_cols[indices[0]], dtype, states)
             host_tables.append(HostTable(specs, layout, storage))
             # A row-wise table shorter than the number of ranks leaves some of them without rows.
             nums_slots.append(max(1, sum(num_slots_of(spec) for spec in specs)))
@@ -309,7 +285,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         return pools, memory
 
     def _make_tbe(
-        self, fused_params: dict[str, Any], memory: ScratchpadMemory
+        self, pooling: PoolingMode, fused_params: dict[str, Any], memory: ScratchpadMemory
     ) -> SplitTableBatchedEmbeddingBagsCodegen:
         """A TBE of T one-row tables whose offsets are then pointed at the scratchpads.
 
@@ -321,7 +297,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         tbe = SplitTableBatchedEmbeddingBagsCodegen(
             embedding_specs=[(1, dim, location, compute_device) for dim in self._local_cols],
             feature_table_map=self._feature_table_map,
-            pooling_mode=self._pooling,
+            pooling_mode=pooling,
             weights_precision=data_type_to_sparse_type(self._config.data_type),
             device=self._scratchpad_device,
             table_names=[table.name for table in self._config.embedding_tables],
@@ -332,7 +308,7 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         ]
         self._point_rows_at_slots(tbe, slots_of_table)
         suffix = "dev" if is_cuda else "host"
-        prefixes = ["weights", *(prefix for prefix, _ in self._state_names.values())]
+        prefixes = ["weights", *(state.buffer for state in self._states)]
         for prefix, flat, pool_offsets in zip(prefixes, memory.flat_parts, memory.value_offsets, strict=True):
             offsets = [pool_offsets[self._pool_of_table[index][0]] for index in range(len(self._local_cols))]
             # .data gives the TBE a version counter of its own: Insert of coming batches writes slots between this
@@ -353,6 +329,106 @@ class ScratchPipeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerMod
         tbe.hash_size_cumsum.copy_(torch.tensor([cumulative[t] for t in self._feature_table_map] + [cumulative[-1]]))
         tbe.rows_per_table.copy_(torch.tensor([slots_of_table[t] for t in self._feature_table_map]))
         tbe.optimizer_args = tbe.optimizer_args._replace(total_hash_size=cumulative[-1])
+
+
+class ScratchPipeEmbeddingBag(ScratchpadKernel, BaseBatchedEmbeddingBag[Tensor]):
+    """Pooled lookup of one group of scratchpad tables.
+
+    Args:
+        config: TorchRec's group of local tables.
+        pg: The process group that shards them.
+        device: Where the scratchpads live.
+        sharding_type: As the sharding passes it; it decides where MEAN is divided.
+        options: What the sharder was given.
+        runner: Runs the stages.
+
+    Raises:
+        ConfigError: A table's load factor, data type or optimizer cannot be served.
+        TableStorageError: A table cannot be placed where it should be.
+
+    Source:
+        torchrec BatchedFusedEmbeddingBag (1.8.0), whose surface this keeps.
+    """
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None,
+        device: torch.device | None,
+        sharding_type: ShardingType | None,
+        options: ScratchpadOptions,
+        runner: StageRunner,
+    ) -> None:
+        super().__init__(config, pg, device, sharding_type)
+        self._set_up(device, self._pooling, options, runner)
+
+    def forward(
+        self,
+        features: KeyedJaggedTensor,
+        vbe_output: Tensor | None = None,
+        vbe_output_offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Look up and pool; rows that no stage has brought yet are fetched on the spot.
+
+        Args:
+            features: This group's rank-local features, with ids.
+            vbe_output: As TorchRec passes it.
+            vbe_output_offsets: As TorchRec passes it.
+
+        Returns:
+            [B, sum of the features' D] as stock.
+
+        Raises:
+            IdOutOfRangeError: Names the table, the id and the range.
+            ScratchpadFullError: Names both numbers and the setting to change.
+        """
+        look_up = super().forward
+        return self._look_up(features, lambda over_slots: look_up(over_slots, vbe_output, vbe_output_offsets))
+
+
+class ScratchPipeEmbedding(ScratchpadKernel, BaseBatchedEmbedding[Tensor]):
+    """Unpooled lookup of one group of scratchpad tables.
+
+    Args:
+        config: TorchRec's group of local tables.
+        pg: The process group that shards them.
+        device: Where the scratchpads live.
+        options: What the sharder was given.
+        runner: Runs the stages.
+
+    Raises:
+        ConfigError: A table's load factor, data type or optimizer cannot be served.
+        TableStorageError: A table cannot be placed where it should be.
+
+    Source:
+        torchrec BatchedFusedEmbedding (1.8.0), whose surface this keeps.
+    """
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None,
+        device: torch.device | None,
+        options: ScratchpadOptions,
+        runner: StageRunner,
+    ) -> None:
+        super().__init__(config, pg, device)
+        self._set_up(device, PoolingMode.NONE, options, runner)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """Look up one row per id; rows that no stage has brought yet are fetched on the spot.
+
+        Args:
+            features: This group's rank-local features, with ids.
+
+        Returns:
+            [I, D] as stock.
+
+        Raises:
+            IdOutOfRangeError: Names the table, the id and the range.
+            ScratchpadFullError: Names both numbers and the setting to change.
+        """
+        return self._look_up(features, super().forward)
 
 
 def _release_after_backward(output: Tensor, batch: PlannedBatch) -> None:

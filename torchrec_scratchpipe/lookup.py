@@ -5,54 +5,40 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torchrec.distributed.embedding_kernel import BaseEmbedding
-from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup, GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_sharding import EmbeddingSharding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardingType
-from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
+from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
-from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
-from torchrec.distributed.sharding.twcw_sharding import TwCwPooledEmbeddingSharding
+from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.kernel import ScratchPipeEmbeddingBag
+from torchrec_scratchpipe.kernel import ScratchpadKernel, ScratchPipeEmbedding, ScratchPipeEmbeddingBag
 from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
 
-__all__ = ["SCRATCHPAD_KERNEL", "SUPPORTED_SHARDING_TYPES", "ScratchPipePooledLookup", "create_pooled_lookup"]
+__all__ = [
+    "SCRATCHPAD_KERNEL",
+    "ScratchPipePooledLookup",
+    "ScratchPipeSequenceLookup",
+    "ScratchpadLookup",
+    "create_pooled_lookup",
+    "create_sequence_lookup",
+]
 
 SCRATCHPAD_KERNEL = EmbeddingComputeKernel.FUSED_UVM_CACHING
 
-SUPPORTED_SHARDING_TYPES = (
-    ShardingType.TABLE_WISE,
-    ShardingType.ROW_WISE,
-    ShardingType.COLUMN_WISE,
-    ShardingType.TABLE_COLUMN_WISE,
-)
 
-# What each sharding tells its kernels; row-wise kernels must sum, because MEAN is divided after the reduction.
-_KERNEL_SHARDING_TYPE: dict[type, ShardingType | None] = {
-    TwPooledEmbeddingSharding: None,
-    CwPooledEmbeddingSharding: None,
-    TwCwPooledEmbeddingSharding: None,
-    RwPooledEmbeddingSharding: ShardingType.ROW_WISE,
-}
+class ScratchpadLookup:
+    """What pooled and unpooled lookups share: scratchpad groups can be planned ahead; mixed into TorchRec's class."""
 
-
-class ScratchPipePooledLookup(GroupedPooledEmbeddingsLookup):
-    """TorchRec's grouped lookup, whose scratchpad groups can be planned ahead.
-
-    Source:
-        torchrec GroupedPooledEmbeddingsLookup (1.8.0).
-    """
-
-    def __init__(self, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
-        # The base constructor makes the kernels, so what they need must be there before it.
-        self._options = options
-        self._runner = runner
-        super().__init__(**kwargs)
+    # From TorchRec's grouped lookups.
+    _emb_modules: nn.ModuleList
+    _feature_splits: list[int]
 
     @property
     def pools(self) -> list[Pool]:
@@ -63,7 +49,7 @@ class ScratchPipePooledLookup(GroupedPooledEmbeddingsLookup):
         """Send one batch through the stages, ahead of its lookup.
 
         Args:
-            features: This sharding's rank-local features, as :meth:`forward` will get them.
+            features: This sharding's rank-local features, as the lookup will get them.
 
         Returns:
             One planned batch per scratchpad group, for :meth:`expect`.
@@ -72,11 +58,11 @@ class ScratchPipePooledLookup(GroupedPooledEmbeddingsLookup):
         return [
             kernel.submit(group)
             for kernel, group in zip(self._emb_modules, groups, strict=True)
-            if isinstance(kernel, ScratchPipeEmbeddingBag)
+            if isinstance(kernel, ScratchpadKernel)
         ]
 
     def expect(self, batches: list[PlannedBatch]) -> None:
-        """Say which planned batches the next :meth:`forward` looks up.
+        """Say which planned batches the next lookup is for.
 
         Args:
             batches: From :meth:`submit`.
@@ -89,8 +75,22 @@ class ScratchPipePooledLookup(GroupedPooledEmbeddingsLookup):
         for kernel in self._scratchpad_kernels():
             kernel.forget()
 
-    def _scratchpad_kernels(self) -> list[ScratchPipeEmbeddingBag]:
-        return [kernel for kernel in self._emb_modules if isinstance(kernel, ScratchPipeEmbeddingBag)]
+    def _scratchpad_kernels(self) -> list[ScratchpadKernel]:
+        return [kernel for kernel in self._emb_modules if isinstance(kernel, ScratchpadKernel)]
+
+
+class ScratchPipePooledLookup(ScratchpadLookup, GroupedPooledEmbeddingsLookup):
+    """TorchRec's pooled lookup, with scratchpad kernels.
+
+    Source:
+        torchrec GroupedPooledEmbeddingsLookup (1.8.0).
+    """
+
+    def __init__(self, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
+        # The base constructor makes the kernels, so what they need must be there before it.
+        self._options = options
+        self._runner = runner
+        super().__init__(**kwargs)
 
     def _create_embedding_kernel(
         self,
@@ -100,15 +100,47 @@ class ScratchPipePooledLookup(GroupedPooledEmbeddingsLookup):
         sharding_type: ShardingType | None,
         *env: Any,
     ) -> BaseEmbedding:
-        # group_tables files fused_uvm_caching under FUSED, so the tables have to be asked.
-        if config.embedding_tables[0].compute_kernel is SCRATCHPAD_KERNEL:
+        if _is_scratchpad_group(config):
             return ScratchPipeEmbeddingBag(config, pg, device, sharding_type, self._options, self._runner)
         return super()._create_embedding_kernel(config, device, pg, sharding_type, *env)
+
+    def _forward_with_vbe_merging(self, features_by_group: list[KeyedJaggedTensor], device: torch.device) -> Tensor:
+        # FBGEMM's CPU kernels cannot write into the output that stock shares among several groups.
+        if device.type == "cpu":
+            return self._merge_variable_batch_embeddings(
+                self._forward(features_by_group), self._vbe_splits(features_by_group)
+            )
+        return super()._forward_with_vbe_merging(features_by_group, device)
+
+
+class ScratchPipeSequenceLookup(ScratchpadLookup, GroupedEmbeddingsLookup):
+    """TorchRec's unpooled lookup, with scratchpad kernels.
+
+    Source:
+        torchrec GroupedEmbeddingsLookup (1.8.0).
+    """
+
+    def __init__(self, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
+        # The base constructor makes the kernels, so what they need must be there before it.
+        self._options = options
+        self._runner = runner
+        super().__init__(**kwargs)
+
+    def _create_embedding_kernel(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None,
+        device: torch.device | None,
+        *env: Any,
+    ) -> BaseEmbedding:
+        if _is_scratchpad_group(config):
+            return ScratchPipeEmbedding(config, pg, device, self._options, self._runner)
+        return super()._create_embedding_kernel(config, pg, device, *env)
 
 
 def create_pooled_lookup(
     sharding: EmbeddingSharding[Any, Any, Any, Any], options: ScratchpadOptions, runner: StageRunner
-) -> torch.nn.Module:
+) -> nn.Module:
     """Make the lookup of one sharding; a sharding without local scratchpad tables gets the stock one.
 
     Args:
@@ -122,9 +154,8 @@ def create_pooled_lookup(
     Source:
         `create_lookup` of torchrec's pooled shardings (1.8.0).
     """
-    configs: list[GroupedEmbeddingConfig] = getattr(sharding, "_grouped_embedding_configs", [])
-    tables = [table for config in configs for table in config.embedding_tables]
-    if not any(table.compute_kernel is SCRATCHPAD_KERNEL for table in tables):
+    configs = _local_groups(sharding)
+    if not any(_is_scratchpad_group(config) for config in configs):
         return sharding.create_lookup()
     return ScratchPipePooledLookup(
         options,
@@ -132,6 +163,52 @@ def create_pooled_lookup(
         grouped_configs=configs,
         pg=sharding._pg,
         device=sharding._device,
-        sharding_type=_KERNEL_SHARDING_TYPE[type(sharding)],
+        sharding_type=_kernel_sharding_type(sharding),
         env=sharding._env,
     )
+
+
+def create_sequence_lookup(
+    sharding: EmbeddingSharding[Any, Any, Any, Any], options: ScratchpadOptions, runner: StageRunner
+) -> nn.Module:
+    """Make the lookup of one sharding; a sharding without local scratchpad tables gets the stock one.
+
+    Args:
+        sharding: An unpooled sharding of TorchRec.
+        options: What the sharder was given.
+        runner: Runs the stages.
+
+    Returns:
+        The lookup.
+
+    Source:
+        `create_lookup` of torchrec's sequence shardings (1.8.0).
+    """
+    configs = _local_groups(sharding)
+    if not any(_is_scratchpad_group(config) for config in configs):
+        return sharding.create_lookup()
+    return ScratchPipeSequenceLookup(
+        options, runner, grouped_configs=configs, pg=sharding._pg, device=sharding._device, env=sharding._env
+    )
+
+
+def _local_groups(sharding: EmbeddingSharding[Any, Any, Any, Any]) -> list[GroupedEmbeddingConfig]:
+    """The kernel groups of this rank."""
+    if isinstance(sharding, TwRwPooledEmbeddingSharding | GridPooledEmbeddingSharding):
+        groups: list[GroupedEmbeddingConfig] = sharding._grouped_embedding_configs_per_rank[sharding._rank]
+        return groups
+    return getattr(sharding, "_grouped_embedding_configs", [])
+
+
+def _kernel_sharding_type(sharding: EmbeddingSharding[Any, Any, Any, Any]) -> ShardingType | None:
+    """What the sharding tells its kernels: row-wise kernels must sum, MEAN is divided after the reduction."""
+    if isinstance(sharding, RwPooledEmbeddingSharding):
+        return ShardingType.ROW_WISE
+    if isinstance(sharding, TwRwPooledEmbeddingSharding | GridPooledEmbeddingSharding):
+        return ShardingType.TABLE_ROW_WISE
+    return None
+
+
+def _is_scratchpad_group(config: GroupedEmbeddingConfig) -> bool:
+    # group_tables files fused_uvm_caching under FUSED, so the tables have to be asked.
+    return config.embedding_tables[0].compute_kernel is SCRATCHPAD_KERNEL

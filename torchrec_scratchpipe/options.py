@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a scratchpad table may be: the sharder's options, and the checks that refuse the rest at construction."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
@@ -19,6 +21,7 @@ from torchrec_scratchpipe.types import TableSpec
 
 __all__ = [
     "CACHE_SETTINGS",
+    "OptimizerState",
     "ScratchpadOptions",
     "check_load_factor",
     "load_factor_of",
@@ -33,12 +36,45 @@ logger: logging.Logger = logging.getLogger(__name__)
 DEFAULT_LOAD_FACTOR = 0.2  # FBGEMM's default cache_load_factor
 MIN_SLOTS_PER_TABLE = 32  # rows of one set of FBGEMM's cache, its smallest; a table of 3 rows simply fits
 
-# Per optimizer: the name in TorchRec's optimizer state_dict, FBGEMM's buffer, one value per row or per weight.
-OPTIMIZER_STATES: dict[EmbOptimType, tuple[tuple[str, str, bool], ...]] = {
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """One per-row state of a fused optimizer."""
+
+    name: str  # in TorchRec's optimizer state_dict
+    buffer: str  # FBGEMM's name
+    is_rowwise: bool  # one value per row, or one per weight
+    dtype: torch.dtype = torch.float32
+
+
+# All that an optimizer keeps per row; FBGEMM's iteration counter is per kernel group and stays where it is.
+OPTIMIZER_STATES: dict[EmbOptimType, tuple[OptimizerState, ...]] = {
     EmbOptimType.EXACT_SGD: (),
-    EmbOptimType.EXACT_ADAGRAD: (("sum", "momentum1", False),),
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (("sum", "momentum1", True),),
+    EmbOptimType.EXACT_ADAGRAD: (OptimizerState("sum", "momentum1", False),),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (OptimizerState("sum", "momentum1", True),),
+    EmbOptimType.LARS_SGD: (OptimizerState("momentum_buffer", "momentum1", False),),
+    EmbOptimType.ADAM: (
+        OptimizerState("exp_avg", "momentum1", False),
+        OptimizerState("exp_avg_sq", "momentum2", False),
+    ),
+    EmbOptimType.PARTIAL_ROWWISE_ADAM: (
+        OptimizerState("exp_avg", "momentum1", False),
+        OptimizerState("exp_avg_sq", "momentum2", True),
+    ),
+    EmbOptimType.LAMB: (
+        OptimizerState("exp_avg", "momentum1", False),
+        OptimizerState("exp_avg_sq", "momentum2", False),
+    ),
+    EmbOptimType.PARTIAL_ROWWISE_LAMB: (
+        OptimizerState("exp_avg", "momentum1", False),
+        OptimizerState("exp_avg_sq", "momentum2", True),
+    ),
 }
+
+# What FBGEMM has kernels for on a CPU.
+CPU_OPTIMIZERS = (EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+
+ROW_PRECISIONS = (SparseType.FP32, SparseType.FP16)
 
 # FBGEMM settings of its own cache. The scratchpad has no use for them; load_factor is read per table.
 CACHE_SETTINGS = frozenset(
@@ -93,32 +129,40 @@ def warn_of_ignored_settings(config: GroupedEmbeddingConfig, fused_params: dict[
         logger.warning("tables %s: %s set FBGEMM's cache and have no effect on a scratchpad", names, ", ".join(ignored))
 
 
-def optimizer_states(config: GroupedEmbeddingConfig, fused_params: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+def optimizer_states(
+    config: GroupedEmbeddingConfig, fused_params: dict[str, Any], device_type: str
+) -> tuple[OptimizerState, ...]:
     """The states that travel with each row of a group.
 
     Args:
         config: TorchRec's group of tables.
         fused_params: What its TBE is built with.
+        device_type: Where it trains, ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        By name in TorchRec's optimizer state_dict: FBGEMM's buffer, and whether it has one value per row.
+        In FBGEMM's order.
 
     Raises:
         ConfigError: Data type, optimizer or weight decay cannot be served.
     """
     names = ", ".join(table.name for table in config.embedding_tables)
-    precision = data_type_to_sparse_type(config.data_type)
-    if precision is not SparseType.FP32:
+    if data_type_to_sparse_type(config.data_type) not in ROW_PRECISIONS:
         raise ConfigError(
-            f"tables {names}: data_type {config.data_type.value} is not supported in a scratchpad. Use DataType.FP32, "
-            "or compute kernel fused."
+            f"tables {names}: data_type {config.data_type.value} is not supported in a scratchpad. Use DataType.FP32 "
+            "or DataType.FP16, or compute kernel fused."
         )
     optimizer = fused_params.get("optimizer", EmbOptimType.EXACT_SGD)
-    if optimizer not in OPTIMIZER_STATES:
-        supported = ", ".join(sorted(kind.name for kind in OPTIMIZER_STATES))
+    supported = CPU_OPTIMIZERS if device_type == "cpu" else tuple(OPTIMIZER_STATES)
+    if optimizer not in supported:
+        reason = "has no kernel on a CPU" if optimizer in OPTIMIZER_STATES else "keeps state that cannot travel"
         raise ConfigError(
-            f"tables {names}: optimizer {optimizer} keeps state that cannot travel with its row yet. Use one of "
-            f"{supported}, or compute kernel fused."
+            f"tables {names}: optimizer {optimizer} {reason}. Use one of "
+            f"{', '.join(sorted(kind.name for kind in supported))}, or compute kernel fused."
+        )
+    if fused_params.get("use_rowwise_bias_correction"):
+        raise ConfigError(
+            f"tables {names}: use_rowwise_bias_correction keeps a counter per row that cannot travel with it yet. Leave "
+            "it out, or use compute kernel fused."
         )
     decay_mode = fused_params.get("weight_decay_mode", WeightDecayMode.NONE)
     if decay_mode not in (WeightDecayMode.NONE, WeightDecayMode.L2, WeightDecayMode.DECOUPLE):
@@ -126,7 +170,11 @@ def optimizer_states(config: GroupedEmbeddingConfig, fused_params: dict[str, Any
             f"tables {names}: weight_decay_mode {decay_mode} changes rows that a batch does not use. Use NONE, L2 or "
             "DECOUPLE, or compute kernel fused."
         )
-    return {name: (prefix, is_rowwise) for name, prefix, is_rowwise in OPTIMIZER_STATES[optimizer]}
+    dtypes = fused_params.get("optimizer_state_dtypes") or {}
+    return tuple(
+        dataclasses.replace(state, dtype=dtypes[state.buffer].as_dtype()) if state.buffer in dtypes else state
+        for state in OPTIMIZER_STATES[optimizer]
+    )
 
 
 def tables_by_width(config: GroupedEmbeddingConfig) -> list[list[int]]:

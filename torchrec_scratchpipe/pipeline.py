@@ -15,11 +15,8 @@ from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForwar
 from torchrec.distributed.types import Awaitable
 from torchrec.streamable import Pipelineable
 
+from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection, collection_to_plan
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
-from torchrec_scratchpipe.sharder import (
-    ScratchPipeEmbeddingBagCollectionContext,
-    ShardedScratchPipeEmbeddingBagCollection,
-)
 
 __all__ = ["ScratchPipeTrainPipeline"]
 
@@ -93,8 +90,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
     Train                 0: forward, backward, optimizer            default stream
     ====================  =========================================  ==========================================
 
-    Sharded modules other than :class:`ShardedScratchPipeEmbeddingBagCollection` are pipelined as in
-    TrainPipelineSparseDist. One pipeline may serve training and evaluation in turn, each with a new iterator.
+    Sharded modules without scratchpad tables are pipelined as in TrainPipelineSparseDist. One pipeline may serve training and evaluation in turn, each with a new iterator.
 
     Args:
         model: A model sharded by DistributedModelParallel.
@@ -224,10 +220,10 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         """Drop all batches in flight and let go of their slots; rows already moved stay where they are, correct."""
         for context in self.contexts:
             for module_context in context.module_contexts.values():
-                if isinstance(module_context, ScratchPipeEmbeddingBagCollectionContext):
+                if isinstance(module_context, PlannedBatches):
                     module_context.release()
         for module in self._model.modules():
-            if isinstance(module, ShardedScratchPipeEmbeddingBagCollection):
+            if isinstance(module, ScratchpadCollection):
                 module.settle()  # the worker may just have planned a batch, and lets go of it in a moment
         super().reset()
         self._dataloader_iter = None
@@ -263,6 +259,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             with self._stream_context(self._data_dist_stream):
                 dist_input = request.wait()
             context.planned_inputs[name] = dist_input
-            if isinstance(module, ShardedScratchPipeEmbeddingBagCollection):
+            collection = collection_to_plan(module)
+            if collection is not None:
                 with self._stream_context(self._data_dist_stream):
-                    module.prefetch(dist_input, ctx=context.module_contexts[name])
+                    collection.prefetch(dist_input, ctx=context.module_contexts[name])

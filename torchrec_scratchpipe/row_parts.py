@@ -37,8 +37,8 @@ def write_rows(parts: Sequence[Tensor], index: Tensor, values: Sequence[Tensor])
 
 
 def _wide(part: Tensor) -> Tensor:
-    # Two floats at a time: index_copy_ of 20,000 rows of 64 floats took 1.85 ms instead of 2.43 ms (one core of
+    # Eight bytes at a time: index_copy_ of 20,000 rows of 64 floats took 1.85 ms instead of 2.43 ms (one core of
     # an AMD EPYC, torch 2.13).
-    if part.device.type == "cpu" and part.dtype is torch.float32 and part.dim() == 2 and part.shape[1] % 2 == 0:
+    if part.device.type == "cpu" and part.dim() == 2 and part.shape[1] * part.dtype.itemsize % 8 == 0:
         return part.view(torch.float64)
     return part

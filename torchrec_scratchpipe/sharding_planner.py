@@ -9,7 +9,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
 
 from torchrec_scratchpipe.errors import ConfigError
-from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, SUPPORTED_SHARDING_TYPES
+from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL
 from torchrec_scratchpipe.options import check_load_factor
 
 __all__ = ["ScratchPipeShardingPlanner"]
@@ -21,7 +21,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
     A table is a scratchpad table when its constraints name the compute kernel `fused_uvm_caching`; `cache_params`
     gives its load factor. On CUDA this is stock TorchRec. On a CPU, where stock offers `fused` alone, such tables are
     planned as if they were `fused` and then renamed, so every table gets the sharding type that stock would choose;
-    row-wise is considered only where a scratchpad table's constraints ask for it, and a table with load factor 1 stays
+    row-wise and its kin are considered only where a scratchpad table's constraints ask for them, and a table with load factor 1 stays
     `fused`, since it fits.
 
     Args:
@@ -93,7 +93,7 @@ class _CpuEnumerator(EmbeddingEnumerator):
         allowed = list(allowed_sharding_types)
         if name in self._scratchpad_tables:
             asked = (self._constraints or {})[name].sharding_types or []
-            allowed += [kind.value for kind in SUPPORTED_SHARDING_TYPES if kind.value in asked]
+            allowed += [kind.value for kind in ShardingType if kind.value in asked]
         return super()._filter_sharding_types(name, list(dict.fromkeys(allowed)), *args)
 
     def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What sharded collections of bags and of unpooled embeddings share: batches that are planned ahead.
+
+Shapes: ``I`` ids.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import KJTList, ShardingType
+from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
+from torchrec.distributed.types import ParameterSharding
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
+from torchrec_scratchpipe.options import ScratchpadOptions
+from torchrec_scratchpipe.planned_batch import PlannedBatch, check_ids
+from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.stats import PoolStats
+from torchrec_scratchpipe.types import StageSpan
+
+__all__ = ["PlannedBatches", "ScratchpadCollection", "collection_to_plan", "scratchpad_stats", "stage_spans"]
+
+# Shardings whose input distribution sends an id to the rank that holds its block of rows.
+_ROW_WISE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
+
+
+@dataclass
+class PlannedBatches:
+    """One batch's way through the stages, by lookup, until it is dropped; mixed into TorchRec's context."""
+
+    planned_batches: dict[int, list[PlannedBatch]] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of the batch's slots; it will not be looked up."""
+        for batches in self.planned_batches.values():
+            for batch in batches:
+                batch.hold.release()
+        self.planned_batches.clear()
+
+
+class ScratchpadCollection:
+    """Planning ahead, for a sharded collection of TorchRec whose `fused_uvm_caching` tables use the scratchpad.
+
+    Mixed into the stock class, whose distributions, parameters and state_dict stay as they are.
+    """
+
+    # From TorchRec's sharded collections.
+    module_sharding_plan: Any
+    _lookups: list[nn.Module]
+
+    def _set_up_stages(self, options: ScratchpadOptions, device: torch.device | None) -> None:
+        """What a constructor does before TorchRec's, which makes the lookups."""
+        self._options = options
+        make_runner = OverlappedStageRunner if options.overlap else StageRunner
+        self._runner: StageRunner = make_runner(device or torch.device("cpu"))
+
+    def _set_up_checks(self, configs: Iterable[BaseEmbeddingConfig]) -> None:
+        """What a constructor does after TorchRec's."""
+        self._row_wise_features: dict[str, list[BaseEmbeddingConfig]] = {}
+        for config in configs:
+            sharding: ParameterSharding = self.module_sharding_plan[config.name]
+            if sharding.sharding_type in _ROW_WISE and sharding.compute_kernel == SCRATCHPAD_KERNEL.value:
+                for feature in config.feature_names:
+                    self._row_wise_features.setdefault(feature, []).append(config)
+        # Gigabytes of initial weights would otherwise be written out during the first minutes of training.
+        for pool in self.pools:
+            pool.host_table.persist()
+
+    @property
+    def pools(self) -> list[Pool]:
+        """All pools of this rank."""
+        return [pool for _, lookup in self._scratchpad_lookups() for pool in lookup.pools]
+
+    def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
+        """Send a distributed batch through the stages; any number of batches may be ahead.
+
+        Args:
+            dist_input: The batch after input distribution.
+            forward_stream: Not used: events order the streams.
+            ctx: The batch's own context, which will be passed to `compute_and_output_dist`; without one
+                nothing is sent, and the batch is fetched on the spot.
+        """
+        if not isinstance(ctx, PlannedBatches):
+            return
+        for index, lookup in self._scratchpad_lookups():
+            ctx.planned_batches[index] = lookup.submit(dist_input[index])
+
+    def settle(self) -> None:
+        """Wait until no stage runs, nor will before the next batch is sent or looked up."""
+        self._runner.settle()
+
+    def _check_row_wise_ids(self, features: Any) -> None:
+        """Refuse ids that stock's row-wise distribution would wrap onto rows of other ids, where nobody can tell any more.
+
+        Only on a CPU. Ids of other shardings are checked at Plan.
+        """
+        if not self._row_wise_features or not isinstance(features, KeyedJaggedTensor):
+            return
+        if features.device().type != "cpu":
+            return
+        bounds = features.offset_per_key()
+        for key, first, last in zip(features.keys(), bounds[:-1], bounds[1:], strict=True):
+            for config in self._row_wise_features.get(key, []):
+                check_ids(config.name, key, features.values()[first:last], config.num_embeddings)
+
+    def _expect(self, ctx: Any) -> None:
+        """The next lookup is for the batches planned with this context, where there are any."""
+        if isinstance(ctx, PlannedBatches):
+            for index, lookup in self._scratchpad_lookups():
+                if index in ctx.planned_batches:
+                    lookup.expect(ctx.planned_batches[index])
+
+    def _forget(self) -> None:
+        """If one lookup raises, those after it have not taken their batch, and must not take it next time."""
+        for _, lookup in self._scratchpad_lookups():
+            lookup.forget()
+
+    def _scratchpad_lookups(self) -> list[tuple[int, ScratchpadLookup]]:
+        return [(index, lookup) for index, lookup in enumerate(self._lookups) if isinstance(lookup, ScratchpadLookup)]
+
+
+def collection_to_plan(module: nn.Module) -> ScratchpadCollection | None:
+    """The collection whose batches can be planned when this sharded module's input is known.
+
+    Args:
+        module: A sharded module.
+
+    Returns:
+        The module itself, the bags inside a feature-processed collection (which changes weights, not ids), or None.
+    """
+    if isinstance(module, ShardedFeatureProcessedEmbeddingBagCollection):
+        module = module._embedding_bag_collection
+    return module if isinstance(module, ScratchpadCollection) else None
+
+
+def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
+    """Count what the scratchpads of a model did on this rank; waits for the device.
+
+    Args:
+        module: A sharded model, or any part of one.
+
+    Returns:
+        One per pool; empty where no table uses a scratchpad.
+    """
+    stats: list[PoolStats] = []
+    for collection in _scratchpad_collections(module):
+        with collection._runner.between_batches():
+            stats.extend(pool.stats() for pool in collection.pools)
+    return stats
+
+
+def stage_spans(module: nn.Module) -> list[list[StageSpan]]:
+    """When the latest stages ran on this rank, for plots; a bounded number is kept.
+
+    Args:
+        module: A sharded model, or any part of one.
+
+    Returns:
+        Per pool, in the order of :func:`scratchpad_stats`.
+    """
+    return [list(pool.counters.spans) for collection in _scratchpad_collections(module) for pool in collection.pools]
+
+
+def _scratchpad_collections(module: nn.Module) -> list[ScratchpadCollection]:
+    return [part for part in module.modules() if isinstance(part, ScratchpadCollection)]
