@@ -141,10 +141,12 @@ def make_embeddings(setting: Setting) -> EmbeddingCollection:
 def make_batches(setting: Setting, rank: int = 0, num_batches: int | None = None) -> list[Batch]:
     """Batches with a hot head and a long tail, empty bags among them."""
     generator = torch.Generator().manual_seed(1000 * setting.seed + rank)
-    return [_make_batch(setting, generator) for _ in range(num_batches or setting.num_batches)]
+    # Bags per feature are the same on all ranks: gloo's allgather, which stock's row-wise VBE uses, wants equal sizes.
+    common = torch.Generator().manual_seed(setting.seed)
+    return [_make_batch(setting, generator, common) for _ in range(num_batches or setting.num_batches)]
 
 
-def _make_batch(setting: Setting, generator: torch.Generator) -> Batch:
+def _make_batch(setting: Setting, generator: torch.Generator, common: torch.Generator) -> Batch:
     keys, lengths, values = [], [], []
     for i, rows in enumerate(setting.num_rows):
         for name in setting.feature_names(i):
@@ -152,7 +154,7 @@ def _make_batch(setting: Setting, generator: torch.Generator) -> Batch:
             # With VBE, a feature brings fewer bags than the batch has samples, and samples share bags.
             num_bags = setting.batch_size
             if setting.is_vbe:
-                num_bags = int(torch.randint(1, setting.batch_size + 1, (1,), generator=generator))
+                num_bags = int(torch.randint(1, setting.batch_size + 1, (1,), generator=common))
             bag_lengths = torch.randint(0, setting.max_ids_per_bag + 1, (num_bags,), generator=generator)
             skewed = torch.rand(int(bag_lengths.sum()), generator=generator) ** 3
             lengths.append(bag_lengths)

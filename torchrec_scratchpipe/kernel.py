@@ -80,7 +80,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._runner = runner
         self._next_batch: PlannedBatch | None = None
         fused_params = dict(self._config.fused_params or {})
-        warn_of_ignored_settings(self._config, fused_params)
+        warn_of_ignored_settings(self._config, fused_params, self._scratchpad_device.type)
         self._states = optimizer_states(self._config, fused_params, self._scratchpad_device.type)
         self._pool_tables = tables_by_width(self._config)
         self._pool_of_table = {

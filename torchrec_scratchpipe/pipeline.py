@@ -127,6 +127,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             if kwargs.get(name):
                 raise ConfigError(f"{name}=True is not supported by ScratchPipeTrainPipeline. Leave it out.")
         self._lookahead = lookahead
+        self._is_traced_in_vain = False
+        self._collections_warned_of: set[str] = set()
         super().__init__(
             model,
             optimizer,
@@ -214,6 +216,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
                 f"attach(): {len(self.contexts)} batches in flight were planned for another model. Let the pipeline "
                 "train them, or call reset(), first."
             )
+        self._is_traced_in_vain = False
         super().attach(model, sparse_dist=False)
 
     def reset(self) -> None:
@@ -227,6 +230,32 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
                 module.settle()  # the worker may just have planned a batch, and lets go of it in a moment
         super().reset()
         self._dataloader_iter = None
+
+    def _pipeline_model(self, batch: In | None, context: TrainPipelineContext, *args: Any, **kwargs: Any) -> None:
+        """As stock; collections that cannot be planned ahead are named once, and are fetched on the spot."""
+        if self._is_traced_in_vain:  # stock would trace the model again for every batch
+            return
+        reason = "its input is computed inside forward"
+        try:
+            super()._pipeline_model(batch, context, *args, **kwargs)
+        except Exception as error:
+            # torch.fx raises whatever the model raises when it is given proxies. It changes nothing before that; if
+            # modules have been rewritten, the error is not about tracing.
+            if any(isinstance(module.forward, PipelinedForward) for module in self._model.modules()):
+                raise
+            reason = f"torch.fx cannot trace the model ({type(error).__name__}: {error})"
+        self._is_traced_in_vain = not self._pipelined_modules
+        planned = {id(collection_to_plan(module)) for module in self._pipelined_modules}
+        for name, module in self._model.named_modules():
+            is_missed = isinstance(module, ScratchpadCollection) and id(module) not in planned
+            if is_missed and name not in self._collections_warned_of:
+                self._collections_warned_of.add(name)
+                logger.warning(
+                    "collection %s cannot be planned ahead: %s. Its rows are fetched on the spot: right, but slow. Take "
+                    "its KeyedJaggedTensor from the batch as it is, or give the pipeline pipeline_postproc=True.",
+                    name,
+                    reason,
+                )
 
     def _load(self, dataloader_iter: Iterator[In]) -> bool:
         if self._dataloader_exhausted and dataloader_iter is self._dataloader_iter:
