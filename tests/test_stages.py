@@ -3,6 +3,7 @@
 
 import gc
 import threading
+import time
 
 import pytest
 import torch
@@ -156,6 +157,56 @@ def test_hazard_6_planned_batches_train_what_was_loaded(is_guarded: bool, monkey
         batch.hold.release(is_updated=True)
     run(pool, batches[12:], runner, lookahead=2)
     assert (max_diff(expected, pool.host_table.parts) == 0.0) == is_guarded
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_hazard_6_slots_released_while_tables_are_overwritten_do_not_wake_the_worker(is_guarded: bool) -> None:
+    pool = make_pool(num_slots=10)
+    runner = OverlappedStageRunner(CPU)
+    first, second = (planned(pool, torch.arange(start, start + 7), runner) for start in (0, 5))
+    runner.submit(first)
+    slots = first.wait()
+    runner.submit(second)  # has to wait for slots that the first one holds
+    if is_guarded:
+        runner.suspend()
+    else:
+        runner.settle()
+    with runner.between_batches():
+        pool.purge()
+    # A graph that is collected only now lets go of its slots.
+    first.hold.release()
+    time.sleep(0.1)
+    for part in pool.host_table.parts:
+        part.fill_(5.0)
+    del slots
+    assert second.done.is_set() == (not is_guarded)
+    second_slots = second.wait()
+    is_fresh = bool((pool.scratchpad.parts[0][second_slots] == 5.0).all())
+    assert is_fresh == is_guarded
+
+
+def test_hazard_6_a_ready_batch_waits_while_the_worker_reads_rows_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    runner = OverlappedStageRunner(CPU)
+    first, second = (planned(pool, torch.arange(start, start + 7), runner) for start in (0, 20))
+    runner.submit(first)
+    runner.settle()
+    runner.suspend()
+    with runner.between_batches():
+        pool.expect_overwrite()
+    for part in pool.host_table.parts:
+        part.fill_(5.0)
+    refresh, is_refreshing = pool.refresh, threading.Event()
+
+    def refresh_late() -> None:
+        is_refreshing.set()
+        time.sleep(0.1)
+        refresh()
+
+    monkeypatch.setattr(pool, "refresh", refresh_late)
+    runner.submit(second)
+    is_refreshing.wait()
+    assert bool((pool.scratchpad.parts[0][first.wait()] == 5.0).all())
 
 
 def test_purge_without_batches_in_flight_empties_the_scratchpad() -> None:

@@ -158,16 +158,16 @@ class ScratchpadKernel(FusedOptimizerModule):
     def purge(self) -> None:
         """Flush, and make sure that no old row is used once tables are overwritten (hazard 6).
 
-        The worker stays idle until the caller submits or trains a batch, so that it writes nothing meanwhile.
+        No stage runs until the caller submits or trains a batch, so that none reads or writes tables meanwhile.
         """
-        self._runner.settle()
+        self._runner.suspend()
         with self._runner.between_batches():
             for pool in self.pools:
                 pool.purge()
 
     def expect_overwrite(self) -> None:
         """Flush, and read resident rows anew before they are next used, because tables may be written meanwhile."""
-        self._runner.settle()
+        self._runner.suspend()
         with self._runner.between_batches():
             for pool in self.pools:
                 pool.expect_overwrite()

@@ -50,8 +50,11 @@ class BatchRunner(Protocol):
     def order_after_trains(self) -> None:
         """Order the stages' device work after every Train whose release Plan has seen."""
 
+    def record_refresh(self) -> None:
+        """Rows in the scratchpad have just been read anew."""
+
     def let_current_stream_wait(self, batch: "PlannedBatch") -> None:
-        """Order the caller's device work after Insert of a batch."""
+        """Order the caller's device work after Insert of a batch, and after rows were last read anew."""
 
     def between_batches(self) -> AbstractContextManager[None]:
         """While entered, no stage of any batch runs."""
@@ -166,7 +169,7 @@ class PlannedBatch:
         if any(pool.is_overwritten for pool in self._pools):
             with self._runner.between_batches():
                 for pool in self._pools:
-                    pool.refresh()
+                    self._refresh(pool)
         self._runner.let_current_stream_wait(self)
         for pool, cache_plan in zip(self._pools, self._plans, strict=True):
             pool.counters.add_misses_at_train(pool.slot_map.count_mismatches(cache_plan.rows, cache_plan.slots))
@@ -230,7 +233,7 @@ class PlannedBatch:
     def _run_stages(self, pool_index: int, plan_start_s: float) -> None:
         pool = self._pools[pool_index]
         pool.check_usable()
-        pool.refresh()
+        self._refresh(pool)
         with record_function("## scratchpipe plan ##"):
             cache_plan = stages.plan(pool, self._rows_of_pool(pool_index), self._num_ids_per_table(pool_index))
         pool.counters.spans.append(
@@ -254,6 +257,13 @@ class PlannedBatch:
             pool.failure = f"Insert of batch {cache_plan.batch_index} failed ({error!r})"
             raise pool.failure_error() from error
         self._plans.append(cache_plan)
+
+    def _refresh(self, pool: Pool) -> None:
+        """Hazard 6; only between the stages of two batches."""
+        if pool.is_overwritten:
+            pool.refresh()
+            self._runner.record_refresh()
+            pool.is_overwritten = False  # last: Train of a batch that is ready asks, while the worker may be at it
 
     def _segments(self, pool_index: int) -> Iterator[tuple[FeatureSource, int, int]]:
         bounds = self._feature_bounds

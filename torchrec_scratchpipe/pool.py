@@ -82,7 +82,7 @@ class Pool:
             self.is_overwritten = False
 
     def expect_overwrite(self) -> None:
-        """Flush, and let :meth:`refresh` read resident rows anew before anybody uses them (hazard 6).
+        """Flush, and have resident rows read anew before anybody uses them (hazard 6), see :meth:`refresh`.
 
         For tables that somebody outside is about to write, or may write.
         """
@@ -90,10 +90,7 @@ class Pool:
         self.is_overwritten = True
 
     def refresh(self) -> None:
-        """Read every resident row anew from its table, if tables may have been overwritten."""
-        if not self.is_overwritten:
-            return
-        self.is_overwritten = False
+        """Read every resident row anew from its table; whoever calls it clears `is_overwritten` when that is done."""
         slots, rows = self.slot_map.resident_since(0)
         for some_slots, some_rows in zip(
             slots.split(FLUSH_CHUNK_ROWS), rows.cpu().split(FLUSH_CHUNK_ROWS), strict=True

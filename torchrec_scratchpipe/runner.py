@@ -15,7 +15,8 @@ Hazards and guards; the numbers are those of docs/design.md:
 3.  Insert(N) must not overwrite a slot that Train(M), M < N, still reads: M holds its slots.
 4.  Train(N) must not start before Insert(N) has ended: :meth:`PlannedBatch.wait`.
 5.  A table must not be read while rows are newer in the scratchpad: :meth:`Pool.flush`, between two batches' stages.
-6.  Rows that a planned batch relies on must not stay old when their table is overwritten: :meth:`Pool.refresh`.
+6.  Rows that a planned batch relies on must not stay old when their table is overwritten: no stage runs meanwhile
+    (:meth:`StageRunner.suspend`), then :meth:`Pool.refresh`.
 """
 
 import threading
@@ -92,6 +93,12 @@ class StageRunner:
     def settle(self) -> None:
         """Wait until no stage will run before the caller submits, finishes or releases a batch."""
 
+    def suspend(self) -> None:
+        """Wait until no stage runs; none will before the caller submits or finishes a batch."""
+
+    def record_refresh(self) -> None:
+        """Rows in the scratchpad have just been read anew; a CPU has nothing to order."""
+
     def let_current_stream_wait(self, batch: PlannedBatch) -> None:
         """Order the caller's device work after Insert of a batch; a CPU has nothing to order.
 
@@ -127,6 +134,7 @@ class OverlappedStageRunner(StageRunner):
         self._thread: threading.Thread | None = None
         self._stream = torch.get_device_module(device).Stream(device) if device.type == "cuda" else None
         self._train_events: deque[torch.Event] = deque()
+        self._refreshed: torch.Event | None = None
 
     def submit(self, batch: PlannedBatch) -> None:
         """Take a batch; its stages run on the worker thread.
@@ -154,6 +162,10 @@ class OverlappedStageRunner(StageRunner):
         """Wait until the worker has nothing to do, or waits for slots."""
         self._queue.wait_until_idle()
 
+    def suspend(self) -> None:
+        """Wait until the worker stands still; released slots do not wake it, a batch that is submitted or awaited does."""
+        self._queue.suspend()
+
     def record_train(self, stream: torch.Stream | None) -> None:
         """Record the event that a later Collect has to wait for.
 
@@ -177,8 +189,15 @@ class OverlappedStageRunner(StageRunner):
         while self._stream is not None and self._train_events:
             self._stream.wait_event(self._train_events.popleft())
 
+    def record_refresh(self) -> None:
+        """Record the event that a batch which was ready before has to wait for (hazard 6)."""
+        if self._stream is not None:
+            event = torch.get_device_module(self.device).Event()
+            event.record(self._stream)
+            self._refreshed = event
+
     def let_current_stream_wait(self, batch: PlannedBatch) -> None:
-        """Order the caller's device work after Insert of a batch (hazard 4).
+        """Order the caller's device work after Insert of a batch (hazard 4), and after rows were last read anew.
 
         Args:
             batch: A batch that is done.
@@ -186,6 +205,8 @@ class OverlappedStageRunner(StageRunner):
         if self._stream is not None and batch.inserted is not None:
             train_stream = torch.get_device_module(self.device).current_stream(self.device)
             train_stream.wait_event(batch.inserted)
+            if self._refreshed is not None:
+                train_stream.wait_event(self._refreshed)
             batch.record_stream(self._stream, train_stream)
 
     @contextmanager
@@ -233,17 +254,21 @@ class _WorkQueue:
         self._batches: deque[PlannedBatch] = deque()
         self._changed = threading.Condition()
         self._num_changes = 0
-        self._is_idle = True
+        self._num_changes_seen = -1  # by the worker, when it last tried a batch in vain
+        self._is_working = False
+        self._is_suspended = False
         self._is_closed = False
 
     def put(self, batch: PlannedBatch) -> None:
         with self._changed:
             self._batches.append(batch)
+            self._is_suspended = False
             self._note_change()
 
     def mark_awaited(self, batch: PlannedBatch) -> None:
         with self._changed:
             batch.is_awaited = True
+            self._is_suspended = False
             self._note_change()
 
     def slots_released(self) -> None:
@@ -258,28 +283,40 @@ class _WorkQueue:
     def next(self, num_changes_seen: int) -> tuple[PlannedBatch | None, int]:
         """The batch to try next: an awaited one, else the oldest; None when closed.
 
-        Blocks while the queue is empty, or nothing has changed since `num_changes_seen`.
+        Blocks while the queue is empty or suspended, or nothing has changed since `num_changes_seen`.
         """
         with self._changed:
-            self._is_idle = not self._batches or self._num_changes == num_changes_seen
+            self._num_changes_seen = num_changes_seen
+            self._is_working = False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._is_closed or (self._batches and self._num_changes != num_changes_seen))
+            self._changed.wait_for(lambda: self._is_closed or self._has_work())
             if self._is_closed:
                 return None, self._num_changes
+            self._is_working = True
             awaited = next((batch for batch in self._batches if batch.is_awaited), None)
             return awaited or self._batches[0], self._num_changes
 
     def wait_until_idle(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._is_idle)
+            self._wait_until_idle()
+
+    def suspend(self) -> None:
+        with self._changed:
+            self._is_suspended = True
+            self._wait_until_idle()
 
     def remove(self, batch: PlannedBatch) -> None:
         with self._changed:
             self._batches.remove(batch)
 
+    def _wait_until_idle(self) -> None:
+        self._changed.wait_for(lambda: self._is_closed or not (self._is_working or self._has_work()))
+
+    def _has_work(self) -> bool:
+        return bool(self._batches) and not self._is_suspended and self._num_changes != self._num_changes_seen
+
     def _note_change(self) -> None:
         self._num_changes += 1
-        self._is_idle = not self._batches
         self._changed.notify_all()
 
 
