@@ -360,7 +360,7 @@ def with_optimizer(setting: Setting, optimizer: type[torch.optim.Optimizer]) -> 
     return replace(setting, optimizer=optimizer, optimizer_kwargs=kwargs)
 
 
-def _run_rank(
+def run_rank(
     rank: int, world_size: int, local_size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
@@ -381,4 +381,4 @@ def run_ranks(world_size: int, function: Callable[..., None], *args: Any, local_
     """
     with tempfile.TemporaryDirectory() as directory:
         store = os.path.join(directory, "store")
-        mp.spawn(_run_rank, (world_size, local_size or world_size, store, function, args), nprocs=world_size)
+        mp.spawn(run_rank, (world_size, local_size or world_size, store, function, args), nprocs=world_size)

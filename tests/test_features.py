@@ -4,6 +4,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +61,10 @@ def test_half_precision_tables(is_pooled: bool, sharding_type: str, optimizer: t
     assert pool.scratchpad.parts[0].dtype is torch.float16
 
 
+def test_half_precision_tables_memory_mapped(tmp_path: Path) -> None:
+    assert check_equal(Setting(data_type=DataType.FP16, dims=(4, 8, 16)), table_dir=str(tmp_path)).num_victims > 100
+
+
 @pytest.mark.parametrize("dims", [(4, 8, 16), (12, 12, 12)])
 def test_half_precision_rows_of_any_width(dims: tuple[int, ...]) -> None:
     assert check_equal(Setting(data_type=DataType.FP16, dims=dims)).num_victims > 100
@@ -105,9 +110,14 @@ def test_batches_of_different_size_and_of_none() -> None:
         replace(VBE, is_weighted=True),
         # Two kernel groups in one lookup, which stock cannot merge on a CPU; its own twin here has one group.
         replace(VBE, fused_tables=("t1",)),
-        with_optimizer(replace(VBE, is_vbe=True), torch.optim.SGD),
+        with_optimizer(VBE, torch.optim.SGD),
+        replace(VBE, is_pooled=False),
+        replace(VBE, is_pooled=False, sharding_type="row_wise"),
     ],
-    ids=["table_wise", "row_wise", "column_wise", "mean", "weighted", "two_groups", "sgd"],
+    ids=[
+        *("table_wise", "row_wise", "column_wise", "mean", "weighted", "two_groups", "sgd"),
+        *("sequences_table_wise", "sequences_row_wise"),
+    ],
 )
 def test_variable_batch_per_feature(setting: Setting) -> None:
     assert check_equal(setting).num_victims > 50
@@ -197,6 +207,24 @@ def test_index_dedup(sharding_type: str, index_dedup_on_cpu: None) -> None:
     (pool,) = scratchpad_stats(ours.model)
     assert pool.num_victims > 100
     assert pool.num_ids == pool.num_unique_ids
+
+
+def test_learning_rate_set_in_the_kernels() -> None:
+    setting = Setting(num_batches=60)
+    batches = make_batches(setting)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    pipeline, iterator = ours.pipeline(), iter(batches)
+    for index, batch in enumerate(batches):
+        for trainer in (stock, ours):
+            for _, fused_optimizer in trainer.model.fused_optimizer._optims:
+                for group in fused_optimizer.param_groups:
+                    group["lr"] = 0.0  # what the kernels are told must count, not what the groups say
+            for part in trainer.model.modules():
+                for kernel in getattr(part, "_emb_modules", []):
+                    kernel.emb_module.set_learning_rate(0.3 / (1 + index))
+        assert torch.equal(stock.step(batch), pipeline.progress(iterator))
+    assert_same_bits(stock, ours)
+    assert ours.num_victims > 50
 
 
 class TwoCollections(nn.Module):

@@ -120,6 +120,22 @@ def test_two_dimensional_parallelism_is_refused() -> None:
         sharder.shard(TinyModel(SETTING).ebc, trainer.model.plan.plan["ebc"], env, CPU)
 
 
+def test_dynamic_resharding_is_refused() -> None:
+    trainer = Trainer.scratchpipe(SETTING)
+    with pytest.raises(ConfigError, match=r"dynamic resharding .*Save a checkpoint and load it"):
+        trainer.model.module.ebc.update_shards(trainer.model.plan.plan["ebc"], trainer.model._env, CPU)
+
+
+def test_virtual_table_is_refused() -> None:
+    trainer = Trainer.scratchpipe(SETTING)
+    model = TinyModel(SETTING)
+    model.ebc.embedding_bag_configs()[1].use_virtual_table = True
+    with pytest.raises(ConfigError, match="table t1: virtual tables and enable_embedding_update need"):
+        ScratchPipeEmbeddingBagCollectionSharder().shard(
+            model.ebc, trainer.model.plan.plan["ebc"], trainer.model._env, CPU
+        )
+
+
 def test_columns_that_fbgemm_cannot_take() -> None:
     with pytest.raises(ConfigError, match=r"table t0: a shard has 6 columns, FBGEMM needs a multiple of 4"):
         Trainer.scratchpipe(replace(SETTING, dims=(6, 8, 8)))

@@ -5,7 +5,6 @@ Shapes: ``I`` ids.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +29,15 @@ __all__ = ["PlannedBatches", "ScratchpadCollection", "collection_to_plan", "scra
 _ROW_WISE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
 
 
-@dataclass
 class PlannedBatches:
     """One batch's way through the stages, by lookup, until it is dropped; mixed into TorchRec's context."""
 
-    planned_batches: dict[int, list[PlannedBatch]] = field(default_factory=dict)
+    @property
+    def planned_batches(self) -> dict[int, list[PlannedBatch]]:
+        """By the lookup's position in the collection."""
+        # Not every context of TorchRec, in every version, is a dataclass that a field could be added to.
+        batches: dict[int, list[PlannedBatch]] = self.__dict__.setdefault("_planned_batches", {})
+        return batches
 
     def release(self) -> None:
         """Let go of the batch's slots; it will not be looked up."""

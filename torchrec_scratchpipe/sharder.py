@@ -4,7 +4,6 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,13 +56,11 @@ EMBEDDING_BAG_SHARDING_TYPES = (
 )
 
 
-@dataclass
-class ScratchPipeEmbeddingBagCollectionContext(EmbeddingBagCollectionContext, PlannedBatches):
+class ScratchPipeEmbeddingBagCollectionContext(PlannedBatches, EmbeddingBagCollectionContext):
     """TorchRec's context of one batch, and the batch's way through the stages."""
 
 
-@dataclass
-class ScratchPipeEmbeddingCollectionContext(EmbeddingCollectionContext, PlannedBatches):
+class ScratchPipeEmbeddingCollectionContext(PlannedBatches, EmbeddingCollectionContext):
     """TorchRec's context of one batch, and the batch's way through the stages."""
 
 
@@ -118,6 +115,27 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             return super().compute_and_output_dist(ctx, input)
         finally:
             self._forget()
+
+    def update_shards(
+        self,
+        changed_sharding_params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None,
+    ) -> None:
+        """Refused: stock would move tables while rows are newer in the scratchpad.
+
+        Args:
+            changed_sharding_params: As stock.
+            env: As stock.
+            device: As stock.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "dynamic resharding (update_shards) does not know scratchpad tables. Save a checkpoint and load it under the new "
+            "sharding plan."
+        )
 
     def _create_lookups(self) -> None:
         for sharding in self._embedding_shardings:

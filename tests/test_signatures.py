@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The signatures of TorchRec that this package overrides or calls from inside, as of the versions it supports.
+
+A new TorchRec that changes one fails here, with the method's name, before it fails in training.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_sharding import FusedKJTListSplitsAwaitable
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+import torchrec_scratchpipe
+
+# Parameter names in torchrec 1.8.0.
+OVERRIDDEN = {
+    "BaseBatchedEmbedding.__init__": "self, config, pg, device",
+    "BaseBatchedEmbedding.emb_module": "self",
+    "BaseBatchedEmbedding.flush": "self",
+    "BaseBatchedEmbedding.forward": "self, features",
+    "BaseBatchedEmbedding.named_parameters_by_table": "self",
+    "BaseBatchedEmbedding.named_split_embedding_weights": "self, prefix, recurse, remove_duplicate",
+    "BaseBatchedEmbedding.purge": "self",
+    "BaseBatchedEmbedding.split_embedding_weights": "self",
+    "BaseBatchedEmbeddingBag.__init__": "self, config, pg, device, sharding_type",
+    "BaseBatchedEmbeddingBag.emb_module": "self",
+    "BaseBatchedEmbeddingBag.flush": "self",
+    "BaseBatchedEmbeddingBag.forward": "self, features, vbe_output, vbe_output_offsets",
+    "BaseBatchedEmbeddingBag.named_parameters_by_table": "self",
+    "BaseBatchedEmbeddingBag.named_split_embedding_weights": "self, prefix, recurse, remove_duplicate",
+    "BaseBatchedEmbeddingBag.purge": "self",
+    "BaseBatchedEmbeddingBag.split_embedding_weights": "self",
+    "BaseEmbeddingSharder.__init__": "self, fused_params, qcomm_codecs_registry, sharded_module_order_overwrite",
+    "EmbeddingBagCollectionSharder.shard": "self, module, params, env, device, module_fqn",
+    "EmbeddingBagCollectionSharder.sharded_module_type": "self",
+    "EmbeddingCollectionSharder.__init__": "self, fused_params, qcomm_codecs_registry, use_index_dedup",
+    "EmbeddingCollectionSharder.shard": "self, module, params, env, device, module_fqn",
+    "EmbeddingCollectionSharder.sharded_module_type": "self",
+    "EmbeddingEnumerator.__init__": "self, topology, batch_size, constraints, estimator, use_exact_enumerate_order",
+    "EmbeddingEnumerator._filter_compute_kernels": "self, name, allowed_compute_kernels, sharding_type",
+    "EmbeddingEnumerator._filter_sharding_types": "self, name, allowed_sharding_types, sharder_key",
+    "EmbeddingFusedOptimizer.__init__": "self, config, emb_module, pg, create_for_table, param_weight_for_table, embedding_weights_by_table, all_optimizer_states",
+    "EmbeddingShardingPlanner.__init__": "self, topology, batch_size, enumerator, storage_reservation, proposer, partitioner, performance_model, stats, constraints, debug, callbacks, timeout_seconds, plan_loader",
+    "FusedOptimizerModule.fused_optimizer": "self",
+    "GroupedEmbeddingsLookup.__init__": "self, grouped_configs, pg, device, env",
+    "GroupedEmbeddingsLookup._create_embedding_kernel": "self, config, pg, device, env",
+    "GroupedPooledEmbeddingsLookup.__init__": "self, grouped_configs, device, pg, feature_processor, scale_weight_gradients, sharding_type, env",
+    "GroupedPooledEmbeddingsLookup._create_embedding_kernel": "self, config, device, pg, sharding_type, env",
+    "GroupedPooledEmbeddingsLookup._forward_with_vbe_merging": "self, features_by_group, device",
+    "PipelinedForward.__call__": "self, input, kwargs",
+    "ShardedEmbeddingBagCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, device, qcomm_codecs_registry, module_fqn, sharded_module_order_overwrite",
+    "ShardedEmbeddingBagCollection._create_lookups": "self",
+    "ShardedEmbeddingBagCollection.compute_and_output_dist": "self, ctx, input",
+    "ShardedEmbeddingBagCollection.create_context": "self",
+    "ShardedEmbeddingBagCollection.input_dist": "self, ctx, features",
+    "ShardedEmbeddingBagCollection.update_shards": "self, changed_sharding_params, env, device",
+    "ShardedEmbeddingCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, device, qcomm_codecs_registry, use_index_dedup, module_fqn",
+    "ShardedEmbeddingCollection._create_lookups": "self",
+    "ShardedEmbeddingCollection.compute_and_output_dist": "self, ctx, input",
+    "ShardedEmbeddingCollection.create_context": "self",
+    "ShardedEmbeddingCollection.input_dist": "self, ctx, features",
+    "ShardedEmbeddingModule.prefetch": "self, dist_input, forward_stream, ctx",
+    "TrainPipelineSparseDist.__init__": "self, model, optimizer, device, execute_all_batches, apply_jit, context_type, pipeline_postproc, custom_model_fwd, dmp_collection_sync_interval_batches, enqueue_batch_after_forward, enable_inplace_copy_batch, free_features_storage_early, clear_data_dist_inputs",
+    "TrainPipelineSparseDist._pipeline_model": "self, batch, context, pipelined_forward",
+    "TrainPipelineSparseDist.attach": "self, model, sparse_dist",
+    "TrainPipelineSparseDist.fill_pipeline": "self, dataloader_iter",
+    "TrainPipelineSparseDist.progress": "self, dataloader_iter",
+    "TrainPipelineSparseDist.reset": "self",
+}
+CALLED = {
+    "FusedKJTListSplitsAwaitable.__init__": "self, requests, contexts, pg",
+    "GroupedPooledEmbeddingsLookup._forward": "self, features_by_group",
+    "GroupedPooledEmbeddingsLookup._merge_variable_batch_embeddings": "self, embeddings, splits",
+    "GroupedPooledEmbeddingsLookup._vbe_splits": "self, features_by_group",
+    "TrainPipelineSparseDist._backward": "self, losses",
+    "TrainPipelineSparseDist._init_pipelined_modules": "self, batch, context, pipelined_forward",
+    "TrainPipelineSparseDist._set_module_context": "self, context",
+    "TrainPipelineSparseDist._wait_for_batch": "self",
+    "TrainPipelineSparseDist.dequeue_batch": "self",
+    "TrainPipelineSparseDist.enqueue_batch": "self, dataloader_iter",
+    "TrainPipelineSparseDist.sync_embeddings": "self, model, interval_batches, context",
+    "TrainPipelineSparseDist.wait_sparse_data_dist": "self, context",
+}
+# Where an older version differs, torchrec 1.6.1.
+OLDER = {
+    "TrainPipelineSparseDist.__init__": (
+        "self, model, optimizer, device, execute_all_batches, apply_jit, context_type, pipeline_postproc, "
+        "custom_model_fwd, dmp_collection_sync_interval_batches, enqueue_batch_after_forward, enable_inplace_copy_batch"
+    ),
+}
+CALLED_CLASSES = {
+    kind.__name__: kind
+    for kind in (FusedKJTListSplitsAwaitable, GroupedPooledEmbeddingsLookup, TrainPipelineSparseDist)
+}
+
+
+def own_classes() -> Iterator[type[Any]]:
+    for info in pkgutil.iter_modules(torchrec_scratchpipe.__path__):
+        module = importlib.import_module(f"torchrec_scratchpipe.{info.name}")
+        for value in vars(module).values():
+            if inspect.isclass(value) and value.__module__ == module.__name__:
+                yield value
+
+
+def overridden_methods() -> dict[str, Any]:
+    """What our classes, and the classes mixed into them, define and TorchRec's bases define too."""
+    found = {}
+    for kind in own_classes():
+        for own in (base for base in kind.__mro__ if base.__module__.startswith("torchrec_scratchpipe.")):
+            is_written_here = not hasattr(own, "__dataclass_fields__")
+            for name, value in vars(own).items():
+                if is_written_here and (inspect.isfunction(value) or isinstance(value, property)):
+                    theirs = [
+                        base for base in kind.__mro__ if base.__module__.startswith("torchrec.") and name in vars(base)
+                    ]
+                    if theirs:
+                        method = vars(theirs[0])[name]
+                        found[f"{theirs[0].__name__}.{name}"] = method.fget if isinstance(method, property) else method
+    return found
+
+
+def parameters_of(method: Any) -> str:
+    return ", ".join(inspect.signature(inspect.unwrap(method)).parameters)
+
+
+def test_every_method_that_is_overridden_is_pinned() -> None:
+    assert sorted(overridden_methods()) == sorted(OVERRIDDEN)
+
+
+@pytest.mark.parametrize("name", sorted(OVERRIDDEN))
+def test_overridden_method_has_the_signature_that_is_overridden(name: str) -> None:
+    actual = parameters_of(overridden_methods()[name])
+    assert actual in (OVERRIDDEN[name], OLDER.get(name)), f"torchrec changed {name}, which we override: now ({actual})"
+
+
+@pytest.mark.parametrize("name", sorted(CALLED))
+def test_internal_method_has_the_signature_that_is_called(name: str) -> None:
+    class_name, method_name = name.split(".")
+    actual = parameters_of(getattr(CALLED_CLASSES[class_name], method_name))
+    assert actual in (CALLED[name], OLDER.get(name)), f"torchrec changed {name}, which we call: now ({actual})"
+
+
+def test_control_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainPipelineSparseDist, "attach", lambda self, model, eager: None)
+    with pytest.raises(
+        AssertionError, match=r"torchrec changed TrainPipelineSparseDist.attach.*\(self, model, eager\)"
+    ):
+        test_overridden_method_has_the_signature_that_is_overridden("TrainPipelineSparseDist.attach")
