@@ -10,7 +10,7 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO_ARGS := --batch_size 256 --limit_train_batches 400 --limit_val_batches 40 --max_num_embeddings 100000 \
              --embedding_dim 32 --load_factor 0.02 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test conformance check format clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest $(ARGS)
+
+# TorchRec's own tests; tests/conformance/README.md
+conformance: setup
+	$(RUN) -m tests.conformance $(ARGS)
 
 check: setup
 	$(VENV)/bin/ruff format --check .
