@@ -5,12 +5,13 @@ PYTHON ?= python3.11
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.set-up
+OLDEST := $(VENV)/torchrec-1.6.1
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
 DEMO_ARGS := --batch_size 256 --limit_train_batches 400 --limit_val_batches 40 --max_num_embeddings 100000 \
              --embedding_dim 32 --load_factor 0.02 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
 
-.PHONY: setup demo test conformance check format clean
+.PHONY: setup demo test test-oldest conformance fuzz check format clean
 
 setup: $(STAMP)
 
@@ -28,6 +29,16 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest $(ARGS)
+
+# The oldest TorchRec that is supported, with the same torch and FBGEMM.
+test-oldest: setup
+	test -d $(OLDEST) || $(PIP) --no-deps --target $(OLDEST) torchrec==1.6.1
+	PYTHONPATH=$(OLDEST) $(RUN) -c "from importlib.metadata import version; assert version('torchrec') == '1.6.1'"
+	PYTHONPATH=$(OLDEST) $(RUN) -m pytest $(ARGS)
+
+# Configurations drawn at random, for 30 minutes; ARGS="--minutes 5 --first_seed 100"
+fuzz: setup
+	$(RUN) tests/fuzz.py $(ARGS)
 
 # TorchRec's own tests; tests/conformance/README.md
 conformance: setup

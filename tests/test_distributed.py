@@ -25,7 +25,7 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_scratchpipe import IdOutOfRangeError
+from torchrec_scratchpipe import IdOutOfRangeError, scratchpad_stats
 
 pytestmark = pytest.mark.dist
 
@@ -83,8 +83,22 @@ def _check_features(rank: int) -> None:
         replace(SETTING, is_pooled=False, sharding_type="column_wise", min_partition=4),
     ]:
         check_equal_and_evicting(setting)
-    # A table with fewer rows than ranks leaves a rank with an empty pool.
-    check_equal(Setting(num_rows=(200, 1), dims=(8, 16), sharding_type="row_wise", num_batches=10))
+
+
+def _check_empty_shard(rank: int) -> None:
+    """FBGEMM reads past the end of a table without rows, so stock cannot be the oracle: now and then it fails."""
+    setting = Setting(num_rows=(200, 1), dims=(8, 16), sharding_type="row_wise", num_batches=20)
+    overlapped, sequential = (Trainer.scratchpipe(setting, overlap=overlap) for overlap in (True, False))
+    overlapped.copy_from(sequential)
+    batches = make_batches(setting, rank=rank)
+    assert_same_outputs(sequential.train_plain(batches), drain(overlapped.pipeline(), batches))
+    assert_same_bits(sequential, overlapped)
+    nums_rows = sorted(pool.num_rows for pool in scratchpad_stats(overlapped.model))
+    assert nums_rows == [1 - rank, 100]
+
+
+def test_table_with_fewer_rows_than_ranks_leaves_a_rank_with_an_empty_pool() -> None:
+    run_ranks(2, _check_empty_shard)
 
 
 def test_features_on_two_ranks() -> None:

@@ -23,6 +23,7 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from torchrec_scratchpipe import (
     BackwardTwiceError,
+    BatchesInFlightError,
     ConfigError,
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
@@ -120,9 +121,11 @@ def test_two_dimensional_parallelism_is_refused() -> None:
         sharder.shard(TinyModel(SETTING).ebc, trainer.model.plan.plan["ebc"], env, CPU)
 
 
-def test_dynamic_resharding_is_refused() -> None:
+def test_resharding_with_batches_in_flight_is_refused() -> None:
     trainer = Trainer.scratchpipe(SETTING)
-    with pytest.raises(ConfigError, match=r"dynamic resharding .*Save a checkpoint and load it"):
+    pipeline = trainer.pipeline()
+    pipeline.progress(iter(make_batches(SETTING)))
+    with pytest.raises(BatchesInFlightError, match=r"2 batches in flight were planned for the present sharding"):
         trainer.model.module.ebc.update_shards(trainer.model.plan.plan["ebc"], trainer.model._env, CPU)
 
 
@@ -134,6 +137,22 @@ def test_virtual_table_is_refused() -> None:
         ScratchPipeEmbeddingBagCollectionSharder().shard(
             model.ebc, trainer.model.plan.plan["ebc"], trainer.model._env, CPU
         )
+
+
+def test_meta_device_has_stock_names_and_shapes() -> None:
+    def shapes_on_meta(sharder: Any) -> dict[str, Any]:
+        trainer = Trainer.scratchpipe(SETTING)
+        model = DistributedModelParallel(
+            TinyModel(SETTING),
+            device=torch.device("meta"),
+            plan=trainer.model.plan if sharder else Trainer(SETTING).model.plan,
+            sharders=[sharder or EmbeddingBagCollectionSharder()],
+            init_data_parallel=False,
+            init_parameters=False,
+        )
+        return {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+
+    assert shapes_on_meta(None) == shapes_on_meta(ScratchPipeEmbeddingBagCollectionSharder())
 
 
 def test_columns_that_fbgemm_cannot_take() -> None:

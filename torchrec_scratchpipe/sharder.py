@@ -12,7 +12,7 @@ from torchrec.distributed.embedding import (
     EmbeddingCollectionSharder,
     ShardedEmbeddingCollection,
 )
-from torchrec.distributed.embedding_types import KJTList, ShardingType
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList, ShardingType
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
@@ -33,7 +33,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection
-from torchrec_scratchpipe.errors import ConfigError
+from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, create_pooled_lookup, create_sequence_lookup
 from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
@@ -122,7 +122,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
         env: ShardingEnv,
         device: torch.device | None,
     ) -> None:
-        """Refused: stock would move tables while rows are newer in the scratchpad.
+        """As stock: move tables to other ranks, with their optimizer state; call it between batches.
 
         Args:
             changed_sharding_params: As stock.
@@ -130,12 +130,20 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             device: As stock.
 
         Raises:
-            ConfigError: Always.
+            BatchesInFlightError: Batches in flight have been planned for the scratchpads as they are.
         """
-        raise ConfigError(
-            "dynamic resharding (update_shards) does not know scratchpad tables. Save a checkpoint and load it under the new "
-            "sharding plan."
-        )
+        num_batches = max((pool.slot_map.num_batches_in_flight for pool in self.pools), default=0)
+        if num_batches > 0:
+            raise BatchesInFlightError(
+                f"update_shards(): {num_batches} batches in flight were planned for the present sharding. Let the pipeline "
+                "train them, or call its reset(), first."
+            )
+        served = {
+            name: _as_scratchpad_table(sharding) if sharding.compute_kernel == SCRATCHPAD_KERNEL.value else sharding
+            for name, sharding in changed_sharding_params.items()
+        }
+        super().update_shards(served, env, device)
+        self._set_up_checks(self._embedding_bag_configs)
 
     def _create_lookups(self) -> None:
         for sharding in self._embedding_shardings:
@@ -250,7 +258,7 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             TableStorageError: A table cannot be placed where it should be.
         """
         name = module_fqn or "EmbeddingBagCollection"
-        served = _serve(name, module.embedding_bag_configs(), params, env, EMBEDDING_BAG_SHARDING_TYPES)
+        served = _serve(name, module.embedding_bag_configs(), params, env, device, EMBEDDING_BAG_SHARDING_TYPES)
         return ShardedScratchPipeEmbeddingBagCollection(
             module=module,
             table_name_to_parameter_sharding=served,
@@ -321,7 +329,7 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             TableStorageError: A table cannot be placed where it should be.
         """
         name = module_fqn or "EmbeddingCollection"
-        served = _serve(name, module.embedding_configs(), params, env, EMBEDDING_SHARDING_TYPES)
+        served = _serve(name, module.embedding_configs(), params, env, device, EMBEDDING_SHARDING_TYPES)
         return ShardedScratchPipeEmbeddingCollection(
             module=module,
             table_name_to_parameter_sharding=served,
@@ -345,6 +353,7 @@ def _serve(
     configs: Iterable[BaseEmbeddingConfig],
     params: dict[str, ParameterSharding],
     env: ShardingEnv,
+    device: torch.device | None,
     sharding_types: tuple[ShardingType, ...],
 ) -> dict[str, ParameterSharding]:
     """A collection's plan as the stock code needs to see it, once it is known that it can be served."""
@@ -370,6 +379,14 @@ def _serve(
         )
     for name, config in scratchpad_tables.items():
         _check_table(config, params[name], sharding_types)
+    if device is not None and device.type == "meta":
+        logger.warning("%s: on the meta device there is nothing to cache, so its tables use stock kernels", module_name)
+        return {
+            name: dataclasses.replace(sharding, compute_kernel=EmbeddingComputeKernel.FUSED.value, cache_params=None)
+            if name in scratchpad_tables
+            else sharding
+            for name, sharding in params.items()
+        }
     return {
         name: _as_scratchpad_table(sharding) if name in scratchpad_tables else sharding
         for name, sharding in params.items()
