@@ -4,7 +4,8 @@
 Shapes: ``I`` ids.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,17 +113,19 @@ class ScratchpadCollection:
             for config in self._row_wise_features.get(key, []):
                 check_ids(config.name, key, features.values()[first:last], config.num_embeddings)
 
-    def _expect(self, ctx: Any) -> None:
-        """The next lookup is for the batches planned with this context, where there are any."""
+    @contextmanager
+    def _looking_up(self, ctx: Any) -> Iterator[None]:
+        """While entered, lookups are for the batches planned with this context, where there are any."""
         if isinstance(ctx, PlannedBatches):
             for index, lookup in self._scratchpad_lookups():
                 if index in ctx.planned_batches:
                     lookup.expect(ctx.planned_batches[index])
-
-    def _forget(self) -> None:
-        """If one lookup raises, those after it have not taken their batch, and must not take it next time."""
-        for _, lookup in self._scratchpad_lookups():
-            lookup.forget()
+        try:
+            yield
+        finally:
+            # If one lookup raises, those after it have not taken their batch, and must not take it next time.
+            for _, lookup in self._scratchpad_lookups():
+                lookup.forget()
 
     def _scratchpad_lookups(self) -> list[tuple[int, ScratchpadLookup]]:
         return [(index, lookup) for index, lookup in enumerate(self._lookups) if isinstance(lookup, ScratchpadLookup)]

@@ -141,7 +141,7 @@ class ScratchPipeSequenceLookup(ScratchpadLookup, GroupedEmbeddingsLookup):
 def create_pooled_lookup(
     sharding: EmbeddingSharding[Any, Any, Any, Any], options: ScratchpadOptions, runner: StageRunner
 ) -> nn.Module:
-    """Make the lookup of one sharding; a sharding without local scratchpad tables gets the stock one.
+    """Make the lookup of one sharding of bags; a sharding without local scratchpad tables gets the stock one.
 
     Args:
         sharding: A pooled sharding of TorchRec.
@@ -154,27 +154,18 @@ def create_pooled_lookup(
     Source:
         `create_lookup` of torchrec's pooled shardings (1.8.0).
     """
-    configs = _local_groups(sharding)
-    if not any(_is_scratchpad_group(config) for config in configs):
-        return sharding.create_lookup()
-    return ScratchPipePooledLookup(
-        options,
-        runner,
-        grouped_configs=configs,
-        pg=sharding._pg,
-        device=sharding._device,
-        sharding_type=_kernel_sharding_type(sharding),
-        env=sharding._env,
+    return _create_lookup(
+        ScratchPipePooledLookup, sharding, options, runner, sharding_type=_kernel_sharding_type(sharding)
     )
 
 
 def create_sequence_lookup(
     sharding: EmbeddingSharding[Any, Any, Any, Any], options: ScratchpadOptions, runner: StageRunner
 ) -> nn.Module:
-    """Make the lookup of one sharding; a sharding without local scratchpad tables gets the stock one.
+    """Make the lookup of one sharding of unpooled embeddings; as :func:`create_pooled_lookup`.
 
     Args:
-        sharding: An unpooled sharding of TorchRec.
+        sharding: A sequence sharding of TorchRec.
         options: What the sharder was given.
         runner: Runs the stages.
 
@@ -184,11 +175,27 @@ def create_sequence_lookup(
     Source:
         `create_lookup` of torchrec's sequence shardings (1.8.0).
     """
-    configs = _local_groups(sharding)
-    if not any(_is_scratchpad_group(config) for config in configs):
+    return _create_lookup(ScratchPipeSequenceLookup, sharding, options, runner)
+
+
+def _create_lookup(
+    lookup_class: type[Any],
+    sharding: EmbeddingSharding[Any, Any, Any, Any],
+    options: ScratchpadOptions,
+    runner: StageRunner,
+    **kwargs: Any,
+) -> nn.Module:
+    groups = _local_groups(sharding)
+    if not any(_is_scratchpad_group(group) for group in groups):
         return sharding.create_lookup()
-    return ScratchPipeSequenceLookup(
-        options, runner, grouped_configs=configs, pg=sharding._pg, device=sharding._device, env=sharding._env
+    return lookup_class(
+        options,
+        runner,
+        grouped_configs=groups,
+        pg=sharding._pg,
+        device=sharding._device,
+        env=sharding._env,
+        **kwargs,
     )
 
 

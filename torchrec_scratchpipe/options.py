@@ -47,28 +47,20 @@ class OptimizerState:
     dtype: torch.dtype = torch.float32
 
 
+_SUM = OptimizerState("sum", "momentum1", is_rowwise=False)
+_EXP_AVG = OptimizerState("exp_avg", "momentum1", is_rowwise=False)
+_EXP_AVG_SQ = OptimizerState("exp_avg_sq", "momentum2", is_rowwise=False)
+
 # All that an optimizer keeps per row; FBGEMM's iteration counter is per kernel group and stays where it is.
 OPTIMIZER_STATES: dict[EmbOptimType, tuple[OptimizerState, ...]] = {
     EmbOptimType.EXACT_SGD: (),
-    EmbOptimType.EXACT_ADAGRAD: (OptimizerState("sum", "momentum1", False),),
-    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (OptimizerState("sum", "momentum1", True),),
-    EmbOptimType.LARS_SGD: (OptimizerState("momentum_buffer", "momentum1", False),),
-    EmbOptimType.ADAM: (
-        OptimizerState("exp_avg", "momentum1", False),
-        OptimizerState("exp_avg_sq", "momentum2", False),
-    ),
-    EmbOptimType.PARTIAL_ROWWISE_ADAM: (
-        OptimizerState("exp_avg", "momentum1", False),
-        OptimizerState("exp_avg_sq", "momentum2", True),
-    ),
-    EmbOptimType.LAMB: (
-        OptimizerState("exp_avg", "momentum1", False),
-        OptimizerState("exp_avg_sq", "momentum2", False),
-    ),
-    EmbOptimType.PARTIAL_ROWWISE_LAMB: (
-        OptimizerState("exp_avg", "momentum1", False),
-        OptimizerState("exp_avg_sq", "momentum2", True),
-    ),
+    EmbOptimType.EXACT_ADAGRAD: (_SUM,),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (dataclasses.replace(_SUM, is_rowwise=True),),
+    EmbOptimType.LARS_SGD: (OptimizerState("momentum_buffer", "momentum1", is_rowwise=False),),
+    EmbOptimType.ADAM: (_EXP_AVG, _EXP_AVG_SQ),
+    EmbOptimType.PARTIAL_ROWWISE_ADAM: (_EXP_AVG, dataclasses.replace(_EXP_AVG_SQ, is_rowwise=True)),
+    EmbOptimType.LAMB: (_EXP_AVG, _EXP_AVG_SQ),
+    EmbOptimType.PARTIAL_ROWWISE_LAMB: (_EXP_AVG, dataclasses.replace(_EXP_AVG_SQ, is_rowwise=True)),
 }
 
 # What FBGEMM has kernels for on a CPU.

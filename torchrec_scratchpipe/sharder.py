@@ -110,11 +110,8 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
         Returns:
             As stock.
         """
-        self._expect(ctx)
-        try:
+        with self._looking_up(ctx):
             return super().compute_and_output_dist(ctx, input)
-        finally:
-            self._forget()
 
     def update_shards(
         self,
@@ -195,11 +192,8 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
         Returns:
             As stock.
         """
-        self._expect(ctx)
-        try:
+        with self._looking_up(ctx):
             return super().compute_and_output_dist(ctx, input)
-        finally:
-            self._forget()
 
     def _create_lookups(self) -> None:
         for sharding in self._sharding_type_to_sharding.values():
