@@ -21,7 +21,7 @@ ORDERS = [LeastRecentlyUsed, RandomOrder, MostRecentlyUsed]
 def streams(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
     """Steps: plan some rows, release the oldest or the newest batch, undo the newest plan, purge."""
     kinds = st.sampled_from(["plan", "plan", "plan", "release", "release", "release newest", "undo", "purge"])
-    rows = st.lists(st.integers(0, NUM_ROWS - 1), max_size=16)
+    rows = st.lists(st.integers(0, NUM_ROWS - 1), max_size=7) | st.lists(st.integers(0, NUM_ROWS - 1), max_size=16)
     return draw(st.lists(st.tuples(kinds, rows), max_size=40))
 
 
@@ -63,10 +63,35 @@ def test_laws(order: type[EvictionOrder], stream: list[tuple[str, list[int]]]) -
             assert slot_map.num_resident_rows == 0
             newest_plan = None
         slot_map.check_integrity()
+        check_uses(slot_map)
         for slots in in_flight.values():  # held rows stay where they were promised to be
             for row, slot in slots.items():
                 assert int(slot_map.rows_in(torch.tensor([slot]))) == row
     assert (slot_map.num_batches_in_flight == 0) == (len(in_flight) == 0)
+
+
+def check_uses(slot_map: SlotMap) -> None:
+    """Every occupied slot is on the list of its newest batch, once: else it would never be a victim, or be two rows' slot."""
+    order = slot_map._eviction_order
+    if isinstance(order, LeastRecentlyUsed):
+        last_use = slot_map._last_use
+        live = [slots[last_use[slots] == batch_index] for batch_index, slots in order._uses]
+        occupied = (slot_map._slot_to_row >= 0).nonzero().view(-1).tolist()
+        assert sorted(torch.cat(live).tolist() if live else []) == occupied
+
+
+def test_hits_are_noted_once_when_slots_of_released_batches_are_let_go() -> None:
+    slot_map = SlotMap(100, 6)
+    slot_map.plan(torch.tensor([0, 1]))  # stays in flight while later ones are released
+    for rows in ([2, 3], [4, 5]):
+        slot_map.release(slot_map.plan(torch.tensor(rows)).batch_index)
+    plan = slot_map.plan(torch.tensor([4, 10, 11]))  # a hit, and misses that need what the released ones held
+    check_uses(slot_map)
+    slot_map.release(1)
+    slot_map.release(plan.batch_index)
+    slots = slot_map.plan(torch.arange(20, 26)).miss_slots
+    assert sorted(slots.tolist()) == list(range(6))
+    slot_map.check_integrity()
 
 
 def _plan_or_none(slot_map: SlotMap, ids: Tensor) -> CachePlan | None:

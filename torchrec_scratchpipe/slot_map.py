@@ -362,7 +362,8 @@ class SlotMap:
         return True
 
     def _rebuild_eviction_order(self) -> None:
-        occupied = (self._last_use >= 0).nonzero().view(-1)
+        # Hits of a batch that is being planned bear its number already; they are noted once, when its plan stands.
+        occupied = ((self._last_use >= 0) & (self._last_use < self._next_batch)).nonzero().view(-1)
         batches = self._last_use.index_select(0, occupied)
         self._eviction_order.purge()
         for batch_index in batches.unique().tolist():
