@@ -37,7 +37,7 @@ from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCo
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe import scratchpad_stats
+from torchrec_scratchpipe import ConfigError, ScratchPipeError, scratchpad_stats
 from torchrec_scratchpipe.options import CPU_OPTIMIZERS, IGNORED_ON_CPU, OPTIMIZER_STATES
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
@@ -363,6 +363,27 @@ def test_pipeline_postproc(caplog: pytest.LogCaptureFixture) -> None:
     (pool,) = scratchpad_stats(ours.model)
     assert pool.num_stalls < pool.num_batches / 2
     assert not [record for record in caplog.records if record.name.startswith("torchrec_scratchpipe")]
+
+
+def test_plain_forward_while_postprocs_are_pipelined_is_refused() -> None:
+    """They would hand out what they computed for the batch in flight, which stock takes for this one's."""
+    setting = Setting()
+    ours = Trainer.scratchpipe(setting, make_model=PostProcessed)
+    batches = make_batches(setting)
+    pipeline = ours.pipeline(pipeline_postproc=True)
+    pipeline.progress(iter(batches))
+    with pytest.raises(ScratchPipeError, match=r"pipeline_postproc .* Call the pipeline's detach\(\) first"):
+        ours.model(batches[20])
+    pipeline.detach()
+    ours.model(batches[20])
+
+
+def test_resetting_rows_is_refused() -> None:
+    """Managed collision and in-training pruning reset rows by their number in the table, which is no slot's."""
+    ours = Trainer.scratchpipe(Setting())
+    (lookup,) = ours.model.module.ebc._lookups
+    with pytest.raises(ConfigError, match="tables t0, t1, t2: rows of scratchpad tables cannot be reset"):
+        lookup._emb_modules[0].emb_module.reset_embedding_weight_momentum(torch.tensor([3]), torch.tensor([0, 1]))
 
 
 def test_custom_model_fwd() -> None:

@@ -90,6 +90,7 @@ def test_public_surface() -> None:
         "Stage",
         "StageFailedError",
         "StageSpan",
+        "TableOverwrittenError",
         "TableStats",
         "TableStorageError",
         "__version__",

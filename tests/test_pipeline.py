@@ -341,7 +341,7 @@ def test_reset_waits_for_a_batch_that_is_being_planned(is_detached: bool, monkey
 
 def test_attaching_another_model_with_batches_in_flight_is_refused() -> None:
     _, ours = twins()
-    _, other = twins()
+    stock, other = twins(Setting(num_batches=30, seed=5))
     pipeline = ours.pipeline()
     pipeline.progress(iter(make_batches(SETTING)))
     pipeline.detach()
@@ -349,7 +349,30 @@ def test_attaching_another_model_with_batches_in_flight_is_refused() -> None:
         pipeline.attach(other.model)
     pipeline.reset()
     pipeline.attach(other.model)
-    drain(pipeline, make_batches(SETTING)[:3])
+    pipeline._optimizer = other.optimizer
+    expected = stock.train_plain(make_batches(SETTING)[:5])
+    assert_same_outputs(expected, drain(pipeline, make_batches(SETTING)[:5]))
+    assert_same_bits(stock, other)
+
+
+def test_batch_that_fails_while_it_is_loaded_asks_for_reset() -> None:
+    setting = Setting(sharding_type="row_wise", num_batches=12)
+    stock, ours = twins(setting)
+    batches = make_batches(setting)
+    values = batches[4].sparse_features.values().clone()
+    values[0] = 10_000  # row-wise ids are checked before they are distributed
+    pipeline = ours.pipeline()
+    iterator = iter([*batches[:4], with_values(batches[4], values), *batches[5:8]])
+    actual = [pipeline.progress(iterator)]
+    with pytest.raises(IdOutOfRangeError):
+        pipeline.progress(iterator)
+    for _ in range(2):
+        with pytest.raises(ScratchPipeError, match=r"batch 4 has failed in an earlier progress\(\). Call reset\(\)"):
+            pipeline.progress(iterator)
+    pipeline.reset()
+    actual += drain(pipeline, batches[8:])
+    assert_same_outputs(stock.train_plain([*batches[:1], *batches[8:]]), actual)
+    assert_same_bits(stock, ours)
 
 
 def test_dropped_batches_are_not_fetched() -> None:

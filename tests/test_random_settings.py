@@ -6,6 +6,7 @@ rank and on two; `make fuzz` draws for as long as it is told, see CONTRIBUTING.m
 """
 
 import os
+import queue
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec_scratchpipe import stages
 
 NUM_EXAMPLES = int(os.environ.get("SCRATCHPIPE_FUZZ_EXAMPLES", "15"))  # per test
-RANK_TIMEOUT_S = 120.0
+RANK_TIMEOUT_S = 60.0
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -152,8 +153,8 @@ def tables_of(draw: st.DrawFn, shardings: list[str], dim: int, num_ranks: int, m
     # FBGEMM's row-wise Adagrad fails on a CPU where a rank has no row of a table.
     num_rows = draw(st.one_of(st.integers(300, 1000), st.integers(1 if num_ranks == 1 else 8, 1000)))
     num_features = draw(st.integers(1, 2))
-    # One batch must fit by itself; what is beyond that is drawn.
-    needed = min(1.0, num_ranks * num_features * max_ids / num_rows)
+    # One batch must fit by itself, where all ranks' ids meet on one rank's share of the rows; what is beyond is drawn.
+    needed = min(1.0, num_ranks * num_features * max_ids / (num_rows / num_ranks))
     partitions = [4] if dim % 8 or shardings is SEQUENCE_SHARDINGS else [4, 8]
     # On a CPU, TorchRec plans row-wise and its kin for scratchpad tables only.
     kernels = ["fused_uvm_caching"] * 3 + (["fused"] if sharding_type == "table_wise" else [])
@@ -184,33 +185,48 @@ class Ranks:
     """Processes joined by gloo that check one configuration after another."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._directory = tempfile.TemporaryDirectory()
-        context = mp.get_context("spawn")
-        self._requests = [context.Queue() for _ in range(num_ranks)]
-        self._answers = context.Queue()
-        store = os.path.join(self._directory.name, "store")
-        self._processes = [
-            context.Process(
-                target=run_rank, args=(rank, num_ranks, num_ranks, store, _serve, (request, self._answers)), daemon=True
-            )
-            for rank, request in enumerate(self._requests)
-        ]
-        for process in self._processes:
-            process.start()
+        self._num_ranks = num_ranks
+        self._start()
 
     def check(self, config: Config) -> None:
         for request in self._requests:
             request.put(config)
-        errors = [self._answers.get(timeout=RANK_TIMEOUT_S) for _ in self._processes]
+        errors: list[str] = []
+        for _ in self._processes:
+            try:
+                # A rank that has failed leaves the other one waiting.
+                errors.append(self._answers.get(timeout=5.0 if any(errors) else RANK_TIMEOUT_S))
+            except queue.Empty:
+                errors.append("a rank did not answer")
+                self.stop()
+                self._start()
+                break
         assert not any(errors), "\n".join(error for error in errors if error)
 
     def stop(self) -> None:
         for request in self._requests:
             request.put(None)
         for process in self._processes:
-            process.join(timeout=10)
+            process.join(timeout=5)
             process.kill()
         self._directory.cleanup()
+
+    def _start(self) -> None:
+        self._directory = tempfile.TemporaryDirectory()
+        context = mp.get_context("spawn")
+        self._requests = [context.Queue() for _ in range(self._num_ranks)]
+        self._answers = context.Queue()
+        store = os.path.join(self._directory.name, "store")
+        self._processes = [
+            context.Process(
+                target=run_rank,
+                args=(rank, self._num_ranks, self._num_ranks, store, _serve, (request, self._answers)),
+                daemon=True,
+            )
+            for rank, request in enumerate(self._requests)
+        ]
+        for process in self._processes:
+            process.start()
 
 
 def _serve(rank: int, requests: Any, answers: Any) -> None:

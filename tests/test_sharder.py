@@ -2,6 +2,7 @@
 """What the planner and sharder accept, refuse, and leave to stock TorchRec."""
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from helpers import CPU, Setting, TinyModel, Trainer, assert_same_bits, make_batches, scratchpad_constraints
+from helpers import (
+    CPU,
+    Setting,
+    TinyModel,
+    Trainer,
+    assert_same_bits,
+    assert_same_outputs,
+    drain,
+    make_batches,
+    scratchpad_constraints,
+)
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -28,6 +39,7 @@ from torchrec_scratchpipe import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     ShardedScratchPipeEmbeddingBagCollection,
+    TableOverwrittenError,
     TableStorageError,
     scratchpad_stats,
     stage_spans,
@@ -248,6 +260,72 @@ def test_loading_while_batches_are_in_flight_is_as_in_stock(overlap: bool, looka
         assert torch.equal(stock.step(batch), pipeline.progress(iterator)), f"batch {index}"
     assert_same_bits(stock, ours)
     assert ours.num_victims > 50
+
+
+def test_states_read_between_a_forward_and_its_backward_lose_nothing() -> None:
+    setting = replace(SETTING, num_batches=30)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    for index, batch in enumerate(make_batches(setting)):
+        for trainer in (stock, ours):
+            trainer.optimizer.zero_grad()
+            loss, _ = trainer.model(batch)
+            if index % 3 == 1:
+                assert trainer.optimizer.state_dict()
+            loss.backward()
+            trainer.optimizer.step()
+    assert_same_bits(stock, ours)
+    assert ours.num_victims > 30
+
+
+def test_states_read_by_another_thread_lose_nothing() -> None:
+    setting = replace(SETTING, num_batches=100)
+    batches = make_batches(setting)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    is_done, num_reads = threading.Event(), 0
+
+    def read() -> None:
+        nonlocal num_reads
+        while not is_done.is_set():
+            assert ours.optimizer.state_dict()
+            num_reads += 1
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    actual = drain(ours.pipeline(lookahead=3), batches)
+    is_done.set()
+    reader.join()
+    assert_same_outputs(stock.train_plain(batches), actual)
+    assert_same_bits(stock, ours)
+    assert num_reads > 5
+
+
+def test_fresh_state_dict_may_be_written_in_place() -> None:
+    """As torch.distributed.checkpoint.load does."""
+    setting = replace(SETTING, num_batches=30)
+    batches = make_batches(setting)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    pipeline, iterator = ours.pipeline(lookahead=4), iter(batches)
+    for index, batch in enumerate(batches):
+        if index == 12:
+            with torch.no_grad():
+                for trainer in (stock, ours):
+                    trainer.model.state_dict()["ebc.embedding_bags.t1.weight"].local_shards()[0].tensor.add_(0.25)
+        assert torch.equal(stock.step(batch), pipeline.progress(iterator))
+    assert_same_bits(stock, ours)
+
+
+def test_old_state_dict_that_is_written_in_place_is_an_error() -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    batches = make_batches(SETTING)
+    ours.train_plain(batches[:3])
+    state = ours.model.state_dict()
+    ours.train_plain(batches[3:5])
+    with torch.no_grad():
+        state["ebc.embedding_bags.t1.weight"].local_shards()[0].tensor.zero_()
+    with pytest.raises(TableOverwrittenError, match="Take a fresh"):
+        ours.step(batches[5])
+    ours.copy_from(Trainer(SETTING))
+    ours.step(batches[6])
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from torchrec_scratchpipe.errors import (
     IdOutOfRangeError,
     ScratchpadFullError,
     StageFailedError,
+    TableOverwrittenError,
 )
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
@@ -177,7 +178,7 @@ def test_hazard_6_slots_released_while_tables_are_overwritten_do_not_wake_the_wo
     first.hold.release()
     time.sleep(0.1)
     for part in pool.host_table.parts:
-        part.fill_(5.0)
+        part.data.fill_(5.0)  # which leaves no trace in the tensor's version
     del slots
     assert second.done.is_set() == (not is_guarded)
     second_slots = second.wait()
@@ -193,7 +194,7 @@ def test_hazard_6_a_ready_batch_waits_while_the_worker_reads_rows_anew(monkeypat
     runner.settle()
     runner.suspend()
     with runner.between_batches():
-        pool.expect_overwrite()
+        pool.flush()
     for part in pool.host_table.parts:
         part.fill_(5.0)
     refresh, is_refreshing = pool.refresh, threading.Event()
@@ -207,6 +208,34 @@ def test_hazard_6_a_ready_batch_waits_while_the_worker_reads_rows_anew(monkeypat
     runner.submit(second)
     is_refreshing.wait()
     assert bool((pool.scratchpad.parts[0][first.wait()] == 5.0).all())
+
+
+@pytest.mark.parametrize("is_batch_trained_since", [False, True])
+def test_hazard_6_a_table_that_is_written_in_place_is_noticed(is_batch_trained_since: bool) -> None:
+    pool = make_pool()
+    runner = StageRunner(CPU)
+    batches = random_rows(num_batches=12, ids_per_batch=6)
+    run(pool, batches[:8], runner, lookahead=2)
+    pool.flush()
+    if is_batch_trained_since:
+        batch = planned(pool, batches[8], runner)
+        runner.submit(batch)
+        train(pool.scratchpad.parts, batch.wait())
+        batch.hold.release(is_updated=True)
+    with torch.no_grad():
+        pool.host_table.table_parts(0)[0][3:20].mul_(2.0)
+    batch = planned(pool, batches[9], runner)
+    runner.submit(batch)
+    if is_batch_trained_since:  # its rows are newer in the scratchpad, and would be lost
+        with pytest.raises(TableOverwrittenError, match=r"written in place .* Take a fresh state_dict\(\)"):
+            batch.wait()
+        return
+    expected = expected_parts(pool, batches[9:])
+    train(pool.scratchpad.parts, batch.wait())
+    batch.hold.release(is_updated=True)
+    run(pool, batches[10:], runner, lookahead=2)
+    pool.flush()
+    assert max_diff(expected, pool.host_table.parts) == 0.0
 
 
 def test_purge_without_batches_in_flight_empties_the_scratchpad() -> None:
@@ -372,3 +401,37 @@ def test_worker_ends_with_its_runner() -> None:
     gc.collect()
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+def test_worker_that_is_suspended_ends_with_its_runner_too() -> None:
+    pool = make_pool(num_slots=10)
+    runner = OverlappedStageRunner(CPU)
+    first, second = (planned(pool, torch.arange(start, start + 7), runner) for start in (0, 5))
+    runner.submit(first)
+    first.wait()
+    runner.submit(second)  # has to wait for slots
+    runner.suspend()
+    thread = runner._thread
+    assert thread is not None
+    del runner, first, second, pool
+    gc.collect()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
+
+def test_suspended_worker_serves_a_batch_that_train_waits_for() -> None:
+    """A thread that reads states suspends again and again, while another one trains."""
+    pool = make_pool(num_slots=10)
+    runner = OverlappedStageRunner(CPU)
+    first, second = (planned(pool, torch.arange(start, start + 7), runner) for start in (0, 5))
+    runner.submit(first)
+    first.wait()
+    runner.submit(second)
+    trainer = threading.Thread(target=second.wait)
+    second.is_awaited = True  # the trainer waits already ...
+    runner.suspend()  # ... when somebody suspends
+    first.hold.release()
+    trainer.start()
+    runner.suspend()
+    trainer.join(timeout=5)
+    assert not trainer.is_alive()

@@ -11,6 +11,7 @@ from torchrec_scratchpipe.errors import (
     ScratchpadFullError,
     ScratchPipeError,
     StageFailedError,
+    TableOverwrittenError,
     TableStorageError,
 )
 from torchrec_scratchpipe.pipeline import ScratchPipeTrainPipeline
@@ -41,6 +42,7 @@ __all__ = [
     "Stage",
     "StageFailedError",
     "StageSpan",
+    "TableOverwrittenError",
     "TableStats",
     "TableStorageError",
     "__version__",

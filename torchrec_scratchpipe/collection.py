@@ -14,7 +14,7 @@ from torchrec.distributed.embedding_types import KJTList, ShardingType
 from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
 from torchrec_scratchpipe.options import ScratchpadOptions
@@ -104,14 +104,14 @@ class ScratchpadCollection:
 
         Only on a CPU. Ids of other shardings are checked at Plan.
         """
-        if not self._row_wise_features or not isinstance(features, KeyedJaggedTensor):
-            return
-        if features.device().type != "cpu":
-            return
-        bounds = features.offset_per_key()
-        for key, first, last in zip(features.keys(), bounds[:-1], bounds[1:], strict=True):
-            for config in self._row_wise_features.get(key, []):
-                check_ids(config.name, key, features.values()[first:last], config.num_embeddings)
+        for key, configs in self._row_wise_features.items():
+            if key not in features.keys():  # noqa: SIM118 - a KeyedJaggedTensor is no mapping
+                continue
+            feature = features[key]
+            ids = feature.values() if isinstance(feature, JaggedTensor | torch.Tensor) else None
+            if ids is not None and ids.device.type == "cpu":
+                for config in configs:
+                    check_ids(config.name, key, ids, config.num_embeddings)
 
     @contextmanager
     def _looking_up(self, ctx: Any) -> Iterator[None]:

@@ -49,6 +49,10 @@ class BackwardTwiceError(ScratchPipeError, RuntimeError):
     """Backward ran through a lookup whose rows were already released."""
 
 
+class TableOverwrittenError(ScratchPipeError):
+    """A table was written in place, by other means than load_state_dict, while the scratchpad held newer rows of it."""
+
+
 class TableStorageError(ScratchPipeError, OSError):
     """A table's storage is missing, read-only or out of space."""
 

@@ -12,8 +12,8 @@ __all__ = ["FlushingFusedOptimizer", "HostTableKernel"]
 class HostTableKernel(Protocol):
     """What the optimizer needs of its kernel."""
 
-    def expect_overwrite(self) -> None:
-        """Bring the tables up to date, and rows in the scratchpad after them once they have been written."""
+    def flush_to_write(self) -> None:
+        """Bring the tables up to date; they are read now, and may be written before the next batch."""
 
 
 class _SharedState(dict[str, Any]):
@@ -23,22 +23,22 @@ class _SharedState(dict[str, Any]):
     them, to save or to load into them, and not all of them call one afterwards.
     """
 
-    def __init__(self, states: dict[str, Any], expect_overwrite: Callable[[], None]) -> None:
+    def __init__(self, states: dict[str, Any], flush: Callable[[], None]) -> None:
         super().__init__(states)
-        self._expect_overwrite = expect_overwrite
+        self._flush = flush
 
     def __getitem__(self, name: str) -> Any:
-        self._expect_overwrite()
+        self._flush()
         return super().__getitem__(name)
 
     def items(self) -> Any:
         """All states by name; flushes."""
-        self._expect_overwrite()
+        self._flush()
         return super().items()
 
     def values(self) -> Any:
         """All states; flushes."""
-        self._expect_overwrite()
+        self._flush()
         return super().values()
 
 
@@ -50,4 +50,4 @@ class FlushingFusedOptimizer(EmbeddingFusedOptimizer):
     def __init__(self, kernel: HostTableKernel, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for parameter, states in self.state.items():
-            self.state[parameter] = _SharedState(states, kernel.expect_overwrite)
+            self.state[parameter] = _SharedState(states, kernel.flush_to_write)

@@ -8,7 +8,8 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -158,6 +159,8 @@ class HostTable:
             self.parts.append(storage.allocate(num_values, dtype, f"{part_name} of {names}").view(shape))
         self._storage = storage
         self._write_buffer = WriteBuffer(self.parts, layout) if storage.is_slow_to_write else None
+        self._own_versions = self._versions()
+        self._is_overwritten = False
 
     @property
     def num_bytes(self) -> int:
@@ -175,6 +178,24 @@ class HostTable:
         """
         first, last = self.row_offsets[table_index], self.row_offsets[table_index + 1]
         return [part[first:last] for part in self.parts]
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether somebody else has written `parts`, or a view of them, since :meth:`accept_overwrite`.
+
+        In-place operations count; writes through ``.data`` or NumPy do not, they need :meth:`mark_overwritten`.
+        """
+        # Views share their base's version counter, which every in-place operation of torch raises.
+        return self._is_overwritten or self._versions() != self._own_versions
+
+    def mark_overwritten(self) -> None:
+        """Say that `parts` will be, or may have been, written by somebody else."""
+        self._is_overwritten = True
+
+    def accept_overwrite(self) -> None:
+        """Forget about writes of others; whoever needs to know has taken them in."""
+        self._is_overwritten = False
+        self._own_versions = self._versions()
 
     def read(self, rows: Tensor, out: Sequence[Tensor]) -> None:
         """Copy rows out.
@@ -194,20 +215,33 @@ class HostTable:
             rows: [N] int64 row ids on the host, unique.
             values: [N, D] or [N] each, on the host.
         """
-        if self._write_buffer is None:
-            write_rows(self.parts, rows, values)
-        else:
-            self._write_buffer.write(rows, values)
+        with self._own_writes():
+            if self._write_buffer is None:
+                write_rows(self.parts, rows, values)
+            else:
+                self._write_buffer.write(rows, values)
 
     def drain(self) -> None:
         """Bring `parts` up to date with every :meth:`write`."""
         if self._write_buffer is not None:
-            self._write_buffer.drain()
+            with self._own_writes():
+                self._write_buffer.drain()
 
     def persist(self) -> None:
         """Wait until every write has reached the table's medium, the disk of a memory-mapped table."""
         self.drain()
         self._storage.persist()
+
+    @contextmanager
+    def _own_writes(self) -> Iterator[None]:
+        self._is_overwritten = self.is_overwritten
+        try:
+            yield
+        finally:
+            self._own_versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [part._version for part in self.parts]
 
 
 class WriteBuffer:

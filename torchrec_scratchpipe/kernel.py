@@ -27,7 +27,7 @@ from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptim
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, PoolingMode
-from torchrec_scratchpipe.errors import BackwardTwiceError
+from torchrec_scratchpipe.errors import BackwardTwiceError, ConfigError
 from torchrec_scratchpipe.fused_optimizer import FlushingFusedOptimizer
 from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.options import (
@@ -165,12 +165,10 @@ class ScratchpadKernel(FusedOptimizerModule):
             for pool in self.pools:
                 pool.purge()
 
-    def expect_overwrite(self) -> None:
-        """Flush, and read resident rows anew before they are next used, because tables may be written meanwhile."""
+    def flush_to_write(self) -> None:
+        """Flush, for somebody who may write tables in place; no stage runs until the caller submits or trains a batch."""
         self._runner.suspend()
-        with self._runner.between_batches():
-            for pool in self.pools:
-                pool.expect_overwrite()
+        self.flush()
 
     def split_embedding_weights(self) -> list[Tensor]:
         """[local_rows, local_cols] of each table, on the host, as of the last flush."""
@@ -307,6 +305,7 @@ class ScratchpadKernel(FusedOptimizerModule):
             self.pools[self._pool_of_table[index][0]].scratchpad.num_slots for index in range(len(self._local_cols))
         ]
         self._point_rows_at_slots(tbe, slots_of_table)
+        tbe.reset_embedding_weight_momentum = self._refuse_reset  # its rows would be taken for slots
         suffix = "dev" if is_cuda else "host"
         prefixes = ["weights", *(state.buffer for state in self._states)]
         for prefix, flat, pool_offsets in zip(prefixes, memory.flat_parts, memory.value_offsets, strict=True):
@@ -318,6 +317,13 @@ class ScratchpadKernel(FusedOptimizerModule):
             setattr(tbe, f"{prefix}_physical_offsets", offsets)
             getattr(tbe, f"{prefix}_offsets").copy_(torch.tensor([offsets[t] for t in self._feature_table_map]))
         return tbe
+
+    def _refuse_reset(self, *args: Any, **kwargs: Any) -> None:
+        names = ", ".join(table.name for table in self._config.embedding_tables)
+        raise ConfigError(
+            f"tables {names}: rows of scratchpad tables cannot be reset by managed collision or in-training pruning. Use "
+            "compute kernel fused for these tables, or a collection without them."
+        )
 
     def _point_rows_at_slots(self, tbe: SplitTableBatchedEmbeddingBagsCodegen, slots_of_table: list[int]) -> None:
         tbe.embedding_specs = [
@@ -441,13 +447,14 @@ def _release_after_backward(output: Tensor, batch: PlannedBatch) -> None:
         hold.release()
         return
 
-    def refuse_second_backward(_grad_outputs: object) -> None:
+    def prepare_update(_grad_outputs: object) -> None:
         if hold.is_released:
             raise BackwardTwiceError(
                 "backward runs through a scratchpad lookup whose rows were already released, by an earlier backward or "
                 "by the pipeline's reset(). Call backward once per forward (retain_graph=True cannot be used through "
                 "embeddings), and not for batches that were dropped."
             )
+        batch.refresh()  # tables may have been loaded since the forward, and this update goes on top
 
-    output.grad_fn.register_prehook(refuse_second_backward)
+    output.grad_fn.register_prehook(prepare_update)
     output.grad_fn.register_hook(lambda _grad_inputs, _grad_outputs: hold.release(is_updated=True))

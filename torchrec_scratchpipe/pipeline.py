@@ -67,6 +67,11 @@ class _ScratchPipeForward(PipelinedForward):
 
         The pipeline has fused the splits exchange of all input dists, so it is done here for this one call.
         """
+        if self._context.postproc_fwd_results:
+            raise ScratchPipeError(
+                f"module {self._name} is called outside the pipeline, whose pipeline_postproc hands out what it computed "
+                "for the batch in flight. Call the pipeline's detach() first, or have no postprocs pipelined."
+            )
         module = self._module
         module_context = module.create_context()
         request = module.input_dist(module_context, *args, **kwargs)
@@ -110,6 +115,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
     """
 
     _pipelined_forward_type = _ScratchPipeForward
+    _model_fwd: Callable[[In | None], tuple[torch.Tensor, Out]]
 
     def __init__(
         self,
@@ -128,6 +134,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
                 raise ConfigError(f"{name}=True is not supported by ScratchPipeTrainPipeline. Leave it out.")
         self._lookahead = lookahead
         self._is_traced_in_vain = False
+        self._failed_to_load: TrainPipelineContext | None = None
         self._collections_warned_of: set[str] = set()
         super().__init__(
             model,
@@ -154,15 +161,15 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         """
         if not self._model_attached:
             self.attach(self._model)
+        if self._failed_to_load is not None:
+            raise self._failed_error(self._failed_to_load)
         self.fill_pipeline(dataloader_iter)
         if not self.batches or self._leave_rest_as_stock():
             raise StopIteration
 
         context = cast(ScratchPipeTrainPipelineContext, self.contexts[0])
         if context.is_started:
-            raise ScratchPipeError(
-                f"batch {context.index} has failed in an earlier progress(). Call reset() to drop the batches in flight."
-            )
+            raise self._failed_error(context)
         self._set_module_context(context)
         if self._model.training:
             with record_function("## zero_grad ##"):
@@ -180,7 +187,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             with record_function(f"## optimizer {context.index} ##"):
                 self._optimizer.step()
         self.dequeue_batch()
-        return cast(Out, output)
+        return output
 
     def fill_pipeline(self, dataloader_iter: Iterator[In]) -> None:
         """Load batches until the pipeline is full or the data ends, and bring each to the stage its place asks for.
@@ -217,6 +224,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
                 "train them, or call reset(), first."
             )
         self._is_traced_in_vain = False
+        if model is not None and self._model_fwd is self._model:  # stock would go on with the first model's forward
+            self._model_fwd = model
         super().attach(model, sparse_dist=False)
 
     def reset(self) -> None:
@@ -230,6 +239,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
                 module.settle()  # the worker may just have planned a batch, and lets go of it in a moment
         super().reset()
         self._dataloader_iter = None
+        self._failed_to_load = None
 
     def _pipeline_model(self, batch: In | None, context: TrainPipelineContext, *args: Any, **kwargs: Any) -> None:
         """As stock; collections that cannot be planned ahead are named once, and are fetched on the spot."""
@@ -244,6 +254,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             if any(isinstance(module.forward, PipelinedForward) for module in self._model.modules()):
                 raise
             reason = f"torch.fx cannot trace the model ({type(error).__name__}: {error})"
+            logger.debug("tracing has failed", exc_info=True)
         self._is_traced_in_vain = not self._pipelined_modules
         planned = {id(collection_to_plan(module)) for module in self._pipelined_modules}
         for name, module in self._model.named_modules():
@@ -265,8 +276,17 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
                 return False
         except StopIteration:  # the data has ended and execute_all_batches is False
             return False
-        self._init_pipelined_modules(self.batches[-1], self.contexts[-1], self._pipelined_forward_type)
+        try:
+            self._init_pipelined_modules(self.batches[-1], self.contexts[-1], self._pipelined_forward_type)
+        except BaseException:
+            self._failed_to_load = self.contexts[-1]  # some of its modules may be distributed, others not
+            raise
         return True
+
+    def _failed_error(self, context: TrainPipelineContext) -> ScratchPipeError:
+        return ScratchPipeError(
+            f"batch {context.index} has failed in an earlier progress(). Call reset() to drop the batches in flight."
+        )
 
     def _leave_rest_as_stock(self) -> bool:
         return (

@@ -166,15 +166,23 @@ class PlannedBatch:
         if self._error is not None:
             self.hold.release()
             raise self._error
-        if any(pool.is_overwritten for pool in self._pools):
-            with self._runner.between_batches():
-                for pool in self._pools:
-                    self._refresh(pool)
+        self.refresh()
         self._runner.let_current_stream_wait(self)
         for pool, cache_plan in zip(self._pools, self._plans, strict=True):
             pool.counters.add_misses_at_train(pool.slot_map.count_mismatches(cache_plan.rows, cache_plan.slots))
         self.hold.start_train()
         return self._slots_of_ids()
+
+    def refresh(self) -> None:
+        """Read resident rows anew if tables have been overwritten (hazard 6); before Train reads them, and updates them.
+
+        Raises:
+            TableOverwrittenError: See :meth:`Pool.refresh`.
+        """
+        if any(pool.is_overwritten for pool in self._pools):
+            with self._runner.between_batches():
+                for pool in self._pools:
+                    self._refresh(pool)
 
     def record_stream(self, stages_stream: torch.Stream, train_stream: torch.Stream | None = None) -> None:
         """Tell the allocator that tensors made on one stream are used on another.
@@ -263,7 +271,8 @@ class PlannedBatch:
         if pool.is_overwritten:
             pool.refresh()
             self._runner.record_refresh()
-            pool.is_overwritten = False  # last: Train of a batch that is ready asks, while the worker may be at it
+            # Last: Train of a batch that is ready asks, while the worker may be at it.
+            pool.host_table.accept_overwrite()
 
     def _segments(self, pool_index: int) -> Iterator[tuple[FeatureSource, int, int]]:
         bounds = self._feature_bounds

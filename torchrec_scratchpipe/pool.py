@@ -4,7 +4,7 @@
 from torch import Tensor
 from torch.profiler import record_function
 
-from torchrec_scratchpipe.errors import StageFailedError
+from torchrec_scratchpipe.errors import StageFailedError, TableOverwrittenError
 from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.scratchpad import Scratchpad
@@ -36,7 +36,6 @@ class Pool:
         self._num_updates = 0
         self._num_updates_flushed = 0
         self._flushed_below = 0
-        self.is_overwritten = False
 
     @property
     def name(self) -> str:
@@ -75,22 +74,31 @@ class Pool:
         self._flushed_below = first_held
 
     def purge(self) -> None:
-        """Flush, then empty the scratchpad; or, while batches in flight rely on its rows, see :meth:`expect_overwrite`."""
-        self.expect_overwrite()
-        if self.slot_map.num_batches_in_flight == 0:
-            self.slot_map.purge()
-            self.is_overwritten = False
+        """Flush, and have resident rows read anew before anybody uses them (hazard 6): tables are about to be written.
 
-    def expect_overwrite(self) -> None:
-        """Flush, and have resident rows read anew before anybody uses them (hazard 6), see :meth:`refresh`.
-
-        For tables that somebody outside is about to write, or may write.
+        Empties the scratchpad, unless batches in flight rely on its rows.
         """
         self.flush()
-        self.is_overwritten = True
+        if self.slot_map.num_batches_in_flight == 0:
+            self.slot_map.purge()
+        self.host_table.mark_overwritten()
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether tables were, or may have been, written by others since resident rows were last read."""
+        return self.host_table.is_overwritten
 
     def refresh(self) -> None:
-        """Read every resident row anew from its table; whoever calls it clears `is_overwritten` when that is done."""
+        """Read every resident row anew from its table.
+
+        Raises:
+            TableOverwrittenError: Some of them are newer in the scratchpad, and would be lost.
+        """
+        if self._num_updates != self._num_updates_flushed:
+            raise TableOverwrittenError(
+                f"{self.name}: a table was written in place while the scratchpad held newer rows of it. Take a fresh "
+                "state_dict() of model or optimizer right before you write, or load one with load_state_dict()."
+            )
         slots, rows = self.slot_map.resident_since(0)
         for some_slots, some_rows in zip(
             slots.split(FLUSH_CHUNK_ROWS), rows.cpu().split(FLUSH_CHUNK_ROWS), strict=True

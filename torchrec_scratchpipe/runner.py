@@ -248,20 +248,24 @@ class OverlappedStageRunner(StageRunner):
 
 
 class _WorkQueue:
-    """Batches that wait for the worker, and the reasons to look at them again."""
+    """Batches that wait for the worker, and the reasons to look at them again.
+
+    It does not own them: a batch that nobody is going to look up any more leaves it.
+    """
 
     def __init__(self) -> None:
-        self._batches: deque[PlannedBatch] = deque()
+        self._batches: list[weakref.ref[PlannedBatch]] = []
         self._changed = threading.Condition()
         self._num_changes = 0
         self._num_changes_seen = -1  # by the worker, when it last tried a batch in vain
         self._is_working = False
         self._is_suspended = False
-        self._is_closed = False
+        self.is_closed = False
 
     def put(self, batch: PlannedBatch) -> None:
         with self._changed:
-            self._batches.append(batch)
+            self._batches = [ref for ref in self._batches if ref() is not None]
+            self._batches.append(weakref.ref(batch))
             self._is_suspended = False
             self._note_change()
 
@@ -277,7 +281,7 @@ class _WorkQueue:
 
     def close(self) -> None:
         with self._changed:
-            self._is_closed = True
+            self.is_closed = True
             self._note_change()
 
     def next(self, num_changes_seen: int) -> tuple[PlannedBatch | None, int]:
@@ -289,12 +293,10 @@ class _WorkQueue:
             self._num_changes_seen = num_changes_seen
             self._is_working = False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._is_closed or self._has_work())
-            if self._is_closed:
-                return None, self._num_changes
-            self._is_working = True
-            awaited = next((batch for batch in self._batches if batch.is_awaited), None)
-            return awaited or self._batches[0], self._num_changes
+            self._changed.wait_for(lambda: self.is_closed or self._has_work())
+            batch = None if self.is_closed else self._first_batch()
+            self._is_working = batch is not None
+            return batch, self._num_changes
 
     def wait_until_idle(self) -> None:
         with self._changed:
@@ -307,13 +309,19 @@ class _WorkQueue:
 
     def remove(self, batch: PlannedBatch) -> None:
         with self._changed:
-            self._batches.remove(batch)
+            self._batches = [ref for ref in self._batches if ref() is not batch]
 
     def _wait_until_idle(self) -> None:
-        self._changed.wait_for(lambda: self._is_closed or not (self._is_working or self._has_work()))
+        self._changed.wait_for(lambda: self.is_closed or not (self._is_working or self._has_work()))
 
     def _has_work(self) -> bool:
-        return bool(self._batches) and not self._is_suspended and self._num_changes != self._num_changes_seen
+        return self._num_changes != self._num_changes_seen and self._first_batch() is not None
+
+    def _first_batch(self) -> PlannedBatch | None:
+        """An awaited one first, suspended or not: a thread that trains waits for it."""
+        batches = [batch for ref in self._batches if (batch := ref()) is not None]
+        awaited = next((batch for batch in batches if batch.is_awaited), None)
+        return awaited or (batches[0] if batches and not self._is_suspended else None)
 
     def _note_change(self) -> None:
         self._num_changes += 1
@@ -322,11 +330,15 @@ class _WorkQueue:
 
 def _work(queue: _WorkQueue, runner_ref: "weakref.ref[OverlappedStageRunner]") -> None:
     num_changes_seen = -1
-    while True:
+    while not queue.is_closed:
         batch, num_changes = queue.next(num_changes_seen)
         runner = runner_ref()
-        if batch is None or runner is None:
+        if runner is None:
             return
+        if batch is None:  # it was dropped just now
+            num_changes_seen = num_changes
+            del runner
+            continue
         try:
             is_done = runner._run(batch, is_last_chance=batch.is_awaited)
         except BaseException as error:  # the thread must outlive it, or Train would wait for ever

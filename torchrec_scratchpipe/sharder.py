@@ -128,6 +128,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
 
         Raises:
             BatchesInFlightError: Batches in flight have been planned for the scratchpads as they are.
+            ConfigError: A scratchpad table's new sharding cannot be served.
         """
         num_batches = max((pool.slot_map.num_batches_in_flight for pool in self.pools), default=0)
         if num_batches > 0:
@@ -135,10 +136,12 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
                 f"update_shards(): {num_batches} batches in flight were planned for the present sharding. Let the pipeline "
                 "train them, or call its reset(), first."
             )
-        served = {
-            name: _as_scratchpad_table(sharding) if sharding.compute_kernel == SCRATCHPAD_KERNEL.value else sharding
-            for name, sharding in changed_sharding_params.items()
-        }
+        served = dict(changed_sharding_params)
+        for config in self._embedding_bag_configs:
+            sharding = served.get(config.name)
+            if sharding is not None and sharding.compute_kernel == SCRATCHPAD_KERNEL.value:
+                _check_table(config, sharding, EMBEDDING_BAG_SHARDING_TYPES)
+                served[config.name] = _as_scratchpad_table(sharding)
         super().update_shards(served, env, device)
         self._set_up_checks(self._embedding_bag_configs)
 
