@@ -359,15 +359,15 @@ def test_batch_that_fails_while_it_is_loaded_asks_for_reset() -> None:
     setting = Setting(sharding_type="row_wise", num_batches=12)
     stock, ours = twins(setting)
     batches = make_batches(setting)
-    values = batches[4].sparse_features.values().clone()
+    values = batches[5].sparse_features.values().clone()
     values[0] = 10_000  # row-wise ids are checked before they are distributed
     pipeline = ours.pipeline()
-    iterator = iter([*batches[:4], with_values(batches[4], values), *batches[5:8]])
+    iterator = iter([*batches[:5], with_values(batches[5], values), *batches[6:8]])
     actual = [pipeline.progress(iterator)]
     with pytest.raises(IdOutOfRangeError):
         pipeline.progress(iterator)
     for _ in range(2):
-        with pytest.raises(ScratchPipeError, match=r"batch 4 has failed in an earlier progress\(\). Call reset\(\)"):
+        with pytest.raises(ScratchPipeError, match=r"batch 5 has failed in an earlier progress\(\). Call reset\(\)"):
             pipeline.progress(iterator)
     pipeline.reset()
     actual += drain(pipeline, batches[8:])
