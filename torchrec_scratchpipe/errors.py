@@ -42,7 +42,7 @@ class ScratchpadFullError(ScratchPipeError, RuntimeError):
 
 
 class BatchesInFlightError(ScratchPipeError, RuntimeError):
-    """Batches in flight were planned for another model than the one to be attached."""
+    """Batches in flight were planned for another model, or for another sharding, than what is asked for now."""
 
 
 class BackwardTwiceError(ScratchPipeError, RuntimeError):
