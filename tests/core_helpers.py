@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchrec_scratchpipe.eviction import EvictionOrder, SlotUses
 from torchrec_scratchpipe.host_table import HostTable, RamStorage, TableStorage
 from torchrec_scratchpipe.planned_batch import FeatureSource, PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
 from torchrec_scratchpipe.scratchpad import allocate_scratchpads
-from torchrec_scratchpipe.slot_map import EvictionOrder, SlotMap
+from torchrec_scratchpipe.slot_map import SlotMap
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
 CPU = torch.device("cpu")
@@ -22,13 +23,20 @@ LAYOUT = RowLayout(dim=4, dtype=torch.float32, states=(StateSpec("momentum1", is
 class ScanningOrder:
     """Base of orders that look at every slot; good enough for tests."""
 
-    def used(self, slots: Tensor, batch_index: int, last_use: Tensor) -> None:
+    def used(self, slots: Tensor, notes_of_new: Tensor, batch_index: int, last_use: Tensor) -> None:
+        pass
+
+    def note(self, slots: Tensor) -> Tensor | None:
+        return None
+
+    def rebuild(self, last_use: Tensor, next_batch: int) -> None:
         pass
 
     def purge(self) -> None:
         pass
 
-    def choose(self, num_victims: int, last_use: Tensor, first_held: int) -> Tensor:
+    def choose(self, num_victims: int, uses: SlotUses, first_held: int) -> Tensor:
+        last_use = uses.last_use
         candidates = ((last_use >= 0) & (last_use < first_held)).nonzero().view(-1)
         return self.sort(candidates, last_use)[:num_victims]
 

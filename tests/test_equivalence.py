@@ -23,7 +23,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_scratchpipe import stages
-from torchrec_scratchpipe.slot_map import EvictionOrder
+from torchrec_scratchpipe.eviction import EvictionOrder
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
 SHARDINGS = [

@@ -13,7 +13,9 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES / "criteo_dlrm"))
+sys.path.insert(0, str(EXAMPLES / "benchmark"))
 
+import miss_rates  # noqa: E402
 from data import NUM_SPARSE, CriteoFormatError, CriteoTsv, GeneratedCriteo, Share  # noqa: E402
 
 ROWS = [50 + i for i in range(NUM_SPARSE)]
@@ -63,6 +65,48 @@ def test_criteo_dlrm_equals_stock_to_the_bit(extra: list[str], tsv: Path, tmp_pa
     assert {"auroc", "logloss", "samples_per_second", "step_ms_p50", "step_ms_p90", "peak_rss_bytes"} <= set(figures)
     assert out.splitlines()[-1].startswith("summary: auroc")
     assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_criteo_dlrm_within_a_budget(tsv: Path, tmp_path: Path) -> None:
+    arguments = [
+        str(EXAMPLES / "criteo_dlrm" / "main.py"), "--criteo_tsv", str(tsv), "--batch_size", "8", "--adagrad",
+        "--embedding_dim", "16", "--num_embeddings", "600", "--scratchpad_budget_gb", "0.0006", "--verify",
+        "--num_batches_seen_ahead", "4", "--working_sets", str(tmp_path / "sets.json"), "--json", str(tmp_path / "out.json"),
+    ]  # fmt: skip
+    plans = []
+    for _ in range(2):  # measured, then from the file
+        out = run_example(*arguments)
+        plans.append(out[: out.index("device memory per rank")])
+        figures = read_figures(tmp_path / "out.json")
+        assert figures["verify"]["max_abs_diff"] == 0.0
+        assert figures["scratchpad"][0]["num_victims"] > 0
+        assert figures["misses_per_batch"]["planned"] == pytest.approx(figures["misses_per_batch"]["counted"], rel=0.15)
+    assert plans[0].splitlines()[0] == plans[1].splitlines()[0]
+    assert (tmp_path / "sets.json").exists()
+
+
+@pytest.mark.dist
+def test_criteo_dlrm_within_a_budget_on_two_ranks(tmp_path: Path) -> None:
+    run_example(
+        str(EXAMPLES / "criteo_dlrm" / "main.py"), "--limit_train_batches", "60", "--limit_val_batches", "2",
+        "--batch_size", "32", "--embedding_dim", "16", "--max_num_embeddings", "3000", "--scratchpad_budget_gb", "0.001",
+        "--verify", "--json", str(tmp_path / "out.json"),
+        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+    )  # fmt: skip
+    figures = read_figures(tmp_path / "out.json")
+    assert figures["verify"]["max_abs_diff"] == 0.0
+    assert figures["scratchpad"][0]["num_victims"] > 0
+
+
+def test_orders_of_the_miss_rate_benchmark() -> None:
+    trace = miss_rates.zipf_trace(1.05, num_rows=2000, num_ids=20, num_batches=100)
+    one_set = miss_rates.count_set_associative(trace, 32)
+    lru = miss_rates.count(trace, 32, miss_rates.LeastRecentlyUsed(32), 0, lookahead=0)
+    assert one_set.sum() == pytest.approx(lru.sum(), rel=0.02), "one set of 32 ways is a scratchpad of 32 slots"
+    for num_slots in (64, 320):
+        misses = {name: order(trace, num_slots).sum() for name, order in miss_rates.ORDERS.items()}
+        assert misses["Belady"] == min(misses.values())
+        assert misses["ours"] < misses["ours, nothing seen"] < misses["LRU"]
 
 
 @pytest.mark.dist

@@ -12,26 +12,29 @@ import torchrec_scratchpipe
 PACKAGE = Path(torchrec_scratchpipe.__file__).parent
 # Top to bottom; a module may import from its own layer's left neighbours and from the layers below.
 LAYERS = [
-    ["__init__"],
+    ["__init__", "plan"],
     ["pipeline"],
     ["sharder", "sharding_planner"],
+    ["working_set", "plan_report", "trace"],
     ["collection"],
     ["lookup"],
     ["kernel"],
     ["options", "fused_optimizer"],
     ["compat"],
     # ---- below this line nothing imports torchrec ----
-    ["runner"],
+    ["runner", "sizing"],
+    ["popularity"],
+    ["reuse"],
     ["planned_batch"],
     ["stages"],
     ["pool"],
     ["stats"],
     ["scratchpad", "host_table", "slot_map"],
-    ["row_parts"],
+    ["row_parts", "eviction", "memory"],
     ["types"],
     ["errors", "_version"],
 ]
-CORE_STARTS_AT = 8
+CORE_STARTS_AT = 9
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -77,7 +80,12 @@ def test_public_surface() -> None:
         "BackwardTwiceError",
         "BatchesInFlightError",
         "ConfigError",
+        "EvictionOrder",
         "IdOutOfRangeError",
+        "LeastFrequentlyUsed",
+        "LeastRecentlyUsed",
+        "MeasurementError",
+        "PlanReport",
         "PoolStats",
         "ScratchPipeEmbeddingBagCollectionSharder",
         "ScratchPipeEmbeddingCollectionSharder",
@@ -93,7 +101,12 @@ def test_public_surface() -> None:
         "TableOverwrittenError",
         "TableStats",
         "TableStorageError",
+        "WorkingSet",
+        "WorkingSets",
         "__version__",
+        "measure_working_set",
+        "plot_plan",
         "scratchpad_stats",
         "stage_spans",
+        "zipf_working_sets",
     }

@@ -14,6 +14,7 @@ from helpers import (
     Trainer,
     assert_same_bits,
     assert_same_outputs,
+    check_equal,
     drain,
     make_batches,
     scratchpad_constraints,
@@ -385,3 +386,33 @@ def test_dropped_batches_are_not_fetched() -> None:
     ours.train_plain(make_batches(setting)[:1])
     assert not queue._batches
     assert num_in_flight(ours) == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_batches_seen_ahead_save_misses_and_change_no_bit(overlap: bool) -> None:
+    setting = Setting(num_batches=60)
+    blind = check_equal(setting, lookahead=1, overlap=overlap)
+    seeing = check_equal(setting, lookahead=1, overlap=overlap, pipeline_kwargs={"num_batches_seen_ahead": 12})
+    assert seeing.num_victims > 100
+    misses = [sum(pool.num_unique_misses for pool in scratchpad_stats(ours.model)) for ours in (blind, seeing)]
+    assert misses[1] < 0.9 * misses[0], misses
+
+
+def test_reset_forgets_batches_that_were_only_seen() -> None:
+    setting = Setting()
+    trainer = Trainer.scratchpipe(setting)
+    pipeline = trainer.pipeline(lookahead=1, num_batches_seen_ahead=12)
+    batches = make_batches(setting)
+    for _ in range(5):  # more batches than can be noted at a time
+        pipeline.progress(iter(batches))
+        pipeline.reset()
+    drain(trainer.pipeline(), batches[:1])
+    for pool in trainer.model.module.ebc.pools:
+        pool.slot_map.check_integrity()
+        assert not pool.slot_map._seen
+
+
+@pytest.mark.parametrize("num_batches", [-1, 20])
+def test_seeing_too_far_ahead_is_refused(num_batches: int) -> None:
+    with pytest.raises(ConfigError, match=f"num_batches_seen_ahead is {num_batches}"):
+        Trainer.scratchpipe(Setting()).pipeline(num_batches_seen_ahead=num_batches)

@@ -70,6 +70,7 @@ class Config:
     is_weighted: bool
     is_vbe: bool
     lookahead: int
+    num_batches_seen_ahead: int
     overlap: bool
     seed: int
 
@@ -107,7 +108,13 @@ class Config:
 
 def check(config: Config) -> Trainer:
     """Train stock and ours from this configuration and compare every bit; returns ours."""
-    return check_equal(config.setting(), config.lookahead, config.constraints(), overlap=config.overlap)
+    return check_equal(
+        config.setting(),
+        config.lookahead,
+        config.constraints(),
+        pipeline_kwargs={"num_batches_seen_ahead": config.num_batches_seen_ahead},
+        overlap=config.overlap,
+    )
 
 
 @st.composite
@@ -142,6 +149,7 @@ def configs(draw: st.DrawFn, is_pooled: bool, num_ranks: int) -> Config:
         is_weighted=is_pooled and draw(st.booleans()),
         is_vbe=is_vbe,
         lookahead=draw(st.sampled_from([1, 2, 3, 8, 16])),
+        num_batches_seen_ahead=draw(st.sampled_from([0, 0, 1, 5, 19])),
         overlap=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
@@ -272,6 +280,7 @@ EVICTING = Config(
     is_weighted=False,
     is_vbe=False,
     lookahead=2,
+    num_batches_seen_ahead=0,
     overlap=True,
     seed=0,
 )

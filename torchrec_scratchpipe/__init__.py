@@ -8,13 +8,16 @@ from torchrec_scratchpipe.errors import (
     BatchesInFlightError,
     ConfigError,
     IdOutOfRangeError,
+    MeasurementError,
     ScratchpadFullError,
     ScratchPipeError,
     StageFailedError,
     TableOverwrittenError,
     TableStorageError,
 )
+from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed, LeastRecentlyUsed
 from torchrec_scratchpipe.pipeline import ScratchPipeTrainPipeline
+from torchrec_scratchpipe.plan_report import PlanReport, plot_plan
 from torchrec_scratchpipe.sharder import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeEmbeddingCollectionSharder,
@@ -24,12 +27,18 @@ from torchrec_scratchpipe.sharder import (
 from torchrec_scratchpipe.sharding_planner import ScratchPipeShardingPlanner
 from torchrec_scratchpipe.stats import PoolStats, TableStats
 from torchrec_scratchpipe.types import Stage, StageSpan
+from torchrec_scratchpipe.working_set import WorkingSet, WorkingSets, measure_working_set, zipf_working_sets
 
 __all__ = [
     "BackwardTwiceError",
     "BatchesInFlightError",
     "ConfigError",
+    "EvictionOrder",
     "IdOutOfRangeError",
+    "LeastFrequentlyUsed",
+    "LeastRecentlyUsed",
+    "MeasurementError",
+    "PlanReport",
     "PoolStats",
     "ScratchPipeEmbeddingBagCollectionSharder",
     "ScratchPipeEmbeddingCollectionSharder",
@@ -45,7 +54,12 @@ __all__ = [
     "TableOverwrittenError",
     "TableStats",
     "TableStorageError",
+    "WorkingSet",
+    "WorkingSets",
     "__version__",
+    "measure_working_set",
+    "plot_plan",
     "scratchpad_stats",
     "stage_spans",
+    "zipf_working_sets",
 ]

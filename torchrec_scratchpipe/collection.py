@@ -93,7 +93,20 @@ class ScratchpadCollection:
         if not isinstance(ctx, PlannedBatches):
             return
         for index, lookup in self._scratchpad_lookups():
-            ctx.planned_batches[index] = lookup.submit(dist_input[index])
+            if index not in ctx.planned_batches:
+                ctx.planned_batches[index] = lookup.submit(dist_input[index])
+            for batch in ctx.planned_batches[index]:
+                self._runner.allow(batch)
+
+    def see(self, dist_input: KJTList, ctx: PlannedBatches) -> None:
+        """Show a distributed batch to the eviction orders, ahead of :meth:`prefetch`; no row moves, no slot is held.
+
+        Args:
+            dist_input: The batch after input distribution.
+            ctx: The batch's own context.
+        """
+        for index, lookup in self._scratchpad_lookups():
+            ctx.planned_batches[index] = lookup.submit(dist_input[index], may_plan=False)
 
     def settle(self) -> None:
         """Wait until no stage runs, nor will before the next batch is sent or looked up."""

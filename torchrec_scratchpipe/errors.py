@@ -5,6 +5,7 @@
 
     ScratchPipeError
     ├── ConfigError              (ValueError)    a setting cannot be served
+    ├── MeasurementError         (ValueError)    a measurement cannot be made, or does not fit the model
     ├── IdOutOfRangeError        (ValueError)    an id points outside its table
     ├── ScratchpadFullError      (RuntimeError)  one batch needs more slots than there are
     ├── BatchesInFlightError     (RuntimeError)  batches were planned for another model
@@ -18,6 +19,7 @@ __all__ = [
     "BatchesInFlightError",
     "ConfigError",
     "IdOutOfRangeError",
+    "MeasurementError",
     "ScratchPipeError",
     "ScratchpadFullError",
     "StageFailedError",
@@ -31,6 +33,10 @@ class ScratchPipeError(Exception):
 
 class ConfigError(ScratchPipeError, ValueError):
     """A setting cannot be served; the message names the table, the value and what to set."""
+
+
+class MeasurementError(ScratchPipeError, ValueError):
+    """Working sets cannot be measured or read, or are those of other tables."""
 
 
 class IdOutOfRangeError(ScratchPipeError, ValueError):

@@ -98,16 +98,24 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._optim: FusedOptimizer = self._make_optimizer()
         self.init_parameters()
 
-    def submit(self, features: KeyedJaggedTensor) -> PlannedBatch:
+    def submit(self, features: KeyedJaggedTensor, *, may_plan: bool = True) -> PlannedBatch:
         """Send one batch through the stages, ahead of its lookup.
 
         Args:
             features: This group's rank-local features, as the lookup will get them.
+            may_plan: False to have it seen only, until :meth:`StageRunner.allow`.
 
         Returns:
             What :meth:`expect` takes when the batch is about to be looked up.
         """
-        batch = PlannedBatch(self.pools, self._features, features.values(), features.offset_per_key(), self._runner)
+        batch = PlannedBatch(
+            self.pools,
+            self._features,
+            features.values(),
+            features.offset_per_key(),
+            self._runner,
+            may_plan=may_plan,
+        )
         self._runner.submit(batch)
         return batch
 

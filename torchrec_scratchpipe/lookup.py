@@ -45,18 +45,19 @@ class ScratchpadLookup:
         """All pools of this lookup."""
         return [pool for kernel in self._scratchpad_kernels() for pool in kernel.pools]
 
-    def submit(self, features: KeyedJaggedTensor) -> list[PlannedBatch]:
+    def submit(self, features: KeyedJaggedTensor, *, may_plan: bool = True) -> list[PlannedBatch]:
         """Send one batch through the stages, ahead of its lookup.
 
         Args:
             features: This sharding's rank-local features, as the lookup will get them.
+            may_plan: False to have it seen only, until :meth:`StageRunner.allow`.
 
         Returns:
             One planned batch per scratchpad group, for :meth:`expect`.
         """
         groups = features.split(self._feature_splits)
         return [
-            kernel.submit(group)
+            kernel.submit(group, may_plan=may_plan)
             for kernel, group in zip(self._emb_modules, groups, strict=True)
             if isinstance(kernel, ScratchpadKernel)
         ]

@@ -15,8 +15,8 @@ from torchrec.modules.embedding_configs import data_type_to_sparse_type
 
 from torchrec_scratchpipe.compat import WeightDecayMode
 from torchrec_scratchpipe.errors import ConfigError
+from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.host_table import MappedStorage, RamStorage, TableStorage
-from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
 from torchrec_scratchpipe.types import TableSpec
 
 __all__ = [
@@ -101,7 +101,7 @@ class ScratchpadOptions:
 
     table_dir: str | None = None
     overlap: bool = True
-    make_eviction_order: Callable[[int], EvictionOrder] = LeastRecentlyUsed
+    make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed
 
     def make_storage(self) -> TableStorage:
         """Where host tables come from."""

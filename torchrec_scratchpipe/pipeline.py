@@ -17,6 +17,7 @@ from torchrec.streamable import Pipelineable
 
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection, collection_to_plan
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
+from torchrec_scratchpipe.eviction import WINDOW_BITS
 
 __all__ = ["ScratchPipeTrainPipeline"]
 
@@ -36,6 +37,7 @@ class ScratchPipeTrainPipelineContext(TrainPipelineContext):
     """TorchRec's context of one batch; `planned_inputs` holds distributed features of planned batches, by module."""
 
     planned_inputs: dict[str, Any] = field(default_factory=dict)
+    is_seen: bool = False
     is_planned: bool = False
     is_started: bool = False
     is_in_forward: bool = False
@@ -87,10 +89,12 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
     """Trains one batch while the rows of the coming ones travel to the scratchpad.
 
     ====================  =========================================  ==========================================
-    stage                 batches (0 trains, L is `lookahead`)       where
+    stage                 batches (0 trains, L is `lookahead`, F     where
+                          is L + `num_batches_seen_ahead`)
     ====================  =========================================  ==========================================
-    Load                  L + 2: copy to device, start input dist    memcpy and data_dist streams of TorchRec
-    Load                  L + 1: input dist exchanges its tensors    data_dist stream
+    Load                  F + 2: copy to device, start input dist    memcpy and data_dist streams of TorchRec
+    Load                  F + 1: input dist exchanges its tensors    data_dist stream
+    (seen)                L + 1 .. F: their ids guide evictions      worker thread, on CUDA its own stream
     Plan ... Insert       1 .. L, one after another                  worker thread, on CUDA its own stream
     Train                 0: forward, backward, optimizer            default stream
     ====================  =========================================  ==========================================
@@ -105,10 +109,12 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             unique rows of `lookahead + 1` batches; where they do not fit, Plan waits for Train.
         execute_all_batches: As stock: False leaves the last two batches of the data untrained.
         custom_model_fwd: As stock.
+        num_batches_seen_ahead: How many batches beyond those are loaded and distributed, so that rows which they will
+            use are not evicted now. Fewer rows travel; the input of these batches takes device memory, no slots.
         **kwargs: Everything else that TrainPipelineSparseDist takes.
 
     Raises:
-        ConfigError: `lookahead` is below 1, or a stock option is asked for that cannot be honoured.
+        ConfigError: `lookahead` is below 1, too many batches are to be seen ahead, or a stock option is asked for that cannot be honoured.
 
     Source:
         torchrec TrainPipelineSparseDist (1.8.0).
@@ -125,14 +131,21 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         lookahead: int = 2,
         execute_all_batches: bool = True,
         custom_model_fwd: Callable[[In | None], tuple[torch.Tensor, Out]] | None = None,
+        num_batches_seen_ahead: int = 0,
         **kwargs: Any,
     ) -> None:
         if lookahead < 1:
             raise ConfigError(f"lookahead is {lookahead}, it must be at least 1: the batch after the one that trains.")
+        if not 0 <= num_batches_seen_ahead < WINDOW_BITS:
+            raise ConfigError(
+                f"num_batches_seen_ahead is {num_batches_seen_ahead}, it must lie in [0, {WINDOW_BITS}): so many can be "
+                "noted for each row."
+            )
         for name in ("clear_data_dist_inputs", "enqueue_batch_after_forward"):
             if kwargs.get(name):
                 raise ConfigError(f"{name}=True is not supported by ScratchPipeTrainPipeline. Leave it out.")
         self._lookahead = lookahead
+        self._num_batches_known = lookahead + num_batches_seen_ahead
         self._is_traced_in_vain = False
         self._failed_to_load: TrainPipelineContext | None = None
         self._collections_warned_of: set[str] = set()
@@ -197,15 +210,15 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         """
         # A batch is planned as soon as it is distributed, so that the worker starts while the next one is loaded; the
         # loop below catches up with the last batches when the data has ended.
-        while len(self.batches) <= self._lookahead + NUM_BATCHES_IN_DIST:
+        while len(self.batches) <= self._num_batches_known + NUM_BATCHES_IN_DIST:
             if not self._load(dataloader_iter):
                 break
             if len(self.batches) > NUM_BATCHES_IN_DIST:
-                self._finish_dist_and_plan(len(self.batches) - 1 - NUM_BATCHES_IN_DIST)
-        for position in range(min(self._lookahead + 1, len(self.batches))):
-            self._finish_dist_and_plan(position)
-        if len(self.batches) > self._lookahead + 1:
-            self.wait_sparse_data_dist(self.contexts[self._lookahead + 1])
+                self._bring_forward(len(self.batches) - 1 - NUM_BATCHES_IN_DIST)
+        for position in range(min(self._num_batches_known + 1, len(self.batches))):
+            self._bring_forward(position)
+        if len(self.batches) > self._num_batches_known + 1:
+            self.wait_sparse_data_dist(self.contexts[self._num_batches_known + 1])
 
     def attach(self, model: torch.nn.Module | None = None, sparse_dist: bool = True) -> None:
         """As stock, but batches in flight keep what was planned for them.
@@ -295,20 +308,32 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             and len(self.batches) <= NUM_BATCHES_LEFT_BY_STOCK
         )
 
-    def _finish_dist_and_plan(self, position: int) -> None:
-        """Send one distributed batch through Plan, Collect, Exchange and Insert; only the first call does."""
+    def _bring_forward(self, position: int) -> None:
+        """Finish a batch's input dist; plan it, or only have it seen, as its place among the batches asks for."""
         context = cast(ScratchPipeTrainPipelineContext, self.contexts[position])
-        if context.is_planned:
-            return
-        context.is_planned = True
+        if not context.is_seen:
+            context.is_seen = True
+            self._finish_dist(context)
+            if position > self._lookahead:
+                for collection, name in self._collections_to_plan():
+                    with self._stream_context(self._data_dist_stream):
+                        collection.see(context.planned_inputs[name], context.module_contexts[name])
+        if position <= self._lookahead and not context.is_planned:
+            context.is_planned = True
+            for collection, name in self._collections_to_plan():
+                with self._stream_context(self._data_dist_stream):
+                    collection.prefetch(context.planned_inputs[name], ctx=context.module_contexts[name])
+
+    def _finish_dist(self, context: ScratchPipeTrainPipelineContext) -> None:
         self.wait_sparse_data_dist(context)
         for module in self._pipelined_modules:
             name = module.forward.name
             request = context.input_dist_tensors_requests.pop(name)
             with self._stream_context(self._data_dist_stream):
-                dist_input = request.wait()
-            context.planned_inputs[name] = dist_input
+                context.planned_inputs[name] = request.wait()
+
+    def _collections_to_plan(self) -> Iterator[tuple[ScratchpadCollection, str]]:
+        for module in self._pipelined_modules:
             collection = collection_to_plan(module)
             if collection is not None:
-                with self._stream_context(self._data_dist_stream):
-                    collection.prefetch(dist_input, ctx=context.module_contexts[name])
+                yield collection, module.forward.name

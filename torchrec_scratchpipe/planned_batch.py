@@ -60,6 +60,13 @@ class BatchRunner(Protocol):
         """While entered, no stage of any batch runs."""
 
 
+class _PlannedIds(NamedTuple):
+    """What Train needs of a cache plan; the rest is let go once rows have moved."""
+
+    rows: Tensor  # [I] int64
+    slots: Tensor  # [I] int64
+
+
 class Hold:
     """What keeps one batch's slots from becoming victims, until Train has updated them.
 
@@ -70,6 +77,7 @@ class Hold:
     def __init__(self, runner: BatchRunner) -> None:
         self._runner = runner
         self._held: deque[tuple[Pool, int]] = deque()
+        self._seen: list[tuple[Pool, int, Tensor]] = []
         self._train_start_s: float | None = None
         self._train_stream: torch.Stream | None = None
         self.is_released = False
@@ -82,6 +90,18 @@ class Hold:
             batch_index: As :class:`CachePlan` says.
         """
         self._held.append((pool, batch_index))
+        if self.is_released:
+            self.release()
+
+    def add_seen(self, pool: Pool, seen: int, rows: Tensor) -> None:
+        """Take responsibility for a batch that was seen and may never be planned.
+
+        Args:
+            pool: Whose slot map has seen it.
+            seen: As :meth:`SlotMap.see` says.
+            rows: What it has seen.
+        """
+        self._seen.append((pool, seen, rows))
         if self.is_released:
             self.release()
 
@@ -111,6 +131,9 @@ class Hold:
             # The stream that Train ran on: the thread that releases may be on another, or on none.
             self._runner.record_train(self._train_stream)
             pool.slot_map.release(batch_index)
+        for pool, seen, rows in self._seen:
+            pool.slot_map.forget(seen, rows)
+        self._seen = []
         self._runner.slots_released()
 
     def __del__(self) -> None:
@@ -126,6 +149,7 @@ class PlannedBatch:
         ids: [I] int32 or int64, the ids of all features behind each other.
         feature_bounds: Feature `f` owns ``ids[feature_bounds[f] : feature_bounds[f + 1]]``.
         runner: Who runs the stages.
+        may_plan: False if it is to be seen only, for now: it tells the eviction order what is coming, and holds no slots.
     """
 
     def __init__(
@@ -135,17 +159,22 @@ class PlannedBatch:
         ids: Tensor,
         feature_bounds: Sequence[int],
         runner: BatchRunner,
+        *,
+        may_plan: bool = True,
     ) -> None:
         self.hold = Hold(runner)
+        self.may_plan = may_plan
         self.is_awaited = False
+        self.is_seen = False
         self.done = threading.Event()
         self._runner = runner
         self._pools = pools
         self._features = features
         self._ids = ids
         self._feature_bounds = feature_bounds
-        self._plans: list[CachePlan] = []
+        self._planned: list[_PlannedIds] = []
         self._row_ids: list[Tensor] | None = None
+        self._seen_by_pool: dict[int, int] = {}
         self._error: BaseException | None = None
         self.inserted: torch.Event | None = None
 
@@ -168,7 +197,7 @@ class PlannedBatch:
             raise self._error
         self.refresh()
         self._runner.let_current_stream_wait(self)
-        for pool, cache_plan in zip(self._pools, self._plans, strict=True):
+        for pool, cache_plan in zip(self._pools, self._planned, strict=True):
             pool.counters.add_misses_at_train(pool.slot_map.count_mismatches(cache_plan.rows, cache_plan.slots))
         self.hold.start_train()
         return self._slots_of_ids()
@@ -193,7 +222,7 @@ class PlannedBatch:
         """
         self._ids.record_stream(stages_stream)
         if train_stream is not None:
-            for cache_plan in self._plans:
+            for cache_plan in self._planned:
                 cache_plan.rows.record_stream(train_stream)
                 cache_plan.slots.record_stream(train_stream)
 
@@ -209,6 +238,21 @@ class PlannedBatch:
             error: What stopped a stage.
         """
         self._error = error
+
+    def see(self) -> None:
+        """Tell each pool's eviction order what the batch will use; only between the stages of two batches."""
+        self.is_seen = True
+        if self.hold.is_released:
+            return
+        try:
+            self._row_ids = self._rows_of_ids()
+        except Exception:  # its Plan will meet it again, and tell its Train
+            return
+        for pool_index, (pool, rows) in enumerate(zip(self._pools, self._row_ids, strict=True)):
+            seen = pool.slot_map.see(rows)
+            if seen is not None:
+                self._seen_by_pool[pool_index] = seen
+                self.hold.add_seen(pool, seen, rows)
 
     def try_stages(self, is_last_chance: bool) -> bool:
         """Run the stages of every pool that has not run them.
@@ -226,11 +270,11 @@ class PlannedBatch:
         try:
             if self._row_ids is None:
                 self._row_ids = self._rows_of_ids()
-            while len(self._plans) < len(self._pools):
-                self._run_stages(len(self._plans), plan_start_s)
+            while len(self._planned) < len(self._pools):
+                self._run_stages(len(self._planned), plan_start_s)
                 plan_start_s = time.perf_counter()
         except SlotsHeldError as held:
-            pool = self._pools[len(self._plans)]
+            pool = self._pools[len(self._planned)]
             if held.num_needed <= pool.scratchpad.num_slots and not is_last_chance:
                 return False
             self.fail(_full_error(pool, held))
@@ -243,7 +287,12 @@ class PlannedBatch:
         pool.check_usable()
         self._refresh(pool)
         with record_function("## scratchpipe plan ##"):
-            cache_plan = stages.plan(pool, self._rows_of_pool(pool_index), self._num_ids_per_table(pool_index))
+            cache_plan = stages.plan(
+                pool,
+                self._rows_of_pool(pool_index),
+                self._num_ids_per_table(pool_index),
+                self._seen_by_pool.get(pool_index),
+            )
         pool.counters.spans.append(
             StageSpan(cache_plan.batch_index, Stage.PLAN, plan_start_s, time.perf_counter(), num_bytes=0)
         )
@@ -264,7 +313,7 @@ class PlannedBatch:
         except BaseException as error:
             pool.failure = f"Insert of batch {cache_plan.batch_index} failed ({error!r})"
             raise pool.failure_error() from error
-        self._plans.append(cache_plan)
+        self._planned.append(_PlannedIds(cache_plan.rows, cache_plan.slots))
 
     def _refresh(self, pool: Pool) -> None:
         """Hazard 6; only between the stages of two batches."""
@@ -311,9 +360,9 @@ class PlannedBatch:
 
     def _slots_of_ids(self) -> Tensor:
         if len(self._pools) == 1:
-            return self._plans[0].slots
+            return self._planned[0].slots
         slots = torch.empty(self._ids.numel(), dtype=torch.int64, device=self._ids.device)
-        for pool_index, cache_plan in enumerate(self._plans):
+        for pool_index, cache_plan in enumerate(self._planned):
             position = 0
             for _, first, last in self._segments(pool_index):
                 slots[first:last] = cache_plan.slots[position : position + last - first]

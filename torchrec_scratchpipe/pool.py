@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Holds what belongs together: tables of one row layout, their scratchpad, and the map between them."""
 
+import math
+
 from torch import Tensor
 from torch.profiler import record_function
 
 from torchrec_scratchpipe.errors import StageFailedError, TableOverwrittenError
 from torchrec_scratchpipe.host_table import HostTable
+from torchrec_scratchpipe.memory import STAGING_HEADROOM
 from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.scratchpad import Scratchpad
 from torchrec_scratchpipe.slot_map import SlotMap
@@ -128,17 +131,20 @@ class Pool:
 
 
 class Staging:
-    """Host memory that rows pass through, grown to the largest batch and reused by every batch of a pool."""
+    """Host memory that rows pass through, as much in either direction, grown to the largest batch and reused by all."""
 
     def __init__(self, layout: RowLayout, pin_memory: bool) -> None:
         self._layout = layout
         self._pin_memory = pin_memory
         self._buffers: dict[str, list[Tensor]] = {}
+        self._capacity = 256
 
     def take(self, purpose: str, num_rows: int) -> list[Tensor]:
         """Room for `num_rows` rows, valid until the next call with the same purpose."""
         buffer = self._buffers.get(purpose)
         if buffer is None or buffer[0].shape[0] < num_rows:
-            buffer = self._layout.empty(max(256, num_rows + num_rows // 4), pin_memory=self._pin_memory)
+            if num_rows > self._capacity:
+                self._capacity = math.ceil(STAGING_HEADROOM * num_rows)
+            buffer = self._layout.empty(self._capacity, pin_memory=self._pin_memory)
             self._buffers[purpose] = buffer
         return [part[:num_rows] for part in buffer]

@@ -24,6 +24,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -52,8 +53,17 @@ class StageRunner:
         """
         with self._lock:
             self._submitted.append(batch)
-            while self._submitted and self._run(self._submitted[0], is_last_chance=False):
-                self._submitted.popleft()
+            self._run_submitted()
+
+    def allow(self, batch: PlannedBatch) -> None:
+        """Let a batch be planned that was submitted to be seen only; nothing if it may be already.
+
+        Args:
+            batch: A batch that was submitted.
+        """
+        with self._lock:
+            batch.may_plan = True
+            self._run_submitted()
 
     def finish(self, batch: PlannedBatch) -> None:
         """Make sure that a submitted batch is done, ahead of others if it must be.
@@ -106,6 +116,13 @@ class StageRunner:
             batch: A batch that is done.
         """
 
+    def _run_submitted(self) -> None:
+        while self._submitted and self._submitted[0].may_plan and self._run(self._submitted[0], is_last_chance=False):
+            self._submitted.popleft()
+        for batch in self._submitted:  # what cannot be planned yet guides the choice of victims
+            if not batch.is_seen:
+                batch.see()
+
     def _run(self, batch: PlannedBatch, is_last_chance: bool) -> bool:
         self._wait_for_device()
         is_done = batch.try_stages(is_last_chance)
@@ -148,6 +165,15 @@ class OverlappedStageRunner(StageRunner):
         if self._thread is None:
             self._start()
         self._queue.put(batch)
+
+    def allow(self, batch: PlannedBatch) -> None:
+        """Let a batch be planned that was submitted to be seen only; nothing if it may be already.
+
+        Args:
+            batch: A batch that was submitted.
+        """
+        if not batch.may_plan:
+            self._queue.allow(batch)
 
     def finish(self, batch: PlannedBatch) -> None:
         """Wait for the worker to finish a batch, ahead of others if it must be.
@@ -223,6 +249,14 @@ class OverlappedStageRunner(StageRunner):
             assert caller is not None
             caller.wait_stream(self._stream)
 
+    def _see(self, batch: PlannedBatch) -> None:
+        with self._lock:
+            if self._stream is None:
+                batch.see()
+            else:
+                with torch.get_device_module(self.device).stream(self._stream):
+                    batch.see()
+
     def _run(self, batch: PlannedBatch, is_last_chance: bool) -> bool:
         with self._lock:
             if self._stream is None:
@@ -247,6 +281,12 @@ class OverlappedStageRunner(StageRunner):
         weakref.finalize(self, _stop, self._queue, self._thread)
 
 
+class _Work(NamedTuple):
+    batch: PlannedBatch | None  # None: there is nothing to do
+    is_plan: bool  # run its stages, or only see it
+    num_changes: int  # of the queue, when this was found
+
+
 class _WorkQueue:
     """Batches that wait for the worker, and the reasons to look at them again.
 
@@ -269,6 +309,12 @@ class _WorkQueue:
             self._is_suspended = False
             self._note_change()
 
+    def allow(self, batch: PlannedBatch) -> None:
+        with self._changed:
+            batch.may_plan = True
+            self._is_suspended = False
+            self._note_change()
+
     def mark_awaited(self, batch: PlannedBatch) -> None:
         with self._changed:
             batch.is_awaited = True
@@ -284,19 +330,20 @@ class _WorkQueue:
             self.is_closed = True
             self._note_change()
 
-    def next(self, num_changes_seen: int) -> tuple[PlannedBatch | None, int]:
-        """The batch to try next: an awaited one, else the oldest; None when closed.
+    def next(self, num_changes_seen: int) -> _Work:
+        """What to work on next; nothing when closed.
 
-        Blocks while the queue is empty or suspended, or nothing has changed since `num_changes_seen`.
+        Blocks while there is nothing: none is queued, the queue is suspended, or what was tried in vain when
+        `num_changes_seen` was current need not be tried again.
         """
         with self._changed:
             self._num_changes_seen = num_changes_seen
             self._is_working = False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self.is_closed or self._has_work())
-            batch = None if self.is_closed else self._first_batch()
-            self._is_working = batch is not None
-            return batch, self._num_changes
+            self._changed.wait_for(lambda: self.is_closed or self._find_work() is not None)
+            work = None if self.is_closed else self._find_work()
+            self._is_working = work is not None
+            return work or _Work(None, False, self._num_changes)
 
     def wait_until_idle(self) -> None:
         with self._changed:
@@ -312,16 +359,28 @@ class _WorkQueue:
             self._batches = [ref for ref in self._batches if ref() is not batch]
 
     def _wait_until_idle(self) -> None:
-        self._changed.wait_for(lambda: self.is_closed or not (self._is_working or self._has_work()))
+        self._changed.wait_for(lambda: self.is_closed or not (self._is_working or self._find_work() is not None))
 
-    def _has_work(self) -> bool:
-        return self._num_changes != self._num_changes_seen and self._first_batch() is not None
+    def _find_work(self) -> _Work | None:
+        """A batch that Train waits for is planned at once, suspended or not.
 
-    def _first_batch(self) -> PlannedBatch | None:
-        """An awaited one first, suspended or not: a thread that trains waits for it."""
+        Else what may only be seen is seen, for it guides the choice of victims, and the oldest batch is planned; while it
+        waits for slots, those behind it are seen.
+        """
+        has_changed = self._num_changes != self._num_changes_seen
         batches = [batch for ref in self._batches if (batch := ref()) is not None]
         awaited = next((batch for batch in batches if batch.is_awaited), None)
-        return awaited or (batches[0] if batches and not self._is_suspended else None)
+        if awaited is not None:
+            return _Work(awaited, True, self._num_changes) if has_changed else None
+        if self._is_suspended or not batches:
+            return None
+        oldest = batches[0]
+        can_plan = oldest.may_plan and has_changed
+        for batch in batches:
+            is_wanted = not batch.may_plan or (batch is not oldest and not can_plan)
+            if is_wanted and not batch.is_seen:
+                return _Work(batch, False, self._num_changes)
+        return _Work(oldest, True, self._num_changes) if can_plan else None
 
     def _note_change(self) -> None:
         self._num_changes += 1
@@ -331,24 +390,30 @@ class _WorkQueue:
 def _work(queue: _WorkQueue, runner_ref: "weakref.ref[OverlappedStageRunner]") -> None:
     num_changes_seen = -1
     while not queue.is_closed:
-        batch, num_changes = queue.next(num_changes_seen)
+        batch, is_plan, num_changes = queue.next(num_changes_seen)
         runner = runner_ref()
         if runner is None:
             return
         if batch is None:  # it was dropped just now
             num_changes_seen = num_changes
-            del runner
-            continue
-        try:
-            is_done = runner._run(batch, is_last_chance=batch.is_awaited)
-        except BaseException as error:  # the thread must outlive it, or Train would wait for ever
-            batch.fail(error)
-            batch.done.set()
-            is_done = True
-        if is_done:
-            queue.remove(batch)
-        num_changes_seen = -1 if is_done else num_changes
+        elif is_plan:
+            num_changes_seen = -1 if _plan(queue, runner, batch) else num_changes
+        else:
+            runner._see(batch)
         del batch, runner
+
+
+def _plan(queue: _WorkQueue, runner: OverlappedStageRunner, batch: PlannedBatch) -> bool:
+    """Whether the batch is done, well or badly."""
+    try:
+        is_done = runner._run(batch, is_last_chance=batch.is_awaited)
+    except BaseException as error:  # the thread must outlive it, or Train would wait for ever
+        batch.fail(error)
+        batch.done.set()
+        is_done = True
+    if is_done:
+        queue.remove(batch)
+    return is_done
 
 
 def _stop(queue: _WorkQueue, thread: threading.Thread) -> None:

@@ -34,9 +34,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError
+from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, create_pooled_lookup, create_sequence_lookup
 from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.slot_map import EvictionOrder, LeastRecentlyUsed
 
 __all__ = [
     "ScratchPipeEmbeddingBagCollectionSharder",
@@ -130,6 +130,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             BatchesInFlightError: Batches in flight have been planned for the scratchpads as they are.
             ConfigError: A scratchpad table's new sharding cannot be served.
         """
+        self.settle()  # the worker may not have planned all of them yet
         num_batches = max((pool.slot_map.num_batches_in_flight for pool in self.pools), default=0)
         if num_batches > 0:
             raise BatchesInFlightError(
@@ -225,7 +226,7 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         *,
         table_dir: str | None = None,
         overlap: bool = True,
-        make_eviction_order: Callable[[int], EvictionOrder] = LeastRecentlyUsed,
+        make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
         self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order)
@@ -296,7 +297,7 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         *,
         table_dir: str | None = None,
         overlap: bool = True,
-        make_eviction_order: Callable[[int], EvictionOrder] = LeastRecentlyUsed,
+        make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
         self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order)

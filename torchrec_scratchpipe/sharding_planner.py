@@ -1,35 +1,85 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""TorchRec's planner, able to place `fused_uvm_caching` tables on a CPU too."""
+"""TorchRec's planner, which sizes scratchpads within a memory budget, and knows scratchpad tables on a CPU too."""
 
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    Perf,
+    PlannerError,
+    PlannerErrorType,
+    ShardingOption,
+    Storage,
+)
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
+from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 
-from torchrec_scratchpipe.errors import ConfigError
+from torchrec_scratchpipe.errors import ConfigError, MeasurementError
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL
-from torchrec_scratchpipe.options import check_load_factor
+from torchrec_scratchpipe.memory import PoolDemand
+from torchrec_scratchpipe.options import MIN_SLOTS_PER_TABLE, OPTIMIZER_STATES, check_load_factor
+from torchrec_scratchpipe.plan_report import PlanReport, RankReport, device_bytes_of, table_reports
+from torchrec_scratchpipe.reuse import Floats, Reuse
+from torchrec_scratchpipe.sizing import ShardToSize, SizedTable, TableToSize, size_tables
+from torchrec_scratchpipe.working_set import WorkingSets, table_configs
 
 __all__ = ["ScratchPipeShardingPlanner"]
 
+logger: logging.Logger = logging.getLogger(__name__)
+
+FUSED = EmbeddingComputeKernel.FUSED.value
+SCRATCHPAD = SCRATCHPAD_KERNEL.value
+DEFAULT_LOOKAHEAD = 2
+# A table that takes more of all memory than this share of one rank's part is spread over all ranks.
+ROW_WISE_ABOVE = 0.1
+# Row blocks are not looked up equally often; so many standard deviations are added to a block's working set.
+BLOCK_DEVIATIONS = 4.0
+
 
 class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
-    """Stock planner that also knows scratchpad tables on a CPU.
+    """Stock planner that sizes scratchpads, given what the batches use, and places scratchpad tables on a CPU too.
 
-    A table is a scratchpad table when its constraints name the compute kernel `fused_uvm_caching`; `cache_params`
-    gives its load factor. On CUDA this is stock TorchRec. On a CPU, where stock offers `fused` alone, such tables are
-    planned as if they were `fused` and then renamed, so every table gets the sharding type that stock would choose;
-    row-wise and its kin are considered only where a scratchpad table's constraints ask for them, and a table with load factor 1 stays
-    `fused`, since it fits.
+    With `working_sets` it needs no constraint. Large tables are spread by rows over all ranks, the others placed as stock
+    places them; each scratchpad gets at least the rows of the batches in flight, what is left of the budget goes where a
+    byte saves most misses, and tables that fit whole become `fused`. A table whose constraints name a kernel, a sharding
+    type or a load factor gets that. :attr:`report` says what every table got and what it will miss.
+
+    Without `working_sets` a table is a scratchpad table when its constraints name the compute kernel `fused_uvm_caching`;
+    `cache_params` gives its load factor, and nothing is sized. On CUDA this is stock TorchRec. On a CPU, where stock offers
+    `fused` alone, such tables are planned as if they were `fused` and then renamed, so every table gets the sharding type
+    that stock would choose; row-wise and its kin are considered only where a scratchpad table's constraints ask for them,
+    and a table with load factor 1 stays `fused`, since it fits.
 
     Args:
-        topology: As stock.
+        topology: As stock. Its `hbm_cap`, less the storage reservation, is the budget of each rank.
         batch_size: As stock.
         constraints: As stock.
-        callbacks: As stock; they run before scratchpad tables get their final kernel name.
-        **kwargs: Everything else stock takes, except `enumerator` on a CPU.
+        callbacks: As stock; they run before scratchpads are sized and get their final kernel name.
+        working_sets: What the batches use; see :func:`measure_working_set`.
+        lookahead: As the pipeline will have it. By default what was measured, or 1 where no more fits; then
+            :attr:`lookahead` says what to give the pipeline.
+        scratchpad_bytes: Budget of each rank on a CPU: RAM for scratchpads, and for tables kept whole instead. On CUDA it
+            lowers what the topology allows.
+        **kwargs: Everything else stock takes, except `enumerator` where this planner needs its own.
+
+    Raises:
+        ConfigError: Constraints contradict each other or cannot be served, or a setting is missing.
+        MeasurementError: In :meth:`plan`: working sets are missing, or are those of other tables.
+        PlannerError: In :meth:`plan`, before anything is allocated: the budget is too small; says what would do.
     """
 
     def __init__(
@@ -39,47 +89,503 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         *,
         constraints: dict[str, ParameterConstraints] | None = None,
         callbacks: list[Any] | None = None,
+        working_sets: WorkingSets | None = None,
+        lookahead: int | None = None,
+        scratchpad_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
-        scratchpad_tables = {
-            name
-            for name, constraint in (constraints or {}).items()
-            if constraint.compute_kernels and SCRATCHPAD_KERNEL.value in constraint.compute_kernels
-        }
-        for name in scratchpad_tables:
-            cache_params = (constraints or {})[name].cache_params
-            if cache_params is not None and cache_params.load_factor is not None:
-                check_load_factor(name, cache_params.load_factor)
+        choices = {name: _choice_of(name, constraint) for name, constraint in (constraints or {}).items()}
+        if working_sets is not None:  # stock passes over what contradicts itself
+            for name, constraint in (constraints or {}).items():
+                _check_choice(name, constraint)
         super().__init__(
             topology=topology,
             batch_size=batch_size,
             constraints=constraints,
-            callbacks=[*(callbacks or []), self._name_scratchpad_tables],
-            **kwargs,
+            callbacks=[*(callbacks or []), self._finish],
+            **({"partitioner": _LoadPartitioner()} if working_sets is not None else {}) | kwargs,
         )
+        self.report: PlanReport | None = None
+        self._sizer: _Sizer | None = None
         is_cpu = self._topology.compute_device == "cpu"
-        self._cpu_scratchpad_tables = scratchpad_tables if is_cpu else set()
-        if is_cpu:
-            if kwargs.get("enumerator") is not None:
-                raise ConfigError(
-                    "enumerator cannot be given on a CPU: ScratchPipeShardingPlanner needs its own to place "
-                    "fused_uvm_caching tables there. Leave it out."
-                )
-            self._enumerator = _CpuEnumerator(
-                scratchpad_tables,
-                topology=self._topology,
-                batch_size=self._batch_size,
-                constraints=constraints,
+        self._cpu_scratchpad_tables = {
+            name for name, choice in choices.items() if is_cpu and choice.has_kernels and choice.may_have_slots
+        }
+        if (is_cpu or working_sets is not None) and kwargs.get("enumerator") is not None:
+            raise ConfigError(
+                "enumerator cannot be given on a CPU, nor with working_sets: ScratchPipeShardingPlanner needs its own to "
+                "place scratchpad tables. Leave it out."
             )
+        if working_sets is None:
+            if scratchpad_bytes is not None:
+                raise ConfigError(
+                    "scratchpad_bytes needs working_sets, which say where the bytes are worth most. Measure them with "
+                    "measure_working_set(), or set load factors instead."
+                )
+            if is_cpu:
+                self._enumerator = _CpuEnumerator(self._cpu_scratchpad_tables, **self._enumerator_arguments())
+            return
+        if is_cpu and scratchpad_bytes is None:
+            raise ConfigError(
+                "working_sets on a CPU need scratchpad_bytes, the RAM that a rank's scratchpads may take."
+            )
+        if min(device.storage.ddr for device in self._topology.devices) <= 0:
+            raise ConfigError("the topology has no host memory, where scratchpad tables live. Set its ddr_cap.")
+        self._lookaheads = [lookahead] if lookahead is not None else _lookaheads_to_try(working_sets.lookahead)
+        if self._lookaheads[0] < 1:
+            raise ConfigError(f"lookahead is {lookahead}, it must be at least 1: the batch after the one that trains.")
+        self._sizer = _Sizer(self._topology, choices, working_sets, scratchpad_bytes)
+        self._enumerator = _SizingEnumerator(self._sizer, **self._enumerator_arguments())
+
+    @property
+    def lookahead(self) -> int:
+        """What the last plan was made for, and the pipeline should be given."""
+        return self._sizer.lookahead if self._sizer is not None else DEFAULT_LOOKAHEAD
+
+    def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
+        """As stock; with working sets, scratchpads are sized and :attr:`report` is set.
+
+        Args:
+            module: As stock.
+            sharders: As stock.
+
+        Returns:
+            As stock.
+
+        Raises:
+            PlannerError: No plan fits; with the smallest budget, and what would fit instead.
+        """
+        if self._sizer is None:
+            return super().plan(module, sharders)
+        self._sizer.check(module)
+        for lookahead in self._lookaheads:
+            self._sizer.set_lookahead(lookahead)
+            self._forget_search_space()
+            try:
+                plan = super().plan(module, sharders)
+            except PlannerError as error:
+                if lookahead == self._lookaheads[-1]:
+                    raise self._explained(error, module, sharders) from error
+            else:
+                assert self.report is not None
+                logger.info("scratchpads:\n%s", self.report)
+                return plan
+        raise AssertionError("at least one lookahead is tried")
+
+    def collective_plan(
+        self,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]] | None = None,
+        pg: dist.ProcessGroup | None = None,
+    ) -> ShardingPlan:
+        """As stock: rank 0 plans, with its working sets; every rank then has its plan, lookahead and report.
+
+        Args:
+            module: As stock.
+            sharders: As stock.
+            pg: As stock.
+
+        Returns:
+            As stock.
+        """
+        plan = super().collective_plan(module, sharders, pg)
+        if self._sizer is not None:  # ranks that look ahead differently would wait for each other for ever
+            group = pg or dist.group.WORLD
+            self._sizer.lookahead, self.report = invoke_on_rank_and_broadcast_result(
+                group, 0, lambda: (self.lookahead, self.report)
+            )
+        return plan
+
+    def _enumerator_arguments(self) -> dict[str, Any]:
+        return {"topology": self._topology, "batch_size": self._batch_size, "constraints": self._constraints}
+
+    def _forget_search_space(self) -> None:
+        self._enumerator._last_stored_module = None  # TorchRec keeps the options of the same module, storage included
+        self._num_proposals = self._num_plans = 0
+
+    def _finish(self, options: list[ShardingOption]) -> list[ShardingOption]:
+        if self._sizer is None:
+            return self._name_scratchpad_tables(options)
+        reserved = self._storage_reservation.last_reserved_topology or self._topology
+        self.report = self._sizer.size(options, reserved, self._batch_size)
+        return options
 
     def _name_scratchpad_tables(self, options: list[ShardingOption]) -> list[ShardingOption]:
         for option in options:
-            is_alias = option.compute_kernel == EmbeddingComputeKernel.FUSED.value
+            is_alias = option.compute_kernel == FUSED
             # With a load factor of 1 the table needs no scratchpad, and TorchRec's validation wants less.
             is_partial = option.cache_params is None or option.cache_params.load_factor != 1.0
             if is_alias and is_partial and option.name in self._cpu_scratchpad_tables:
-                option.compute_kernel = SCRATCHPAD_KERNEL.value
+                option.compute_kernel = SCRATCHPAD
         return options
+
+    def _explained(
+        self, error: PlannerError, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
+    ) -> PlannerError:
+        """What would have fitted, found by planning without a limit."""
+        assert self._sizer is not None
+        if self._sizer.shortage is None and error.error_type not in _ABOUT_STORAGE:
+            return error
+        self._sizer.set_lookahead(self._lookaheads[0])
+        options = self._place_without_limit(module, sharders)
+        if options is None:
+            return error
+        reserved = self._storage_reservation.last_reserved_topology or self._topology
+        return self._sizer.error(options, reserved, self._batch_size)
+
+    def _place_without_limit(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
+    ) -> list[ShardingOption] | None:
+        assert self._sizer is not None
+        topology = copy.deepcopy(self._topology)
+        for device in topology.devices:
+            device.storage = Storage(hbm=1 << 60, ddr=1 << 60)
+        self._forget_search_space()
+        proposal = _cheapest_options(self._enumerator.enumerate(module, sharders))
+        try:
+            return list(self._partitioner.partition(proposal, topology))
+        except PlannerError:
+            return None
+
+
+_ABOUT_STORAGE = (
+    PlannerErrorType.INSUFFICIENT_STORAGE,
+    PlannerErrorType.STRICT_CONSTRAINTS,
+    PlannerErrorType.PARTITION,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What a table's constraints leave open."""
+
+    load_factor: float | None = None  # as given
+    may_have_slots: bool = True
+    may_stay_whole: bool = True
+    has_kernels: bool = False
+    has_sharding_types: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Need:
+    """Least device memory of a placement."""
+
+    bytes_of_rank: Floats  # [W]
+    table_name: str  # the one that needs most where most is needed
+    table_bytes: float
+    host_bytes_of_rank: Floats
+
+
+class _Sizer:
+    """Between TorchRec's sharding options and :func:`size_tables`."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        choices: Mapping[str, _Choice],
+        working_sets: WorkingSets,
+        scratchpad_bytes: int | None,
+    ) -> None:
+        self._topology = topology
+        self._choices = choices
+        self._working_sets = working_sets
+        self._scratchpad_bytes = scratchpad_bytes
+        self._is_cpu = topology.compute_device == "cpu"
+        num_steps = topology.world_size / working_sets.world_size
+        self._reuses = {name: working_set.reuse.scaled(num_steps) for name, working_set in working_sets.items()}
+        self._row_wise: set[str] = set()
+        self._optimizers: dict[str, EmbOptimType] = {}
+        self.lookahead = working_sets.lookahead
+        self.shortage: Floats | None = None
+        self._share_of_batch = 1.0
+
+    def set_lookahead(self, lookahead: int) -> None:
+        """Plan for this one; what was measured for another holds for the misses, about."""
+        self.lookahead = lookahead
+        self.shortage = None
+
+    def choice(self, name: str) -> _Choice:
+        """What is open for a table."""
+        return self._choices.get(name, _Choice())
+
+    def is_sized(self, name: str) -> bool:
+        """Whether it is for this class to say what the table takes."""
+        return self.choice(name).may_have_slots
+
+    def is_row_wise(self, name: str) -> bool:
+        """Whether the table is to be spread over all ranks, where its constraints do not say."""
+        return name in self._row_wise
+
+    def check(self, module: nn.Module) -> None:
+        """Compare the working sets with the model's tables.
+
+        Args:
+            module: The model.
+
+        Raises:
+            MeasurementError: They are others.
+        """
+        configs = {config.name: config for config in table_configs(module)}
+        for name, reuse in self._reuses.items():
+            if name not in configs:
+                raise MeasurementError(
+                    f"working_sets have a table {name}, the model has {', '.join(sorted(configs))}. Measure this model."
+                )
+            if reuse.num_rows != configs[name].num_embeddings:
+                raise MeasurementError(
+                    f"table {name}: working_sets were measured for {reuse.num_rows:,} rows, the model's table has "
+                    f"{configs[name].num_embeddings:,}. Measure this model."
+                )
+        for name in self._choices:
+            if name not in configs:
+                raise ConfigError(f"constraints name a table {name}, the model has {', '.join(sorted(configs))}.")
+        for name in configs:
+            if self.is_sized(name) and name not in self._reuses:
+                raise MeasurementError(
+                    f"table {name}: working_sets say nothing of it. Measure all tables, or constrain it to compute_kernels="
+                    '["fused"].'
+                )
+        values = {name: config.num_embeddings * config.embedding_dim for name, config in configs.items()}
+        least = ROW_WISE_ABOVE * sum(values.values()) / self._topology.world_size
+        can_spread = self._topology.world_size > 1 and not self._is_cpu
+        self._row_wise = {name for name, value in values.items() if can_spread and value > least}
+
+    def note_sharders(self, sharders: Sequence[ModuleSharder[nn.Module]], options: Sequence[ShardingOption]) -> None:
+        """Find each table's optimizer, where TorchRec looks for it."""
+        by_module = {sharder.module_type: sharder for sharder in sharders}
+        for option in options:
+            classes = getattr(option.tensor, "_optimizer_classes", None)
+            sharder = by_module.get(type(option.module[1]))
+            given = (getattr(sharder, "fused_params", None) or {}).get("optimizer", EmbOptimType.EXACT_SGD)
+            kind = optimizer_type_to_emb_opt_type(classes[0]) if classes else given
+            self._optimizers[option.name] = kind if kind in OPTIMIZER_STATES else EmbOptimType.EXACT_SGD
+
+    def charge(self, options: Sequence[ShardingOption]) -> None:
+        """Put the least that each option takes where TorchRec's partitioner looks."""
+        for option in options:
+            if self.is_sized(option.name):
+                table = self._table_to_size(option)
+                (sized,), _ = size_tables([table], np.zeros(self._topology.world_size))
+                self._set_storage(option, sized)
+
+    def need(self, options: Sequence[ShardingOption]) -> _Need:
+        """The least that a placement takes."""
+        tables = [self._table_to_size(option) for option in options if self.is_sized(option.name)]
+        others = self._bytes_of_others(options)
+        sized, left = size_tables(tables, -others)
+        rank = int(np.argmin(left))
+        of_table = {
+            table.table.name: sum(device_bytes_of(table, shard) for shard in table.table.shards if shard.rank == rank)
+            for table in sized
+        }
+        name = max(of_table, key=lambda name: of_table[name])
+        return _Need(-left, name, of_table[name], self._host_bytes(sized, options))
+
+    def error(self, options: Sequence[ShardingOption], reserved: Topology, batch_size: int | None) -> PlannerError:
+        """Say what a placement needs at least, and what would do."""
+        lookahead, need = self.lookahead, self.need(options)
+        budgets = self._budgets(reserved)
+        host = np.array([device.storage.ddr for device in self._topology.devices], dtype=np.float64)
+        if np.all(need.bytes_of_rank <= budgets):
+            rank = int(np.argmax(need.host_bytes_of_rank - host))
+            return PlannerError(
+                f"rank {rank}: tables need {_size(need.host_bytes_of_rank[rank])} of host memory, the topology has "
+                f"{_size(host[rank])}. Raise ddr_cap, add ranks, or spread the largest tables row_wise.",
+                PlannerErrorType.INSUFFICIENT_STORAGE,
+            )
+        rank = int(np.argmax(need.bytes_of_rank - budgets))
+        is_limit = self._is_cpu or budgets[rank] < reserved.devices[rank].storage.hbm
+        total = 0.0 if is_limit else self._topology.devices[rank].storage.hbm
+        # A reservation is a share of the device or a number of bytes; with the share, both are enough.
+        kept_back = 0.0 if is_limit else 1 - reserved.devices[rank].storage.hbm / total
+        smallest = math.ceil(need.bytes_of_rank.max() / max(1 - kept_back, 1e-3))
+        ways = [
+            f"set {'scratchpad_bytes' if is_limit else 'hbm_cap'} to at least {smallest:,} bytes ({_size(smallest)})"
+        ]
+        if lookahead > 1:
+            self.set_lookahead(1)
+            if np.all(self.need(options).bytes_of_rank <= budgets):
+                ways.append(f"lower lookahead from {lookahead} to 1")
+            self.set_lookahead(lookahead)
+        fitting = self._fitting_batch_size(options, budgets, batch_size or 0)
+        if fitting >= 1:
+            ways.append(f"lower the batch size from {batch_size} to about {fitting}")
+        return PlannerError(
+            f"rank {rank}: batches in flight with lookahead {lookahead} need {_size(need.bytes_of_rank[rank])} of device "
+            f"memory, the budget is {_size(budgets[rank])}"
+            + (f" ({kept_back:.0%} of {_size(total)} are reserved)" if kept_back > 0 else "")
+            + f". Table {need.table_name} alone needs {_size(need.table_bytes)}. Do one of: {'; '.join(ways)}.",
+            PlannerErrorType.INSUFFICIENT_STORAGE,
+        )
+
+    def _fitting_batch_size(self, options: Sequence[ShardingOption], budgets: Floats, batch_size: int) -> int:
+        """The largest share of a batch that fits, in 32nds, as a batch size; 0 for none."""
+        all_reuses, self._share_of_batch = self._reuses, 1.0
+        lowest, highest = 0, 32
+        while highest - lowest > 1:
+            middle = (lowest + highest) // 2
+            self._share_of_batch = middle / 32
+            self._reuses = {name: reuse.scaled(self._share_of_batch) for name, reuse in all_reuses.items()}
+            if np.all(self.need(options).bytes_of_rank <= budgets):
+                lowest = middle
+            else:
+                highest = middle
+        self._reuses, self._share_of_batch = all_reuses, 1.0
+        return batch_size * lowest // 32
+
+    def size(self, options: Sequence[ShardingOption], reserved: Topology, batch_size: int | None) -> PlanReport:
+        """Give every table of a placement its final kernel, load factor and storage."""
+        sized_options = [option for option in options if self.is_sized(option.name)]
+        budgets, others = self._budgets(reserved), self._bytes_of_others(options)
+        sized, left = size_tables([self._table_to_size(option) for option in sized_options], budgets - others)
+        if left.min() < 0:
+            self.shortage = left
+            raise PlannerError("the scratchpads of a rank do not fit", PlannerErrorType.INSUFFICIENT_STORAGE)
+        for option, table in zip(sized_options, sized, strict=True):
+            option.compute_kernel = FUSED if table.is_whole else SCRATCHPAD
+            given = option.cache_params or CacheParams()
+            # Half a slot less, so that a shard's `ceil(load_factor * rows)` is what was meant.
+            load_factor = None if table.is_whole else (table.num_slots - 0.5) / table.table.reuse.num_rows
+            option.cache_params = (
+                None if table.is_whole else dataclasses.replace(given, load_factor=load_factor, stats=None)
+            )
+            self._set_storage(option, table)
+        reports, bus_bytes = table_reports(
+            [(table, option.sharding_type) for option, table in zip(sized_options, sized, strict=True)]
+        )
+        host = self._host_bytes(sized, options)
+        used = budgets - others - left
+        return PlanReport(
+            tables=tuple(reports),
+            ranks=tuple(
+                RankReport(budgets[rank], used[rank], others[rank], host[rank], bus_bytes.get(rank, 0.0))
+                for rank in range(self._topology.world_size)
+            ),
+            lookahead=self.lookahead,
+            num_batches_seen_ahead=self._working_sets.num_batches_seen_ahead,
+            batch_size=batch_size or 0,
+            step_ms=_step_ms(options, self._topology.world_size),
+            bus_bytes_per_ms=float(self._topology.hbm_to_ddr_mem_bw),
+        )
+
+    def _table_to_size(self, option: ShardingOption) -> TableToSize:
+        reuse, choice = self._reuses[option.name], self.choice(option.name)
+        shards = tuple(self._shard_to_size(option, index, reuse) for index in range(len(option.shards)))
+        smallest_share = min(shard.share for shard in shards if shard.share > 0)
+        window = reuse.window(self.lookahead + 1).max
+        if smallest_share < 1.0:
+            window += BLOCK_DEVIATIONS * math.sqrt(window / smallest_share)
+        min_slots = min(reuse.num_rows, max(math.ceil(window), MIN_SLOTS_PER_TABLE))
+        if choice.load_factor is not None:
+            min_slots = self._slots_as_given(option.name, choice.load_factor, reuse)
+        is_whole = choice.load_factor == 1.0
+        return TableToSize(
+            name=option.name,
+            reuse=reuse,
+            min_slots=min_slots,
+            shards=shards,
+            may_have_slots=not is_whole,
+            may_have_more=choice.load_factor is None,
+            may_stay_whole=is_whole or (choice.may_stay_whole and choice.load_factor is None),
+        )
+
+    def _slots_as_given(self, name: str, load_factor: float, reuse: Reuse) -> int:
+        num_slots = max(math.ceil(load_factor * reuse.num_rows), min(MIN_SLOTS_PER_TABLE, reuse.num_rows))
+        needed = min(reuse.num_rows, reuse.window(1).max)
+        if num_slots < needed:
+            raise PlannerError(
+                f"table {name}: load_factor {load_factor} gives {num_slots:,} slots, one batch was measured to use "
+                f"{needed:,.0f} rows. Set it to at least {needed / reuse.num_rows:.6f}, or leave it out.",
+                PlannerErrorType.STRICT_CONSTRAINTS,
+            )
+        return num_slots
+
+    def _shard_to_size(self, option: ShardingOption, index: int, reuse: Reuse) -> ShardToSize:
+        num_rows, num_cols = option.shards[index].size
+        share = num_rows / reuse.num_rows
+        states = OPTIMIZER_STATES[self._optimizers[option.name]]
+        row_bytes = num_cols * option.tensor.element_size() + sum(
+            state.dtype.itemsize * (1 if state.is_rowwise else num_cols) for state in states
+        )
+        rank = option.shards[index].rank
+        # A row-wise shard gives partial sums for the bags of all ranks.
+        num_samples = option.batch_size * self._topology.world_size * self._share_of_batch
+        num_outputs = num_samples if option.is_pooled else reuse.num_ids * share
+        output_bytes = 0.0 if self._is_cpu else 2.0 * num_outputs * num_cols * option.tensor.element_size()
+        return ShardToSize(
+            rank=rank if rank is not None and rank >= 0 else index % self._topology.world_size,
+            share=share,
+            demand=PoolDemand(
+                num_rows=num_rows,
+                row_bytes=row_bytes,
+                num_ids=reuse.num_ids * share,
+                num_unique=reuse.window(1).mean * share,
+                lookahead=self.lookahead,
+                num_batches_seen_ahead=self._working_sets.num_batches_seen_ahead,
+                is_cpu=self._is_cpu,
+                output_bytes=output_bytes * option.num_inputs,
+            ),
+        )
+
+    def _set_storage(self, option: ShardingOption, sized: SizedTable) -> None:
+        for shard, to_size in zip(option.shards, sized.table.shards, strict=True):
+            device = math.ceil(device_bytes_of(sized, to_size))
+            host = 0 if sized.is_whole else math.ceil(to_size.demand.host_bytes)
+            shard.storage = Storage(hbm=0, ddr=device + host) if self._is_cpu else Storage(hbm=device, ddr=host)
+
+    def _budgets(self, reserved: Topology) -> Floats:
+        limit = self._scratchpad_bytes
+        if self._is_cpu:
+            return np.full(self._topology.world_size, float(limit or 0))
+        budgets = np.array([device.storage.hbm for device in reserved.devices], dtype=np.float64)
+        return budgets if limit is None else np.minimum(budgets, limit)
+
+    def _bytes_of_others(self, options: Sequence[ShardingOption]) -> Floats:
+        """[W] device memory of tables that have no choice; on a CPU they are outside the budget."""
+        others = np.zeros(self._topology.world_size)
+        for option in options:
+            if not self.is_sized(option.name) and not self._is_cpu:
+                for shard in option.shards:
+                    others[shard.rank] += shard.storage.hbm
+        return others
+
+    def _host_bytes(self, sized: Sequence[SizedTable], options: Sequence[ShardingOption]) -> Floats:
+        host = np.zeros(self._topology.world_size)
+        for table in sized:
+            for shard in table.table.shards:
+                if not table.is_whole:
+                    host[shard.rank] += shard.demand.host_bytes
+                if self._is_cpu:
+                    host[shard.rank] += device_bytes_of(table, shard)
+        for option in options:
+            if not self.is_sized(option.name):
+                for shard in option.shards:
+                    host[shard.rank] += shard.storage.ddr
+        return host
+
+
+class _LoadPartitioner(GreedyPerfPartitioner):
+    """Stock's, which balances what a table costs in host memory and in lookups instead of TorchRec's time estimate.
+
+    Reading and writing rows is what a scratchpad adds to a step; a rank that does more of it than others is waited for.
+    """
+
+    def partition(
+        self, proposal: list[ShardingOption], storage_constraint: Topology, *args: Any
+    ) -> list[ShardingOption]:
+        """As stock."""
+        shards = [shard for option in proposal for shard in option.shards]
+        perfs = [shard.perf for shard in shards]
+        stored = np.array([shard.storage.ddr + shard.storage.hbm for shard in shards], dtype=np.float64)
+        looked_up = np.array([perf.total if perf is not None else 0.0 for perf in perfs])
+        loads = stored / max(stored.sum(), 1e-9) + looked_up / max(looked_up.sum(), 1e-9)
+        for shard, load in zip(shards, loads, strict=True):
+            shard.perf = Perf(fwd_compute=float(load), fwd_comms=0.0, bwd_compute=0.0, bwd_comms=0.0)
+        try:
+            return list(super().partition(proposal, storage_constraint, *args))
+        finally:
+            for shard, perf in zip(shards, perfs, strict=True):
+                shard.perf = perf
 
 
 class _CpuEnumerator(EmbeddingEnumerator):
@@ -90,14 +596,117 @@ class _CpuEnumerator(EmbeddingEnumerator):
         super().__init__(**kwargs)
 
     def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], *args: Any) -> list[str]:
-        allowed = list(allowed_sharding_types)
         if name in self._scratchpad_tables:
-            asked = (self._constraints or {})[name].sharding_types or []
-            allowed += [kind.value for kind in ShardingType if kind.value in asked]
-        return super()._filter_sharding_types(name, list(dict.fromkeys(allowed)), *args)
+            allowed_sharding_types = _with_types_asked_for(name, allowed_sharding_types, self._constraints)
+        return super()._filter_sharding_types(name, allowed_sharding_types, *args)
 
     def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
         if name in self._scratchpad_tables:
             is_supported = sharding_type != ShardingType.DATA_PARALLEL.value
-            return [EmbeddingComputeKernel.FUSED.value] if is_supported else []
+            return [FUSED] if is_supported else []
         return super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type)
+
+
+class _SizingEnumerator(EmbeddingEnumerator):
+    """Offers one kernel and, where constraints do not say, one sharding type per table; storage is the least it takes."""
+
+    def __init__(self, sizer: _Sizer, **kwargs: Any) -> None:
+        self._sizer = sizer
+        self._is_cpu = kwargs["topology"].compute_device == "cpu"
+        super().__init__(**kwargs)
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """As stock."""
+        self._sharders = sharders
+        return super().enumerate(module, sharders)
+
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """As stock, but for the storage of tables that are sized."""
+        super().populate_estimates(sharding_options)
+        self._sizer.note_sharders(self._sharders, sharding_options)
+        self._sizer.charge(sharding_options)
+
+    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], *args: Any) -> list[str]:
+        if not self._sizer.is_sized(name):
+            return super()._filter_sharding_types(name, allowed_sharding_types, *args)
+        allowed = _with_types_asked_for(name, allowed_sharding_types, self._constraints)
+        allowed = super()._filter_sharding_types(name, allowed, *args)
+        allowed = [kind for kind in allowed if kind != ShardingType.DATA_PARALLEL.value]
+        if self._sizer.choice(name).has_sharding_types:
+            return allowed
+        wanted = ShardingType.ROW_WISE if self._sizer.is_row_wise(name) else ShardingType.TABLE_WISE
+        return [wanted.value] if wanted.value in allowed else allowed
+
+    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
+        if self._sizer.is_sized(name):
+            return [FUSED if self._is_cpu else SCRATCHPAD]
+        return super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type)
+
+
+def _choice_of(name: str, constraint: ParameterConstraints) -> _Choice:
+    kernels, sharding_types = constraint.compute_kernels or [], constraint.sharding_types or []
+    load_factor = constraint.cache_params.load_factor if constraint.cache_params is not None else None
+    may_have_slots = SCRATCHPAD in kernels if kernels else sharding_types != [ShardingType.DATA_PARALLEL.value]
+    if load_factor is not None and SCRATCHPAD in kernels:
+        check_load_factor(name, load_factor)
+    return _Choice(
+        load_factor=load_factor if may_have_slots else None,
+        may_have_slots=may_have_slots,
+        may_stay_whole=not kernels or FUSED in kernels,
+        has_kernels=bool(kernels),
+        has_sharding_types=bool(sharding_types),
+    )
+
+
+def _check_choice(name: str, constraint: ParameterConstraints) -> None:
+    kernels, sharding_types = constraint.compute_kernels or [], constraint.sharding_types or []
+    load_factor = constraint.cache_params.load_factor if constraint.cache_params is not None else None
+    if SCRATCHPAD in kernels and sharding_types == [ShardingType.DATA_PARALLEL.value]:
+        raise ConfigError(
+            f"table {name}: constraints ask for {SCRATCHPAD} and for data_parallel sharding, which keeps whole tables on every "
+            "rank. Leave one of them out."
+        )
+    if (
+        load_factor is not None
+        and kernels
+        and not any("caching" in kernel or "key_value" in kernel for kernel in kernels)
+    ):
+        raise ConfigError(
+            f"table {name}: constraints give load_factor {load_factor} and only the kernels {', '.join(kernels)}, which have "
+            f"no cache. Add {SCRATCHPAD} to compute_kernels, or leave load_factor out."
+        )
+
+
+def _with_types_asked_for(
+    name: str, allowed: list[str], constraints: Mapping[str, ParameterConstraints] | None
+) -> list[str]:
+    """Stock offers row-wise and its kin on CUDA alone; they work on a CPU too."""
+    constraint = (constraints or {}).get(name)
+    asked = (constraint.sharding_types if constraint is not None else None) or []
+    return list(dict.fromkeys([*allowed, *(kind.value for kind in ShardingType if kind.value in asked)]))
+
+
+def _lookaheads_to_try(measured: int) -> list[int]:
+    return list(dict.fromkeys([measured, 1]))
+
+
+def _cheapest_options(options: Sequence[ShardingOption]) -> list[ShardingOption]:
+    """One option per table: the one that TorchRec rates fastest."""
+    cheapest: dict[str, ShardingOption] = {}
+    for option in options:
+        if option.fqn not in cheapest or option.total_perf < cheapest[option.fqn].total_perf:
+            cheapest[option.fqn] = option
+    return list(cheapest.values())
+
+
+def _step_ms(options: Sequence[ShardingOption], world_size: int) -> float:
+    per_rank = np.zeros(world_size)
+    for option in options:
+        for shard in option.shards:
+            if shard.perf is not None and shard.rank is not None:
+                per_rank[shard.rank] += shard.perf.total
+    return float(per_rank.max())
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1024**3:.3f} GB" if num_bytes >= 0.1 * 1024**3 else f"{num_bytes / 1024**2:.3f} MB"

@@ -5,14 +5,17 @@ Shapes: ``I`` ids, ``U`` unique rows, ``M`` misses, ``V`` victims, ``S`` slots, 
 """
 
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from torchrec_scratchpipe.eviction import WINDOW_BITS, EvictionOrder, LeastFrequentlyUsed, SlotUses
 from torchrec_scratchpipe.types import CachePlan
 
-__all__ = ["EvictionOrder", "LeastRecentlyUsed", "SlotMap", "SlotsHeldError"]
+__all__ = ["SlotMap", "SlotsHeldError"]
+
+WINDOW_MASK = (1 << WINDOW_BITS) - 1
 
 
 class SlotsHeldError(Exception):
@@ -24,105 +27,21 @@ class SlotsHeldError(Exception):
         self.num_available = num_available
 
 
-class EvictionOrder(Protocol):
-    """In which order slots that are not held become victims; it decides traffic, never correctness."""
-
-    def used(self, slots: Tensor, batch_index: int, last_use: Tensor) -> None:
-        """Note that a batch uses these slots.
-
-        Args:
-            slots: [U] int64, unique.
-            batch_index: The batch that `last_use` now shows for them.
-            last_use: [S] int32, as for :meth:`choose`.
-        """
-
-    def choose(self, num_victims: int, last_use: Tensor, first_held: int) -> Tensor:
-        """Choose victims; the maps do not change, records of uses that no longer count may go.
-
-        Args:
-            num_victims: How many are wanted.
-            last_use: [S] int32, newest batch known to use each slot, -1 for a free slot.
-            first_held: Slots with `last_use >= first_held` must not be chosen.
-
-        Returns:
-            [<= num_victims] int64, unique occupied slots that are not held; fewer if there are no more.
-        """
-
-    def purge(self) -> None:
-        """Forget every use."""
-
-
-class LeastRecentlyUsed:
-    """Smallest `last_use` first, exactly, without scanning the slots for each batch.
-
-    Each batch leaves the list of slots that it used. A use is live while no later batch used the slot, so the live uses
-    of the oldest list are the least recently used slots. Dead uses are dropped when met, and all at once when they
-    outnumber the slots, which costs O(1) per use.
-    """
-
-    def __init__(self, num_slots: int) -> None:
-        self._num_slots = num_slots
-        self._uses: deque[tuple[int, Tensor]] = deque()
-        self._num_uses = 0
-        self._compact_above = 2 * num_slots
-
-    def used(self, slots: Tensor, batch_index: int, last_use: Tensor) -> None:
-        """See :class:`EvictionOrder`."""
-        if slots.numel() == 0:
-            return
-        self._uses.append((batch_index, slots))
-        self._num_uses += slots.numel()
-        if self._num_uses > self._compact_above:
-            self._compact(last_use)
-
-    def choose(self, num_victims: int, last_use: Tensor, first_held: int) -> Tensor:
-        """See :class:`EvictionOrder`."""
-        chosen: list[Tensor] = []
-        seen: list[tuple[int, Tensor]] = []
-        num_missing = num_victims
-        for batch_index, slots in self._uses:
-            if num_missing == 0 or batch_index >= first_held:
-                break
-            live = slots[last_use.index_select(0, slots) == batch_index]
-            seen.append((batch_index, live))
-            chosen.append(live[:num_missing])
-            num_missing -= chosen[-1].numel()
-        if num_missing == 0:  # else the plan is taken back, and slots that look used now are as old as before
-            self._replace_oldest(seen)
-        return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=last_use.device)
-
-    def purge(self) -> None:
-        """See :class:`EvictionOrder`."""
-        self._uses.clear()
-        self._num_uses = 0
-
-    def _replace_oldest(self, live_uses: list[tuple[int, Tensor]]) -> None:
-        for _ in live_uses:
-            self._num_uses -= self._uses.popleft()[1].numel()
-        for batch_index, live in reversed(live_uses):
-            if live.numel() > 0:
-                self._uses.appendleft((batch_index, live))
-                self._num_uses += live.numel()
-
-    def _compact(self, last_use: Tensor) -> None:
-        live_uses = (
-            (batch_index, slots[last_use.index_select(0, slots) == batch_index]) for batch_index, slots in self._uses
-        )
-        self._uses = deque((batch_index, slots) for batch_index, slots in live_uses if slots.numel() > 0)
-        self._num_uses = sum(slots.numel() for _, slots in self._uses)
-
-
 class SlotMap:
     """The two maps between rows and slots of one pool, and the holds of batches in flight.
 
     A slot is held while ``last_use >= first_held``, where `first_held` is the oldest batch
     that was planned and not yet released; held slots never become victims (hazards 1 and 3).
 
-    Not thread-safe, except :meth:`release`.
+    A batch may be seen before it is planned: then the eviction order knows that it will use its rows. Each row carries
+    one bit per batch that was seen, in its slot's entry of `uses_ahead`. While it has no slot, `row_to_slot` says
+    ``-1 - (uses_ahead + (note << WINDOW_BITS))``, where the note is what the eviction order remembers of the row.
+
+    Not thread-safe, except :meth:`release` and :meth:`forget`.
 
     Args:
         num_rows: R. Costs 4 bytes each.
-        num_slots: S, at least 1. Costs 24 bytes each, plus the eviction order's own.
+        num_slots: S, at least 1. Costs 28 bytes each, plus the eviction order's own.
         eviction_order: Order among slots that are not held.
         device: Where the maps live and :meth:`plan` runs.
 
@@ -141,10 +60,11 @@ class SlotMap:
         self.num_rows = num_rows
         self.num_slots = num_slots
         self.device = device or torch.device("cpu")
-        self._eviction_order = eviction_order or LeastRecentlyUsed(num_slots)
+        self._eviction_order = eviction_order or LeastFrequentlyUsed(num_slots)
         self._row_to_slot = torch.full((num_rows,), -1, dtype=torch.int32, device=self.device)
         self._slot_to_row = torch.full((num_slots,), -1, dtype=torch.int64, device=self.device)
         self._last_use = torch.full((num_slots,), -1, dtype=torch.int32, device=self.device)
+        self._uses_ahead = torch.zeros(num_slots + 1, dtype=torch.int32, device=self.device)
         self._first_seen_at = torch.empty(num_slots, dtype=torch.int32, device=self.device)
         self._free_slots = torch.arange(num_slots, device=self.device)
         self._next_batch = 1  # so that slots which nobody holds can have been used by an earlier batch, 0
@@ -153,6 +73,9 @@ class SlotMap:
         self._released_early: set[int] = set()
         self._slots_in_flight: dict[int, Tensor] = {}
         self._last_use_before_newest: tuple[Tensor, Tensor] | None = None
+        self._seen: deque[int] = deque()  # batches seen and not yet planned, in the order they were seen
+        self._num_seen = 0
+        self._newly_forgotten: deque[tuple[int, Tensor]] = deque()
 
     @property
     def num_resident_rows(self) -> int:
@@ -177,7 +100,35 @@ class SlotMap:
         """Batches planned and not yet released, counted from the oldest one that still holds."""
         return self._next_batch - self.first_held
 
-    def plan(self, rows: Tensor) -> CachePlan:
+    def see(self, rows: Tensor) -> int | None:
+        """Take note of what a batch will use, before it is planned; places and moves nothing.
+
+        Args:
+            rows: [I] int64, as for :meth:`plan`.
+
+        Returns:
+            What :meth:`plan` or :meth:`forget` take for this batch; None if too many batches are seen already.
+        """
+        self._forget()
+        if self._seen and self._num_seen - self._seen[0] >= WINDOW_BITS:
+            return None
+        seen = self._num_seen
+        self._num_seen += 1
+        self._seen.append(seen)
+        bit = 1 << (seen % WINDOW_BITS)
+        self._change_uses_ahead(rows, lambda uses: uses.bitwise_or_(bit))
+        return seen
+
+    def forget(self, seen: int, rows: Tensor) -> None:
+        """Take back :meth:`see` of a batch that will not be planned; from any thread; nothing if it has been planned.
+
+        Args:
+            seen: What :meth:`see` returned.
+            rows: [I] int64, as given to it.
+        """
+        self._newly_forgotten.append((seen, rows))
+
+    def plan(self, rows: Tensor, seen: int | None = None) -> CachePlan:
         """Give every row of the next batch a slot.
 
         Hits keep their slot; misses take free slots, then victims. All slots of the batch are
@@ -185,6 +136,7 @@ class SlotMap:
 
         Args:
             rows: [I] int64 row ids on this map's device, repeats allowed, each in ``[0, num_rows)``.
+            seen: What :meth:`see` returned for this batch.
 
         Returns:
             Where each id will be found, and which rows come and go.
@@ -195,6 +147,7 @@ class SlotMap:
         Source:
             ScratchPipe (ISCA 2022), Plan stage.
         """
+        self._forget()
         batch_index = self._next_batch
         slots = self._row_to_slot.index_select(0, rows).long()
         is_miss = slots < 0
@@ -204,19 +157,21 @@ class SlotMap:
         last_use_of_hits = self._last_use.index_select(0, unique_hit_slots)
         self._last_use.index_fill_(0, unique_hit_slots, batch_index)
         miss_ids = rows.index_select(0, miss_positions)
-        miss_rows = self._unique_misses(miss_ids)
+        first_misses = self._first_of_each(miss_ids)
+        miss_rows = miss_ids.index_select(0, first_misses)
+        absent_values = slots.index_select(0, miss_positions.index_select(0, first_misses)).int()
 
         num_free = min(self._free_slots.numel(), miss_rows.numel())
         num_victims = miss_rows.numel() - num_free
-        victim_slots = self._eviction_order.choose(num_victims, self._last_use, self.first_held)
+        victim_slots = self._choose(num_victims)
         has_let_go = victim_slots.numel() < num_victims and self._let_go_of_released(unique_hit_slots)
         if has_let_go:
-            victim_slots = self._eviction_order.choose(num_victims, self._last_use, self.first_held)
+            victim_slots = self._choose(num_victims)
         if victim_slots.numel() < num_victims:
-            self._row_to_slot.index_fill_(0, miss_rows, -1)
+            self._row_to_slot.index_copy_(0, miss_rows, absent_values)
             self._last_use.index_copy_(0, unique_hit_slots, last_use_of_hits)
             if has_let_go:
-                self._rebuild_eviction_order()
+                self._eviction_order.rebuild(self._last_use, batch_index)
             raise SlotsHeldError(unique_hit_slots.numel() + miss_rows.numel(), self.num_slots - self._num_held())
 
         victim_rows = self._slot_to_row.index_select(0, victim_slots)
@@ -226,9 +181,16 @@ class SlotMap:
             torch.cat([unique_hit_slots, victim_slots]),
             torch.cat([last_use_of_hits, self._last_use.index_select(0, victim_slots)]),
         )
-        self._place(victim_rows, miss_rows, miss_slots, batch_index)
+        self._row_to_slot.index_copy_(0, victim_rows, self._absent_values(victim_slots))
+        self._place(miss_rows, miss_slots, batch_index)
         unique_slots = torch.cat([unique_hit_slots, miss_slots])
-        self._eviction_order.used(unique_slots, batch_index, self._last_use)
+        known_of_misses = -1 - absent_values
+        self._uses_ahead.index_copy_(0, miss_slots, known_of_misses & WINDOW_MASK)
+        if seen is not None and seen in self._seen:
+            self._seen.remove(seen)
+            uses = self._uses_ahead.index_select(0, unique_slots)
+            self._uses_ahead.index_copy_(0, unique_slots, uses.bitwise_and_(_all_but(seen)))
+        self._eviction_order.used(unique_slots, known_of_misses >> WINDOW_BITS, batch_index, self._last_use)
         slots.index_copy_(0, miss_positions, self._row_to_slot.index_select(0, miss_ids).long())
         self._slots_in_flight[batch_index] = unique_slots
         self._next_batch += 1
@@ -243,15 +205,18 @@ class SlotMap:
         assert plan.batch_index == self._next_batch - 1, f"{plan.batch_index=} is not the newest, {self._next_batch=}"
         num_from_free = plan.miss_slots.numel() - plan.victim_slots.numel()
         freed = plan.miss_slots[:num_from_free]
-        self._row_to_slot.index_fill_(0, plan.miss_rows, -1)
+        known_of_victims = -1 - self._row_to_slot.index_select(0, plan.victim_rows)
+        self._row_to_slot.index_copy_(0, plan.miss_rows, self._absent_values(plan.miss_slots))
         self._slot_to_row.index_fill_(0, freed, -1)
         self._last_use.index_fill_(0, freed, -1)
+        self._uses_ahead.index_fill_(0, freed, 0)
+        self._uses_ahead.index_copy_(0, plan.victim_slots, known_of_victims & WINDOW_MASK)
         self._free_slots = torch.cat([freed, self._free_slots])
         self._row_to_slot.index_copy_(0, plan.victim_rows, plan.victim_slots.int())
         self._slot_to_row.index_copy_(0, plan.victim_slots, plan.victim_rows)
         assert self._last_use_before_newest is not None
         self._last_use.index_copy_(0, *self._last_use_before_newest)
-        self._rebuild_eviction_order()
+        self._eviction_order.rebuild(self._last_use, self._next_batch)
         self.release(plan.batch_index)
 
     def release(self, batch_index: int) -> None:
@@ -265,8 +230,9 @@ class SlotMap:
     def purge(self) -> None:
         """Empty every slot without writing anything back; no batch may be in flight."""
         assert self.num_batches_in_flight == 0, f"{self.num_batches_in_flight} batches in flight"
-        resident = self._slot_to_row[self._slot_to_row >= 0]
-        self._row_to_slot.index_fill_(0, resident, -1)
+        occupied = (self._slot_to_row >= 0).nonzero().view(-1)
+        self._row_to_slot.index_copy_(0, self.rows_in(occupied), self._absent_values(occupied))
+        self._uses_ahead.zero_()
         self._slot_to_row.fill_(-1)
         self._last_use.fill_(-1)
         self._free_slots = torch.arange(self.num_slots, device=self.device)
@@ -323,6 +289,11 @@ class SlotMap:
         assert int((self._slot_to_row[self._free_slots] >= 0).sum()) == 0, "a free slot holds a row"
         assert self._free_slots.unique().numel() == num_free, "a slot is free twice"
         assert int((self._last_use[occupied] < 0).sum()) == 0, "an occupied slot was never used"
+        outstanding = sum(1 << (seen % WINDOW_BITS) for seen in self._seen)
+        absent = -1 - self._row_to_slot[self._row_to_slot < 0]
+        uses_ahead = torch.cat([self._uses_ahead[: self.num_slots], absent & WINDOW_MASK])
+        stray = int((uses_ahead & ~outstanding != 0).sum())
+        assert stray == 0, f"{stray} slots or rows wait for a batch that is not ahead"
 
     def _unique_slots(self, slots: Tensor) -> Tensor:
         # Every id writes its position; the one that is read back represents its slot. No sort.
@@ -330,17 +301,44 @@ class SlotMap:
         self._first_seen_at.scatter_(0, slots, positions)
         return slots[self._first_seen_at.index_select(0, slots) == positions]
 
-    def _unique_misses(self, miss_ids: Tensor) -> Tensor:
+    def _first_of_each(self, miss_ids: Tensor) -> Tensor:
         # As _unique_slots; rows without a slot lend their place in row_to_slot, all values below -1.
         marks = torch.arange(-2, -2 - miss_ids.numel(), -1, dtype=torch.int32, device=self.device)
         self._row_to_slot.scatter_(0, miss_ids, marks)
-        return miss_ids[self._row_to_slot.index_select(0, miss_ids) == marks]
+        return (self._row_to_slot.index_select(0, miss_ids) == marks).nonzero().view(-1)
 
-    def _place(self, victim_rows: Tensor, miss_rows: Tensor, miss_slots: Tensor, batch_index: int) -> None:
-        self._row_to_slot.index_fill_(0, victim_rows, -1)
+    def _place(self, miss_rows: Tensor, miss_slots: Tensor, batch_index: int) -> None:
         self._row_to_slot.index_copy_(0, miss_rows, miss_slots.int())
         self._slot_to_row.index_copy_(0, miss_slots, miss_rows)
         self._last_use.index_fill_(0, miss_slots, batch_index)
+
+    def _absent_values(self, slots: Tensor) -> Tensor:
+        """What `row_to_slot` says of the rows in these slots once they have left."""
+        known = self._uses_ahead.index_select(0, slots)
+        notes = self._eviction_order.note(slots)
+        return -1 - (known if notes is None else known.bitwise_or_(notes.bitwise_left_shift_(WINDOW_BITS)))
+
+    def _change_uses_ahead(self, rows: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        # Repeated rows are written more than once, with the same value. Absent rows stand for a slot beyond the last one.
+        values = self._row_to_slot.index_select(0, rows)
+        is_absent = values < 0
+        positions = is_absent.nonzero().view(-1)
+        uses_of_absent = -1 - values.index_select(0, positions)
+        self._row_to_slot.scatter_(0, rows.index_select(0, positions), -1 - change(uses_of_absent))
+        slots = values.long().masked_fill_(is_absent, self.num_slots)
+        self._uses_ahead.scatter_(0, slots, change(self._uses_ahead.index_select(0, slots)))
+
+    def _forget(self) -> None:
+        while self._newly_forgotten:
+            seen, rows = self._newly_forgotten.popleft()
+            if seen in self._seen:
+                self._seen.remove(seen)
+                self._change_uses_ahead(rows, lambda uses, seen=seen: uses.bitwise_and_(_all_but(seen)))  # type: ignore[misc]
+
+    def _choose(self, num_victims: int) -> Tensor:
+        next_bit = self._seen[0] % WINDOW_BITS if self._seen else 0
+        uses = SlotUses(self._last_use, self._uses_ahead[: self.num_slots], next_bit, bool(self._seen))
+        return self._eviction_order.choose(num_victims, uses, self.first_held)
 
     def _let_go_of_released(self, slots_to_keep: Tensor) -> bool:
         """Free what is held for batches that were released after one that is still in flight.
@@ -358,16 +356,12 @@ class SlotMap:
         if not bool(may_leave.any()):
             return False
         self._last_use[may_leave] = first_held - 1
-        self._rebuild_eviction_order()
+        self._eviction_order.rebuild(self._last_use, self._next_batch)
         return True
-
-    def _rebuild_eviction_order(self) -> None:
-        # Hits of a batch that is being planned bear its number already; they are noted once, when its plan stands.
-        occupied = ((self._last_use >= 0) & (self._last_use < self._next_batch)).nonzero().view(-1)
-        batches = self._last_use.index_select(0, occupied)
-        self._eviction_order.purge()
-        for batch_index in batches.unique().tolist():
-            self._eviction_order.used(occupied[batches == batch_index], batch_index, self._last_use)
 
     def _num_held(self) -> int:
         return int((self._last_use >= self.first_held).sum())
+
+
+def _all_but(seen: int) -> int:
+    return ~(1 << (seen % WINDOW_BITS))

@@ -19,13 +19,14 @@ from torchrec_scratchpipe.types import CachePlan, StagedRows
 __all__ = ["collect", "exchange", "insert", "plan"]
 
 
-def plan(pool: Pool, rows: Tensor, num_ids_per_table: Sequence[int]) -> CachePlan:
+def plan(pool: Pool, rows: Tensor, num_ids_per_table: Sequence[int], seen: int | None = None) -> CachePlan:
     """Stage 1: decide where the batch's rows go and which rows leave; moves nothing.
 
     Args:
         pool: The pool.
         rows: [I] int64 row ids on the planning device.
         num_ids_per_table: How many of them belong to each table; for statistics.
+        seen: What :meth:`SlotMap.see` returned for the batch.
 
     Returns:
         The cache plan.
@@ -33,7 +34,7 @@ def plan(pool: Pool, rows: Tensor, num_ids_per_table: Sequence[int]) -> CachePla
     Raises:
         SlotsHeldError: Batches in flight hold too many slots for now.
     """
-    cache_plan = pool.slot_map.plan(rows)
+    cache_plan = pool.slot_map.plan(rows, seen)
     pool.counters.add_plan(cache_plan, num_ids_per_table)
     return cache_plan
 

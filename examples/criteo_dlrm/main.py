@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Trains a DLRM on Criteo rows, its embedding tables in host memory behind a lookahead scratchpad.
 
-    python examples/criteo_dlrm/main.py --criteo_tsv train.txt --batch_size 4096 --load_factor 0.05 --adagrad
+    python examples/criteo_dlrm/main.py --criteo_tsv train.txt --batch_size 4096 --scratchpad_budget_gb 2 --adagrad
     torchrun --nproc_per_node 2 examples/criteo_dlrm/main.py --limit_train_batches 50 --limit_val_batches 10
 
 Flags keep the names of facebookresearch/dlrm's torchrec_dlrm/dlrm_main.py. `--embedding_cache fused` is stock TorchRec
@@ -38,6 +38,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
@@ -48,9 +49,12 @@ from tqdm import tqdm
 from verify import Twin
 
 from torchrec_scratchpipe import (
+    PlanReport,
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
+    WorkingSets,
+    measure_working_set,
     scratchpad_stats,
     stage_spans,
 )
@@ -88,8 +92,16 @@ def parse_args() -> argparse.Namespace:
     optimizer.add_argument("--lr_decay_steps", type=int, default=0)
     cache = parser.add_argument_group("embedding cache")
     cache.add_argument("--embedding_cache", choices=["scratchpipe", "fused"], default="scratchpipe")
-    cache.add_argument("--load_factor", type=float, default=0.1, help="slots per table row, in (0, 1]")
-    cache.add_argument("--lookahead", type=int, default=2, help="batches planned ahead of Train")
+    size = cache.add_mutually_exclusive_group()
+    size.add_argument("--load_factor", type=float, help="slots per row of every table, in (0, 1]; default: 0.1")
+    size.add_argument("--hbm_budget_gb", type=float, help="on a GPU: device memory per rank for embeddings")
+    size.add_argument("--scratchpad_budget_gb", type=float, help="on a CPU: RAM per rank for scratchpads")
+    cache.add_argument("--working_sets", help="saved measurement of the data; measured and written there if missing")
+    cache.add_argument("--num_measured_batches", type=int, default=200, help="of the first batches, for a budget")
+    cache.add_argument(
+        "--lookahead", type=int, help="batches planned ahead of Train; default: 2, or what the budget allows"
+    )
+    cache.add_argument("--num_batches_seen_ahead", type=int, default=0, help="known beyond those, to evict less")
     cache.add_argument("--table_dir", help="existing directory for memory-mapped tables; default: RAM")
     output = parser.add_argument_group("output")
     output.add_argument("--validation_freq_within_epoch", type=int, help="validate every so many training batches")
@@ -99,6 +111,9 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--json", help="write all figures there")
     output.add_argument("--plot", help="write a picture of the stages there (needs matplotlib)")
     args = parser.parse_args()
+    args.budget_gb = args.hbm_budget_gb if torch.cuda.is_available() else args.scratchpad_budget_gb
+    if args.budget_gb is None and (args.hbm_budget_gb or args.scratchpad_budget_gb):
+        parser.error("--hbm_budget_gb is for a GPU, --scratchpad_budget_gb for a CPU; give the other one")
     if args.verify and args.embedding_cache == "fused":
         parser.error("--verify compares scratchpipe with fused; use it with --embedding_cache scratchpipe")
     return args
@@ -192,40 +207,86 @@ def make_optimizer(args: argparse.Namespace, model: DistributedModelParallel) ->
     return WarmupOptimizer(combined, stages, lr=args.learning_rate) if stages else combined
 
 
+def get_working_sets(args: argparse.Namespace, source: BatchSource, model: DLRMTrain) -> WorkingSets:
+    """What the first batches use of each table, from a file if there is one."""
+    if args.working_sets and os.path.exists(args.working_sets):
+        return WorkingSets.load(args.working_sets)
+    working_sets = measure_working_set(
+        source.train(),
+        model,
+        lookahead=args.lookahead or 2,
+        num_batches_seen_ahead=args.num_batches_seen_ahead,
+        max_batches=args.num_measured_batches,
+    )
+    if args.working_sets and dist.get_rank() == 0:
+        working_sets.save(args.working_sets)
+    return working_sets
+
+
+def make_planner(
+    args: argparse.Namespace, source: BatchSource, model: DLRMTrain, device: torch.device
+) -> ScratchPipeShardingPlanner:
+    """A planner that is given a budget, or a load factor for every table, or is as good as stock."""
+    topology = Topology(
+        world_size=dist.get_world_size(),
+        compute_device=device.type,
+        hbm_cap=int(args.hbm_budget_gb * 1024**3) if args.hbm_budget_gb else None,
+        ddr_cap=1 << 40,
+    )
+    common: dict[str, Any] = {
+        "topology": topology,
+        "batch_size": args.batch_size,
+        "debug": args.print_sharding_plan,
+    }
+    if args.embedding_cache == "fused":
+        return ScratchPipeShardingPlanner(**common)
+    if args.budget_gb is not None:
+        return ScratchPipeShardingPlanner(
+            **common,
+            working_sets=get_working_sets(args, source, model),
+            lookahead=args.lookahead,
+            scratchpad_bytes=int(args.budget_gb * 1024**3),
+            storage_reservation=FixedPercentageStorageReservation(0.0),
+        )
+    constraints = {
+        f"t_{feature}": ParameterConstraints(
+            compute_kernels=["fused_uvm_caching"], cache_params=CacheParams(load_factor=args.load_factor or 0.1)
+        )
+        for feature in FEATURE_NAMES
+    }
+    return ScratchPipeShardingPlanner(**common, constraints=constraints)
+
+
 def shard(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[DistributedModelParallel, KeyedOptimizer, ShardingPlan]:
+    args: argparse.Namespace, source: BatchSource, device: torch.device
+) -> tuple[DistributedModelParallel, KeyedOptimizer, ShardingPlan, PlanReport | None]:
     """Plan and shard; with stock TorchRec in its place, planner, sharder and pipeline change and nothing else."""
     torch.manual_seed(args.seed)
     model = make_model(args)
     is_cached = args.embedding_cache == "scratchpipe"
-    constraints = {
-        f"t_{feature}": ParameterConstraints(
-            compute_kernels=["fused_uvm_caching"], cache_params=CacheParams(load_factor=args.load_factor)
-        )
-        for feature in FEATURE_NAMES
-    }
-    planner = ScratchPipeShardingPlanner(
-        topology=Topology(world_size=dist.get_world_size(), compute_device=device.type, ddr_cap=1 << 40),
-        batch_size=args.batch_size,
-        constraints=constraints if is_cached else None,
-        debug=args.print_sharding_plan,
-    )
+    planner = make_planner(args, source, model, device)
     sharders = [
         ScratchPipeEmbeddingBagCollectionSharder(table_dir=args.table_dir)
         if is_cached
         else EmbeddingBagCollectionSharder()
     ]
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    args.lookahead = args.lookahead or planner.lookahead
     model = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
-    return model, make_optimizer(args, model), plan
+    return model, make_optimizer(args, model), plan, planner.report
 
 
 def make_pipeline(
     args: argparse.Namespace, model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device
 ) -> TrainPipelineSparseDist[Batch, Any]:
     if args.embedding_cache == "scratchpipe":
-        return ScratchPipeTrainPipeline(model, optimizer, device, lookahead=args.lookahead)
+        return ScratchPipeTrainPipeline(
+            model,
+            optimizer,
+            device,
+            lookahead=args.lookahead,
+            num_batches_seen_ahead=args.num_batches_seen_ahead,
+        )
     return TrainPipelineSparseDist(model, optimizer, device)
 
 
@@ -236,12 +297,16 @@ class Trainer:
         self._args = args
         self._is_main = dist.get_rank() == 0
         self._source = make_source(args, Share(dist.get_rank(), dist.get_world_size()))
-        self.model, self._optimizer, self.plan = shard(args, device)
+        self.model, self._optimizer, self.plan, self._report = shard(args, self._source, device)
         self._pipeline = make_pipeline(args, self.model, self._optimizer, device)
         self._twin = Twin(args, self.model, self.plan, make_model, make_optimizer, device) if args.verify else None
         self._device = device
         self.measurements = Measurements()
+        self._num_steps = 0
+        self._misses_at: dict[int, int] = {}  # after so many training batches
         if self._is_main:
+            if self._report is not None:
+                print(self._report)
             print_plan(self.plan.plan[COLLECTION_PATH], scratchpad_stats(self.model))
 
     def run(self) -> dict[str, Any]:
@@ -255,9 +320,17 @@ class Trainer:
             **self.measurements.figures(self._args.batch_size * dist.get_world_size()),
             "scratchpad": [asdict(stats) for stats in scratchpad_stats(self.model)],
         }
+        if self._report is not None:
+            figures["misses_per_batch"] = self._compare_misses(self._report)
         if self._twin is not None:
             figures["verify"] = self._twin.compare(self.model, self._optimizer)
         return figures
+
+    def _compare_misses(self, report: PlanReport) -> dict[str, float]:
+        """The plan's word on this rank's misses, once scratchpads are full, and what the second half of training counted."""
+        first, last = min(self._misses_at), max(self._misses_at)
+        counted = (self._misses_at[last] - self._misses_at[first]) / max(last - first, 1)
+        return {"planned": sum(table.num_misses for table in report.tables), "counted": counted}
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         num_batches = self._source.num_train_batches
@@ -286,6 +359,11 @@ class Trainer:
             if self._args.print_lr and self._is_main:
                 bar.write(f"learning rate {self._optimizer.param_groups[0]['lr']:.6f}")
             bar.update()
+            self._num_steps += 1
+            num_batches = self._source.num_train_batches
+            if self._report is not None and self._num_steps in (num_batches // 2, num_batches):
+                misses = sum(pool.num_unique_misses for pool in scratchpad_stats(self.model))
+                self._misses_at[self._num_steps] = misses
 
     def _validate(self) -> dict[str, float]:
         self.model.eval()

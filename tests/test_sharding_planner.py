@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One memory budget in, a plan out: what is charged is allocated, what is asked is honoured, what cannot be is explained."""
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import CPU, Setting, TinyModel, drain, is_embedding, make_batches
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import CacheParams
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+
+from torchrec_scratchpipe import (
+    ConfigError,
+    IdOutOfRangeError,
+    MeasurementError,
+    ScratchPipeEmbeddingBagCollectionSharder,
+    ScratchPipeShardingPlanner,
+    ScratchPipeTrainPipeline,
+    WorkingSets,
+    measure_working_set,
+    plot_plan,
+    scratchpad_stats,
+    zipf_working_sets,
+)
+from torchrec_scratchpipe.collection import PlannedBatches
+
+GB = 1024**3
+SHARDERS = [ScratchPipeEmbeddingBagCollectionSharder()]
+SIZES = (40_000, 10_000, 500, 3)
+
+
+def bags(sizes: tuple[int, ...] = SIZES, dim: int = 16) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(name=f"t{i}", num_embeddings=size, embedding_dim=dim, feature_names=[f"f{i}"])
+            for i, size in enumerate(sizes)
+        ],
+        device=torch.device("meta"),
+    )
+
+
+def assumed(model: EmbeddingBagCollection, world_size: int = 1, ids: int = 1024, **kwargs: Any) -> WorkingSets:
+    tables = model.embedding_bag_configs()
+    return zipf_working_sets(tables, {table.name: ids for table in tables}, 1.05, world_size=world_size, **kwargs)
+
+
+def cpu_planner(working_sets: WorkingSets, num_bytes: int, **kwargs: Any) -> ScratchPipeShardingPlanner:
+    return ScratchPipeShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cpu"),
+        batch_size=1024,
+        working_sets=working_sets,
+        scratchpad_bytes=num_bytes,
+        debug=False,
+        **kwargs,
+    )
+
+
+def cuda_planner(
+    working_sets: WorkingSets, hbm_gb: float, world_size: int = 1, ddr_gb: float = 2048, **kwargs: Any
+) -> ScratchPipeShardingPlanner:
+    """For a GPU that need not be there."""
+    return ScratchPipeShardingPlanner(
+        topology=Topology(
+            world_size=world_size,
+            local_world_size=min(8, world_size),
+            compute_device="cuda",
+            hbm_cap=int(hbm_gb * GB),
+            ddr_cap=int(ddr_gb * GB),
+        ),
+        working_sets=working_sets,
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        **{"batch_size": 1024, "debug": False, **kwargs},
+    )
+
+
+def kernels(plan: Any) -> dict[str, str]:
+    return {name: table.compute_kernel for module in plan.plan.values() for name, table in module.items()}
+
+
+def test_more_memory_never_misses_more_and_in_the_end_everything_is_kept_whole() -> None:
+    model = bags()
+    misses = []
+    for num_bytes in (1_100_000, 1_500_000, 2_000_000, 3_000_000, 5_000_000):
+        planner = cpu_planner(assumed(model), num_bytes)
+        plan = planner.plan(model, SHARDERS)
+        assert planner.report is not None
+        used = planner.report.ranks[0].device_bytes
+        misses.append(sum(table.num_misses for table in planner.report.tables))
+        assert used <= num_bytes
+        assert misses[-1] == 0 or used > 0.98 * num_bytes, "a budget is there to be used"
+    assert misses == sorted(misses, reverse=True)
+    assert misses[0] > 100
+    assert misses[-1] == 0
+    assert set(kernels(plan).values()) == {"fused"}
+
+
+@pytest.mark.parametrize("table_sizes", [(40_000, 10_000, 500, 3), (20_000, 20_000)])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("ahead", [0, 6])
+def test_what_is_charged_is_allocated(
+    table_sizes: tuple[int, ...], optimizer: type[torch.optim.Optimizer], ahead: int
+) -> None:
+    setting = Setting(
+        num_rows=table_sizes, dims=(16,) * len(table_sizes), batch_size=256, max_ids_per_bag=3, num_batches=40
+    )
+    batches = make_batches(setting)
+    model = TinyModel(setting)
+    tables = [parameter for name, parameter in model.named_parameters() if is_embedding(name)]
+    apply_optimizer_in_backward(optimizer, tables, {"lr": 0.1})
+    working_sets = measure_working_set(batches, model, num_batches_seen_ahead=ahead)
+    planner = cpu_planner(working_sets, 1_600_000 if optimizer is torch.optim.SGD else 2_400_000)
+    plan = planner.plan(model, SHARDERS)
+    assert planner.report is not None
+    sharded = DistributedModelParallel(model, device=CPU, plan=plan, sharders=SHARDERS)
+    dense = KeyedOptimizerWrapper(
+        {name: p for name, p in sharded.named_parameters() if not is_embedding(name)},
+        lambda params: torch.optim.SGD(params, lr=0.05),
+    )
+    sized = [table for table in planner.report.tables if not table.sized.is_whole]
+    sums: list[int] = []
+
+    def forward(batch: Any) -> Any:
+        if len(sums) < 25:  # while batches are in flight
+            sharded.module.ebc.settle()
+            sums.append(tensor_bytes([sharded.module.ebc.pools, pipeline.contexts]))
+        return sharded(batch)
+
+    pipeline = ScratchPipeTrainPipeline(
+        sharded,
+        CombinedOptimizer([sharded.fused_optimizer, dense]),
+        CPU,
+        lookahead=planner.lookahead,
+        num_batches_seen_ahead=ahead,
+        custom_model_fwd=forward,
+    )
+    drain(pipeline, batches)
+    assert sum(stats.num_victims for stats in scratchpad_stats(sharded)) > 100
+    in_dist = sum(2 * 8 * working_set.reuse.num_ids for working_set in working_sets.values())  # cannot be reached
+    whole = [table for table in planner.report.tables if table.sized.is_whole]
+    charged = (
+        sum(table.device_bytes for table in [*sized, *whole]) - sum(table.table_bytes for table in whole) - in_dist
+    )
+    assert charged == pytest.approx(max(sums), rel=0.02)
+    host = [tensor for pool in sharded.module.ebc.pools for tensor in pool.host_table.parts]
+    assert sum(table.table_bytes for table in sized) == sum(part.numel() * part.element_size() for part in host)
+
+
+def tensor_bytes(root: Any) -> int:
+    """Bytes of all tensors that pools and planned batches reach, each storage once; host tables apart."""
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+    stack = [root]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or type(item).__name__ in ("HostTable", "OverlappedStageRunner"):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple | deque):
+            stack.extend(item)
+        elif hasattr(item, "module_contexts"):
+            stack.append(item.module_contexts)
+        elif isinstance(item, PlannedBatches):
+            stack.append(item.planned_batches)
+        elif type(item).__module__.startswith("torchrec_scratchpipe"):
+            stack.append(vars(item))
+    return sum(storages.values())
+
+
+def test_constraints_are_honoured() -> None:
+    model = bags()
+    constraints = {
+        "t0": ParameterConstraints(compute_kernels=["fused_uvm_caching"], cache_params=CacheParams(load_factor=0.2)),
+        "t1": ParameterConstraints(compute_kernels=["fused_uvm_caching"]),
+        "t2": ParameterConstraints(compute_kernels=["fused"]),
+    }
+    planner = cuda_planner(assumed(model), 1.0, constraints=constraints)
+    plan = planner.plan(model, SHARDERS).plan[""]
+    assert plan["t0"].cache_params.load_factor == pytest.approx(0.2, abs=1e-4)
+    assert plan["t1"].compute_kernel == "fused_uvm_caching"  # however much room there is
+    assert plan["t2"].compute_kernel == plan["t3"].compute_kernel == "fused"
+    assert planner.report is not None
+    assert {"t0", "t1", "t3"} == {table.name for table in planner.report.tables}
+    assert planner.report.ranks[0].other_bytes > 0  # of t2
+
+    column_wise = {"t0": ParameterConstraints(sharding_types=["column_wise"], min_partition=8)}
+    planner = cuda_planner(assumed(model, 2), 0.004, world_size=2, constraints=column_wise)
+    assert planner.plan(model, SHARDERS).plan[""]["t0"].sharding_type == "column_wise"
+
+
+def test_storage_reservation_and_user_callbacks_are_kept() -> None:
+    model = bags()
+    calls = []
+    planner = ScratchPipeShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cuda", hbm_cap=4_000_000),
+        batch_size=1024,
+        storage_reservation=FixedPercentageStorageReservation(0.25),
+        working_sets=assumed(model),
+        callbacks=[lambda options: calls.append(len(options)) or options],
+        debug=False,
+    )
+    planner.plan(model, SHARDERS)
+    assert calls == [4]
+    assert planner.report is not None
+    assert planner.report.ranks[0].budget_bytes == 3_000_000
+
+
+def test_a_budget_that_is_too_small_is_explained_and_the_explanation_is_right() -> None:
+    model = bags()
+    with pytest.raises(
+        PlannerError, match=r"lookahead 2 need .* Table t0 alone .*set scratchpad_bytes to at least"
+    ) as error:
+        cpu_planner(assumed(model), 100_000, lookahead=2).plan(model, SHARDERS)
+    smallest = int(str(error.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
+    cpu_planner(assumed(model), smallest, lookahead=2).plan(model, SHARDERS)
+    with pytest.raises(PlannerError):
+        cpu_planner(assumed(model), int(0.99 * smallest), lookahead=2).plan(model, SHARDERS)
+
+    with pytest.raises(PlannerError, match=r"lower the batch size from 1024 to about (\d+)") as error:
+        cpu_planner(assumed(model), int(0.6 * smallest), lookahead=2).plan(model, SHARDERS)
+    fitting = int(str(error.value).split("to about ")[1].split(".")[0])
+    cpu_planner(assumed(model, ids=fitting), int(0.6 * smallest), lookahead=2).plan(model, SHARDERS)
+
+    with pytest.raises(PlannerError, match=r"hbm_cap to at least ([\d,]+) bytes") as error:
+        cuda_planner(assumed(model), 1e-4).plan(model, SHARDERS)
+    smallest = int(str(error.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
+    cuda_planner(assumed(model), smallest / GB).plan(model, SHARDERS)
+
+
+def test_lookahead_is_lowered_where_no_more_fits() -> None:
+    model = bags()
+    with pytest.raises(PlannerError, match="lower lookahead from 4 to 1"):
+        cpu_planner(assumed(model, lookahead=4), 900_000, lookahead=4).plan(model, SHARDERS)
+    planner = cpu_planner(assumed(model, lookahead=4), 900_000)
+    planner.plan(model, SHARDERS)
+    assert planner.lookahead == 1
+    planner = cpu_planner(assumed(model, lookahead=4), 2_000_000)
+    planner.plan(model, SHARDERS)
+    assert planner.lookahead == 4
+
+
+def test_too_little_host_memory_is_said() -> None:
+    model = bags((4_000_000, 4_000_000))
+    with pytest.raises(PlannerError, match=r"of host memory, the topology has 102\.400 MB"):
+        cuda_planner(assumed(model), 0.1, ddr_gb=0.1).plan(model, SHARDERS)
+    topology = Topology(world_size=1, compute_device="cuda")
+    topology.devices[0].storage.ddr = 0  # TorchRec 1.6.1 takes a ddr_cap of 0 for the default
+    with pytest.raises(ConfigError, match="the topology has no host memory"):
+        ScratchPipeShardingPlanner(topology=topology, working_sets=assumed(model))
+
+
+def test_statistics_of_other_tables_are_refused() -> None:
+    model = bags()
+    with pytest.raises(MeasurementError, match=r"table t0: working_sets were measured for 40,000 rows, .* has 41,000"):
+        cpu_planner(assumed(model), 10**6).plan(bags((41_000, 10_000, 500, 3)), SHARDERS)
+    with pytest.raises(MeasurementError, match="have a table t3, the model has t0, t1, t2"):
+        cpu_planner(assumed(model), 10**6).plan(bags(SIZES[:3]), SHARDERS)
+    with pytest.raises(MeasurementError, match="table t3: working_sets say nothing of it"):
+        cpu_planner(assumed(bags(SIZES[:3])), 10**6).plan(model, SHARDERS)
+    with pytest.raises(ConfigError, match="constraints name a table other"):
+        cpu_planner(assumed(model), 10**6, constraints={"other": ParameterConstraints()}).plan(model, SHARDERS)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (
+            ParameterConstraints(compute_kernels=["fused_uvm_caching"], sharding_types=["data_parallel"]),
+            "keeps whole tables",
+        ),
+        (
+            ParameterConstraints(compute_kernels=["fused"], cache_params=CacheParams(load_factor=0.1)),
+            "which have no cache",
+        ),
+    ],
+)
+def test_contradictory_constraints_are_refused(constraint: ParameterConstraints, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cpu_planner(assumed(bags()), 10**6, constraints={"t0": constraint})
+
+
+def test_a_load_factor_that_no_batch_fits_is_refused() -> None:
+    constraint = ParameterConstraints(
+        compute_kernels=["fused_uvm_caching"], cache_params=CacheParams(load_factor=0.002)
+    )
+    with pytest.raises(PlannerError, match=r"load_factor 0\.002 gives 80 slots, one batch was measured"):
+        cpu_planner(assumed(bags()), 10**6, constraints={"t0": constraint}).plan(bags(), SHARDERS)
+
+
+def test_missing_budget_and_missing_measurement_are_refused() -> None:
+    topology = Topology(world_size=1, compute_device="cpu")
+    with pytest.raises(ConfigError, match="scratchpad_bytes needs working_sets"):
+        ScratchPipeShardingPlanner(topology=topology, scratchpad_bytes=1)
+    with pytest.raises(ConfigError, match="need scratchpad_bytes"):
+        ScratchPipeShardingPlanner(topology=topology, working_sets=assumed(bags()))
+    with pytest.raises(ConfigError, match="lookahead is 0"):
+        cpu_planner(assumed(bags()), 10**6, lookahead=0)
+
+
+def test_bad_traces_are_refused() -> None:
+    setting = Setting(num_batches=3)
+    batches = make_batches(setting)
+    model = TinyModel(setting)
+    with pytest.raises(MeasurementError, match="0 batches were given, 1 make one step"):
+        measure_working_set([], model)
+    with pytest.raises(MeasurementError, match="3 batches were given, 8 make one step"):
+        measure_working_set(batches, model, world_size=8)
+    with pytest.raises(MeasurementError, match="no embedding table"):
+        measure_working_set(batches, nn.Linear(1, 1))
+    with pytest.raises(MeasurementError, match="a batch is a int without"):
+        measure_working_set([1], model)
+    batches[1].sparse_features.values()[0] = 12345
+    with pytest.raises(IdOutOfRangeError, match=r"table t0, feature f0: id 12345 is not in \[0, 200\)"):
+        measure_working_set(batches, model)
+    config = EmbeddingBagConfig(name="t9", num_embeddings=9, embedding_dim=4, feature_names=["f9"])
+    with pytest.raises(MeasurementError, match="table t9: a batch has no feature f9, it has f0, f1, f2"):
+        measure_working_set(batches[:1], [config])
+
+
+def test_a_measurement_survives_a_file(tmp_path: Path) -> None:
+    setting = Setting(num_rows=(3000, 150, 3), batch_size=200, num_batches=60)
+    measured = measure_working_set(make_batches(setting), TinyModel(setting), num_batches_seen_ahead=4)
+    measured.save(tmp_path / "of" / "a" / "job.json")
+    loaded = WorkingSets.load(tmp_path / "of" / "a" / "job.json")
+    assert list(measured) == list(loaded)
+    assert (loaded.lookahead, loaded.num_batches_seen_ahead, loaded.num_batches, loaded.world_size) == (2, 4, 60, 1)
+    for order in ("ours", "lru", "optimum"):
+        expected = measured.misses(["t0", "t1"], 1500, order)
+        assert loaded.misses(["t0", "t1"], 1500, order) == pytest.approx(expected, rel=0.01, abs=0.1)
+    rates = [loaded["t0"].expected_miss_rate(load_factor) for load_factor in (0, 0.1, 0.3, 0.6, 1)]
+    assert rates == sorted(rates, reverse=True)
+    assert (rates[0], rates[-1]) == (1.0, 0.0)
+    assert 0.0 < loaded["t0"].cacheability < 1.0
+    assert loaded["t0"].expected_lookups == measured["t0"].reuse.window(1).mean
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not a measurement"),
+        ("[]", "not a measurement"),
+        ('{"format": "other"}', "the format is 'other'"),
+        ('{"format": "torchrec_scratchpipe working sets 1", "world_size": 1, "tables": {}}', "not a measurement"),
+        (
+            '{"format": "torchrec_scratchpipe working sets 1", "world_size": 1, "tables": {"t": {}}}',
+            "not a measurement",
+        ),
+    ],
+)
+def test_files_that_are_no_measurement_are_refused(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(MeasurementError, match=message):
+        WorkingSets.load(path)
+    with pytest.raises(MeasurementError, match="cannot be read"):
+        WorkingSets.load(tmp_path / "missing.json")
+
+
+def test_stock_planner_takes_a_measurement_as_cache_statistics() -> None:
+    """TorchRec's own scale-up proposer, which nothing open could feed, sizes caches with it."""
+    from torchrec.distributed.planner import EmbeddingShardingPlanner
+    from torchrec.distributed.planner.proposers import EmbeddingOffloadScaleupProposer
+
+    model = bags((400_000, 400_000), dim=64)
+    working_sets = zipf_working_sets(model.embedding_bag_configs(), {"t0": 20_000, "t1": 2000}, 1.05)
+    constraints = {
+        name: ParameterConstraints(
+            compute_kernels=["fused_uvm_caching"],
+            sharding_types=["table_wise"],
+            cache_params=CacheParams(load_factor=0.05, stats=working_set),
+        )
+        for name, working_set in working_sets.items()
+    }
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cuda", hbm_cap=120_000_000, ddr_cap=10**12),
+        batch_size=1024,
+        constraints=constraints,
+        proposer=[EmbeddingOffloadScaleupProposer()],
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        debug=False,
+    )
+    tables = planner.plan(model, SHARDERS).plan[""]
+    load_factors = {
+        name: 1.0 if table.compute_kernel == "fused" else table.cache_params.load_factor
+        for name, table in tables.items()
+    }
+    assert load_factors["t0"] > load_factors["t1"] > 0.05
+
+
+def test_a_report_reads_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plot_plan draws with matplotlib")
+    model = bags()
+    planner = cpu_planner(assumed(model), 1_000_000)
+    planner.plan(model, SHARDERS)
+    assert planner.report is not None
+    text = str(planner.report)
+    for word in ("t0", "misses/step", "load factor", "bus share", "device memory per rank", "host memory per rank"):
+        assert word in text
+    plot_plan(planner.report, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+MLPERF_ROWS = (
+    40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10, 2209, 11938, 155, 4, 976, 14,
+    40000000, 40000000, 40000000, 590152, 12973, 108, 36,
+)  # fmt: skip
+MLPERF_IDS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
+
+
+def check_scale(
+    model: EmbeddingBagCollection, ids: dict[str, float], world_size: int, hbm_gb: float, batch: int
+) -> str:
+    start_s = time.process_time()
+    tables = model.embedding_bag_configs()
+    working_sets = zipf_working_sets(tables, ids, 1.05, world_size=world_size)
+    planner = cuda_planner(working_sets, hbm_gb, world_size, batch_size=batch)
+    planner.plan(model, SHARDERS)
+    report = planner.report
+    assert report is not None
+    assert any(not table.sized.is_whole for table in report.tables)
+    figures = []
+    for name in ("device_bytes", "host_bytes", "bus_bytes"):
+        values = np.array(
+            [getattr(rank, name) + (rank.other_bytes if name == "device_bytes" else 0) for rank in report.ranks]
+        )
+        assert values.max() <= 1.2 * values.mean(), f"{name}: {values.max() / values.mean():.2f} times the mean"
+        figures.append(
+            f"{name} {values.mean() / 1e9:.3f} GB, at most {values.max() / max(values.mean(), 1e-9):.2f} of that"
+        )
+    assert all(rank.device_bytes + rank.other_bytes <= rank.budget_bytes for rank in report.ranks)
+    duration_s = time.process_time() - start_s
+    assert duration_s < 60
+    return f"{len(tables)} tables on {world_size} GPUs: {', '.join(figures)}; {duration_s:.1f} s"
+
+
+@pytest.mark.parametrize(("world_size", "hbm_gb", "batch"), [(1, 16, 8192), (8, 4, 8192), (64, 1.3, 1024), (256, 0.95, 256), (1024, 0.75, 64)])  # fmt: skip
+def test_mlperf_dlrm_on_up_to_1024_gpus(world_size: int, hbm_gb: float, batch: int) -> None:
+    model = bags(MLPERF_ROWS, dim=128)
+    ids = {f"t{i}": float(batch * num_ids) for i, num_ids in enumerate(MLPERF_IDS)}
+    print(check_scale(model, ids, world_size, hbm_gb, batch))
+
+
+def test_856_tables_on_128_gpus() -> None:
+    rng = np.random.default_rng(0)
+    sizes = tuple(int(size) for size in np.clip(10 ** rng.normal(5.6, 1.0, 856), 10, 5e7))
+    model = bags(sizes, dim=128)
+    ids = {f"t{i}": 512.0 * float(rng.integers(1, 20)) for i in range(len(sizes))}
+    print(check_scale(model, ids, 128, 17, 512))

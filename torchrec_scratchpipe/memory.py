@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a pool's scratchpad takes of the device's memory, and of the host's, before anything is allocated.
+
+Shapes: ``R`` rows, ``S`` slots, ``I`` ids, ``U`` unique rows of a batch.
+
+Every term names the tensor that it stands for; a test allocates and compares.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["STAGING_HEADROOM", "PoolDemand"]
+
+STAGING_HEADROOM = 1.25  # Staging makes its buffers so much larger than the first batch, so that others fit too
+
+ROW_BYTES_OF_MAPS = 4  # row_to_slot
+SLOT_BYTES_OF_MAPS = (
+    8  # slot_to_row
+    + 4  # last_use
+    + 4  # uses_ahead
+    + 4  # first_seen_at
+    + 8  # free_slots
+    + 4  # frequency
+    + 1  # the list of coming victims: a sixteenth of the slots, 12 bytes each, 1.15 times as many
+    + 8  # slot_to_table, for statistics
+)
+ID_BYTES_OF_INPUT = 8  # a KeyedJaggedTensor's values
+ID_BYTES_OF_SEEN = 8  # row ids
+ID_BYTES_OF_PLANNED = 8 + 8  # row ids and their slots
+UNIQUE_BYTES_OF_PLANNED = 8  # slots that are held
+UNIQUE_BYTES_OF_NEWEST = 8 + 4  # the newest batch's slots, and their last use before it
+NUM_BATCHES_IN_DIST = 2  # that TorchRec's input distribution is at work on
+
+
+@dataclass(frozen=True)
+class PoolDemand:
+    """What one table's shard brings to its pool; all terms add up over the shards of a rank.
+
+    Args:
+        num_rows: R of the shard.
+        row_bytes: One row with its optimizer state.
+        num_ids: I per batch on this rank.
+        num_unique: U per batch on this rank.
+        lookahead: Batches planned ahead.
+        num_batches_seen_ahead: Batches known beyond those.
+        is_cpu: Device and host are the same memory.
+        output_bytes: What the lookup gives, and its gradient; 0 on a CPU, whose budget is for scratchpads alone.
+    """
+
+    num_rows: int
+    row_bytes: int
+    num_ids: float
+    num_unique: float
+    lookahead: int
+    num_batches_seen_ahead: int
+    is_cpu: bool
+    output_bytes: float = 0.0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Device memory per slot."""
+        return self.row_bytes + SLOT_BYTES_OF_MAPS
+
+    @property
+    def fixed_bytes(self) -> float:
+        """Device memory whatever the number of slots: the map of all rows, staging, input in flight, output."""
+        return self.map_bytes + self.staging_bytes + self.input_bytes + self.output_bytes
+
+    @property
+    def whole_bytes(self) -> float:
+        """Device memory of the whole table, without a scratchpad."""
+        return self.table_bytes + self.num_ids * self._id_bytes_of_inputs + self.output_bytes
+
+    @property
+    def map_bytes(self) -> float:
+        """From rows to slots."""
+        return ROW_BYTES_OF_MAPS * self.num_rows
+
+    @property
+    def staging_bytes(self) -> float:
+        """Rows on their way, in both directions; on CUDA as much again on the host."""
+        return 2 * STAGING_HEADROOM * self.num_unique * self.row_bytes
+
+    @property
+    def input_bytes(self) -> float:
+        """Ids of all batches in flight, and what was planned for them."""
+        num_planned = self.lookahead + 1
+        per_id = num_planned * ID_BYTES_OF_PLANNED + self.num_batches_seen_ahead * ID_BYTES_OF_SEEN
+        per_unique = num_planned * UNIQUE_BYTES_OF_PLANNED + UNIQUE_BYTES_OF_NEWEST
+        return self.num_ids * (per_id + self._id_bytes_of_inputs) + self.num_unique * per_unique
+
+    @property
+    def _id_bytes_of_inputs(self) -> int:
+        return (self.lookahead + 1 + self.num_batches_seen_ahead + NUM_BATCHES_IN_DIST) * ID_BYTES_OF_INPUT
+
+    @property
+    def table_bytes(self) -> int:
+        """Every row, with its optimizer state."""
+        return self.num_rows * self.row_bytes
+
+    @property
+    def host_bytes(self) -> float:
+        """Host memory: the table, and pinned staging where the device is another."""
+        return self.table_bytes + (0.0 if self.is_cpu else self.staging_bytes)
+
+    def device_bytes(self, num_slots: float) -> float:
+        """Device memory in all.
+
+        Args:
+            num_slots: That this shard brings to the pool.
+
+        Returns:
+            Bytes.
+        """
+        return self.fixed_bytes + num_slots * self.slot_bytes
