@@ -128,7 +128,7 @@ class Reuse:
             return float(np.exp(np.interp(at, log_sizes, logs)))
         if len(log_sizes) == 1:
             return float(values[0] * num_batches)
-        low, high = (0, 1) if at < log_sizes[0] else (len(log_sizes) // 2, -1)
+        low, high = (0, 1) if at < log_sizes[0] else (min(len(log_sizes) // 2, len(log_sizes) - 2), -1)
         slope = (logs[high] - logs[low]) / (log_sizes[high] - log_sizes[low])
         nearest = 0 if at < log_sizes[0] else -1
         return float(np.exp(logs[nearest] + slope * (at - log_sizes[nearest])))
