@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Bit equality with stock TorchRec on two and on four ranks, one host and two."""
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -166,3 +167,20 @@ def _check_row_wise_ids(rank: int, sharding_type: str) -> None:
 @pytest.mark.parametrize("sharding_type", ["row_wise", "table_row_wise"])
 def test_row_wise_ids_are_checked_before_they_are_distributed(sharding_type: str) -> None:
     run_ranks(2, _check_row_wise_ids, sharding_type)
+
+
+def _check_evaluation_holds_nothing(rank: int) -> None:
+    setting = replace(SETTING, load_factor=0.9)
+    ours = Trainer.scratchpipe(setting)
+    ours.model.eval()
+    pipeline = ours.pipeline(lookahead=2)
+    iterator = iter(make_batches(setting, rank=rank, num_batches=12))
+    gc.disable()  # on several ranks a graph is part of a cycle, and lives until this runs
+    for _ in range(9):
+        pipeline.progress(iterator)
+        ours.model.module.ebc.settle()
+        assert all(pool.slot_map.num_batches_in_flight <= 2 for pool in ours.model.module.ebc.pools)
+
+
+def test_evaluation_with_gradients_enabled_holds_nothing() -> None:
+    run_ranks(2, _check_evaluation_holds_nothing)

@@ -3,13 +3,19 @@
 
 import json
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES / "criteo_dlrm"))
@@ -210,3 +216,88 @@ def test_generated_rows_follow_the_measured_head() -> None:
     assert abs(counts[0] - 0.047) < 0.01  # the column's hottest value
     assert abs(counts[:55].sum() - 0.315) < 0.02  # the top 1 % of the values seen
     assert 0.1 < float(np.concatenate([batch.labels.numpy() for batch in first]).mean()) < 0.4
+
+
+SMALL = [
+    "--criteo_tsv", "TSV", "--batch_size", "16", "--adagrad", "--embedding_dim", "8", "--num_embeddings", "400",
+    "--dense_arch_layer_sizes", "16,8", "--over_arch_layer_sizes", "16,1", "--lr_warmup_steps", "30",
+]  # fmt: skip
+
+
+def small_run(tsv: Path, *args: str) -> list[str]:
+    return [str(EXAMPLES / "criteo_dlrm" / "main.py"), *(str(tsv) if arg == "TSV" else arg for arg in SMALL), *args]
+
+
+def saved_tables(directory: Path, step: int) -> dict[str, Any]:
+    """Every tensor of a checkpoint, by name, as stock TorchRec reads it."""
+    path = directory / f"step_{step:012d}"
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items() if hasattr(m, "size")}
+    load_state_dict(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def assert_same_checkpoints(left: Path, right: Path, step: int) -> None:
+    expected, found = saved_tables(left, step), saved_tables(right, step)
+    assert expected.keys() == found.keys()
+    assert len(expected) > 60
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_criteo_dlrm_is_resumed_in_mid_epoch(tsv: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run_example(*small_run(tsv, "--save_dir", str(whole), "--epochs", "2"))
+    run_example(
+        *small_run(
+            tsv, "--save_dir", str(part), "--save_every", "25", "--keep_last", "2", "--limit_train_batches", "40"
+        )
+    )
+    assert [path.name for path in sorted(part.iterdir())] == ["step_000000000025", "step_000000000040"]
+    shutil.rmtree(part / "step_000000000040")
+    out = run_example(
+        *small_run(tsv, "--save_dir", str(part), "--resume", "--epochs", "2", "--evaluate_stock", "--verify"),
+        "--json",
+        str(tmp_path / "out.json"),
+    )
+    figures = read_figures(tmp_path / "out.json")
+    assert figures["num_train_batches"] == 55
+    assert figures["verify"]["max_abs_diff"] == 0.0
+    assert figures["auroc"] == figures["stock_auroc"]
+    assert "plain TorchRec modules" in out
+    assert_same_checkpoints(whole, part, 80)
+
+
+def test_sigterm_saves_and_ends_the_run(tsv: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run_example(*small_run(tsv, "--save_dir", str(whole), "--epochs", "30"))
+    command = [sys.executable, *small_run(tsv, "--save_dir", str(part), "--save_every", "7", "--epochs", "30")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as job:
+        while not list(part.glob("step_*")):
+            assert job.poll() is None
+            time.sleep(0.01)
+        job.send_signal(signal.SIGTERM)
+        out, _ = job.communicate(timeout=60)
+    assert job.returncode == 0
+    assert "SIGTERM: all is saved" in out
+    step = max(int(path.name[5:]) for path in part.glob("step_*"))
+    assert 7 <= step < 1200
+    run_example(*small_run(tsv, "--save_dir", str(part), "--resume", "--epochs", "30"))
+    assert_same_checkpoints(whole, part, 1200)
+
+
+@pytest.mark.dist
+def test_criteo_dlrm_is_resumed_on_two_ranks(tsv: Path, tmp_path: Path) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run_example(*small_run(tsv, "--save_dir", str(whole)), launcher=launcher)
+    run_example(*small_run(tsv, "--save_dir", str(part), "--limit_train_batches", "8"), launcher=launcher)
+    run_example(*small_run(tsv, "--save_dir", str(part), "--resume"), launcher=launcher)
+    assert_same_checkpoints(whole, part, 19)
+
+
+def test_checkpoint_flags_need_a_directory() -> None:
+    result = subprocess.run(
+        [sys.executable, *small_run(Path("x"), "--resume")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2
+    assert "need --save_dir" in result.stderr

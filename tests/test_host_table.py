@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Host tables keep what is written, in RAM and memory-mapped, and say why they cannot be made."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torchrec_scratchpipe import host_table
 from torchrec_scratchpipe.errors import TableStorageError
 from torchrec_scratchpipe.host_table import HostTable, MappedStorage, RamStorage, TableStorage, WriteBuffer
+from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.runner import OverlappedStageRunner
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
@@ -64,7 +66,7 @@ def test_write_buffer_law(steps: list[tuple[str, set[int]]], capacity: int, swee
         patch.setattr(host_table, "SWEEP_ROWS", sweep_rows)
         parts = [torch.zeros(30, 4), torch.zeros(30)]
         expected = [part.clone() for part in parts]
-        buffer = WriteBuffer(parts, LAYOUT)
+        buffer = WriteBuffer(functools.partial(write_rows, parts), parts[0].shape[0], LAYOUT)
         for step, (kind, chosen) in enumerate(steps, start=1):
             rows = torch.tensor(sorted(chosen))
             if kind == "write":

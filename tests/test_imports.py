@@ -16,6 +16,8 @@ LAYERS = [
     ["pipeline"],
     ["sharder", "sharding_planner"],
     ["working_set", "plan_report", "trace"],
+    ["checkpoint", "stock"],
+    ["checkpoint_files", "table_sources", "optimizer_states"],
     ["collection"],
     ["lookup"],
     ["kernel"],
@@ -30,11 +32,12 @@ LAYERS = [
     ["pool"],
     ["stats"],
     ["scratchpad", "host_table", "slot_map"],
-    ["row_parts", "eviction", "memory"],
+    ["snapshot", "eviction", "memory"],
+    ["row_parts"],
     ["types"],
     ["errors", "_version"],
 ]
-CORE_STARTS_AT = 9
+CORE_STARTS_AT = 11
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -79,6 +82,13 @@ def test_public_surface() -> None:
     assert set(torchrec_scratchpipe.__all__) == {
         "BackwardTwiceError",
         "BatchesInFlightError",
+        "Checkpoint",
+        "CheckpointManager",
+        "CheckpointMismatchError",
+        "CheckpointSaveError",
+        "load_checkpoint",
+        "to_stock",
+        "warm_start",
         "ConfigError",
         "EvictionOrder",
         "IdOutOfRangeError",

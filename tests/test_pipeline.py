@@ -4,6 +4,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -416,3 +417,43 @@ def test_reset_forgets_batches_that_were_only_seen() -> None:
 def test_seeing_too_far_ahead_is_refused(num_batches: int) -> None:
     with pytest.raises(ConfigError, match=f"num_batches_seen_ahead is {num_batches}"):
         Trainer.scratchpipe(Setting()).pipeline(num_batches_seen_ahead=num_batches)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_reset_with_batches_seen_ahead_delays_none_of_those_that_follow(overlap: bool) -> None:
+    ours = Trainer.scratchpipe(SETTING, overlap=overlap)
+    batches = make_batches(SETTING, num_batches=60)
+    for first in range(0, 30, 10):
+        pipeline = ours.pipeline(lookahead=2, num_batches_seen_ahead=5)
+        iterator = iter(batches[first:])
+        for _ in range(5):
+            pipeline.progress(iterator)
+        pipeline.reset()
+    was_stalled = scratchpad_stats(ours.model)[0].num_stalls
+    drain(ours.pipeline(lookahead=2, num_batches_seen_ahead=5), batches[40:60])
+    if not overlap:  # on the worker's thread, time decides
+        assert scratchpad_stats(ours.model)[0].num_stalls == was_stalled
+        assert not ours.model.module.ebc._runner._submitted
+    for pool in ours.model.module.ebc.pools:
+        assert not pool.slot_map._seen
+
+
+def test_flush_finds_rows_that_gave_way_to_a_loss_that_is_kept() -> None:
+    """Their slots were let go of though an older batch is in flight; they are as new as any."""
+    setting = replace(SETTING, num_rows=(500,), dims=(8,), load_factor=0.13)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting, overlap=False)
+    ours.copy_from(stock)
+    batches = make_batches(setting, num_batches=40)
+    train_alike(stock, ours, batches[:5])
+    kept = ours.model(batches[0])[0]
+    train_alike(stock, ours, batches[5:7])
+    assert ours.model.state_dict()
+    train_alike(stock, ours, batches[7:])
+    assert ours.model.module.ebc.pools[0].slot_map.num_lowered > 0
+    assert_same_bits(stock, ours)
+    assert kept.requires_grad
+
+
+def train_alike(stock: Trainer, ours: Trainer, batches: list[Batch]) -> None:
+    for batch in batches:
+        assert torch.equal(stock.step(batch), ours.step(batch))

@@ -2,10 +2,13 @@
 """Lookahead scratchpad for TorchRec: tables in host memory, the rows of coming batches on the device, the same bits."""
 
 from torchrec_scratchpipe._version import __version__
+from torchrec_scratchpipe.checkpoint import Checkpoint, CheckpointManager, load_checkpoint
 from torchrec_scratchpipe.collection import scratchpad_stats, stage_spans
 from torchrec_scratchpipe.errors import (
     BackwardTwiceError,
     BatchesInFlightError,
+    CheckpointMismatchError,
+    CheckpointSaveError,
     ConfigError,
     IdOutOfRangeError,
     MeasurementError,
@@ -26,12 +29,18 @@ from torchrec_scratchpipe.sharder import (
 )
 from torchrec_scratchpipe.sharding_planner import ScratchPipeShardingPlanner
 from torchrec_scratchpipe.stats import PoolStats, TableStats
+from torchrec_scratchpipe.stock import to_stock
+from torchrec_scratchpipe.table_sources import warm_start
 from torchrec_scratchpipe.types import Stage, StageSpan
 from torchrec_scratchpipe.working_set import WorkingSet, WorkingSets, measure_working_set, zipf_working_sets
 
 __all__ = [
     "BackwardTwiceError",
     "BatchesInFlightError",
+    "Checkpoint",
+    "CheckpointManager",
+    "CheckpointMismatchError",
+    "CheckpointSaveError",
     "ConfigError",
     "EvictionOrder",
     "IdOutOfRangeError",
@@ -57,9 +66,12 @@ __all__ = [
     "WorkingSet",
     "WorkingSets",
     "__version__",
+    "load_checkpoint",
     "measure_working_set",
     "plot_plan",
     "scratchpad_stats",
     "stage_spans",
+    "to_stock",
+    "warm_start",
     "zipf_working_sets",
 ]

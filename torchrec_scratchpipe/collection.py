@@ -21,10 +21,18 @@ from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.planned_batch import PlannedBatch, check_ids
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
 from torchrec_scratchpipe.stats import PoolStats
 from torchrec_scratchpipe.types import StageSpan
 
-__all__ = ["PlannedBatches", "ScratchpadCollection", "collection_to_plan", "scratchpad_stats", "stage_spans"]
+__all__ = [
+    "PlannedBatches",
+    "ScratchpadCollection",
+    "collection_to_plan",
+    "scratchpad_collections",
+    "scratchpad_stats",
+    "stage_spans",
+]
 
 # Shardings whose input distribution sends an id to the rank that holds its block of rows.
 _ROW_WISE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
@@ -108,6 +116,29 @@ class ScratchpadCollection:
         for index, lookup in self._scratchpad_lookups():
             ctx.planned_batches[index] = lookup.submit(dist_input[index], may_plan=False)
 
+    def snapshot(self, storage: SnapshotStorage) -> list[tuple[Pool, TableSnapshot]]:
+        """Flush, and keep all rows readable as they are now; training may go on.
+
+        Args:
+            storage: Where old values of rows that are written meanwhile go.
+
+        Returns:
+            One per pool, to be read and closed by its host table.
+
+        Raises:
+            TableStorageError: There is no room; no snapshot is left open.
+        """
+        taken: list[tuple[Pool, TableSnapshot]] = []
+        self._runner.settle()
+        with self._runner.between_batches():
+            try:
+                taken.extend((pool, pool.snapshot(storage)) for pool in self.pools)
+            except BaseException:
+                for pool, snapshot in taken:
+                    pool.host_table.close_snapshot(snapshot)
+                raise
+        return taken
+
     def settle(self) -> None:
         """Wait until no stage runs, nor will before the next batch is sent or looked up."""
         self._runner.settle()
@@ -168,7 +199,7 @@ def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
         One per pool; empty where no table uses a scratchpad.
     """
     stats: list[PoolStats] = []
-    for collection in _scratchpad_collections(module):
+    for collection in scratchpad_collections(module):
         with collection._runner.between_batches():
             stats.extend(pool.stats() for pool in collection.pools)
     return stats
@@ -183,8 +214,16 @@ def stage_spans(module: nn.Module) -> list[list[StageSpan]]:
     Returns:
         Per pool, in the order of :func:`scratchpad_stats`.
     """
-    return [list(pool.counters.spans) for collection in _scratchpad_collections(module) for pool in collection.pools]
+    return [list(pool.counters.spans) for collection in scratchpad_collections(module) for pool in collection.pools]
 
 
-def _scratchpad_collections(module: nn.Module) -> list[ScratchpadCollection]:
+def scratchpad_collections(module: nn.Module) -> list[ScratchpadCollection]:
+    """All collections with a scratchpad.
+
+    Args:
+        module: A sharded model, or any part of one.
+
+    Returns:
+        In the order of the modules.
+    """
     return [part for part in module.modules() if isinstance(part, ScratchpadCollection)]

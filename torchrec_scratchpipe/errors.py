@@ -11,12 +11,16 @@
     ├── BatchesInFlightError     (RuntimeError)  batches were planned for another model
     ├── BackwardTwiceError       (RuntimeError)  a lookup's rows were already released
     ├── TableStorageError        (OSError)       a table cannot be put where it was asked to be
+    ├── CheckpointSaveError      (OSError)       a checkpoint could not be written; earlier ones are untouched
+    ├── CheckpointMismatchError  (ValueError)    a checkpoint is damaged, or of another model; nothing was loaded
     └── StageFailedError         (RuntimeError)  rows were lost between table and scratchpad
 """
 
 __all__ = [
     "BackwardTwiceError",
     "BatchesInFlightError",
+    "CheckpointMismatchError",
+    "CheckpointSaveError",
     "ConfigError",
     "IdOutOfRangeError",
     "MeasurementError",
@@ -61,6 +65,14 @@ class TableOverwrittenError(ScratchPipeError):
 
 class TableStorageError(ScratchPipeError, OSError):
     """A table's storage is missing, read-only or out of space."""
+
+
+class CheckpointSaveError(ScratchPipeError, OSError):
+    """A checkpoint could not be written; those that were complete before still are."""
+
+
+class CheckpointMismatchError(ScratchPipeError, ValueError):
+    """A checkpoint's files are damaged, or it was saved from another model; nothing was loaded from it."""
 
 
 class StageFailedError(ScratchPipeError, RuntimeError):

@@ -8,7 +8,8 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from torchrec_scratchpipe.errors import TableStorageError
 from torchrec_scratchpipe.row_parts import read_rows, write_rows
+from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
 from torchrec_scratchpipe.types import RowLayout, TableSpec
 
 __all__ = ["HostTable", "MappedStorage", "RamStorage", "TableStorage"]
@@ -137,7 +139,8 @@ class MappedStorage:
 class HostTable:
     """Every row of a pool, weights and optimizer states, as one flat tensor per part.
 
-    The rows of one table are contiguous, tables follow each other in the order given. Not thread-safe.
+    The rows of one table are contiguous, tables follow each other in the order given. Not thread-safe, but for
+    :meth:`read_snapshot` and :meth:`close_snapshot`, which another thread may call.
 
     Args:
         tables: The pool's tables.
@@ -158,9 +161,11 @@ class HostTable:
             num_values = int(torch.Size(shape).numel())
             self.parts.append(storage.allocate(num_values, dtype, f"{part_name} of {names}").view(shape))
         self._storage = storage
-        self._write_buffer = WriteBuffer(self.parts, layout) if storage.is_slow_to_write else None
+        self._write_buffer = WriteBuffer(self._overwrite, self.num_rows, layout) if storage.is_slow_to_write else None
         self._own_versions = self._versions()
         self._is_overwritten = False
+        self._snapshots: list[TableSnapshot] = []
+        self._snapshots_changed = threading.Condition()
 
     @property
     def num_bytes(self) -> int:
@@ -194,8 +199,76 @@ class HostTable:
 
     def accept_overwrite(self) -> None:
         """Forget about writes of others; whoever needs to know has taken them in."""
-        self._is_overwritten = False
-        self._own_versions = self._versions()
+        with self._snapshots_changed:
+            self._lose_snapshots_of_overwritten()
+            self._is_overwritten = False
+            self._own_versions = self._versions()
+
+    def locate(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Find a view of this table.
+
+        Args:
+            tensor: Any tensor.
+
+        Returns:
+            The part that it shows, and the row where it begins; None if it shows something else, or nothing.
+        """
+        for index, part in enumerate(self.parts):
+            if tensor.numel() and tensor.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
+                return index, (tensor.data_ptr() - part.data_ptr()) // part[:1].nbytes
+        return None
+
+    def snapshot(self, storage: SnapshotStorage) -> TableSnapshot:
+        """Keep all rows readable as they are now, until :meth:`close_snapshot`.
+
+        Args:
+            storage: Where old values of rows that are written meanwhile go.
+
+        Returns:
+            To be read by :meth:`read_snapshot`.
+
+        Raises:
+            TableStorageError: There is no room for it.
+        """
+        self.drain()
+        with self._own_writes():  # writes of others until now belong to the snapshot
+            snapshot = TableSnapshot(self.parts, self.layout, storage)
+            self._snapshots.append(snapshot)
+        return snapshot
+
+    def read_snapshot(self, snapshot: TableSnapshot, part_index: int, first_row: int, last_row: int) -> Tensor:
+        """See :meth:`TableSnapshot.read`.
+
+        Args:
+            snapshot: From :meth:`snapshot`.
+            part_index: 0 for weights, then the optimizer states.
+            first_row: Of the range.
+            last_row: One beyond the range.
+
+        Returns:
+            [N, D] or [N], a copy.
+
+        Raises:
+            TableStorageError: Some rows could not be kept, or the table was overwritten by others.
+        """
+        with self._snapshots_changed:
+            self._lose_snapshots_of_overwritten()
+            return snapshot.read(part_index, first_row, last_row)
+
+    def close_snapshot(self, snapshot: TableSnapshot) -> None:
+        """Keep no more rows for a snapshot, and free those that were kept.
+
+        Args:
+            snapshot: From :meth:`snapshot`.
+        """
+        with self._snapshots_changed:
+            self._snapshots = [other for other in self._snapshots if other is not snapshot]
+            self._snapshots_changed.notify_all()
+
+    def wait_for_snapshots(self) -> None:
+        """Wait until all snapshots are closed; somebody else is about to write the table."""
+        with self._snapshots_changed:
+            self._snapshots_changed.wait_for(lambda: not self._snapshots)
 
     def read(self, rows: Tensor, out: Sequence[Tensor]) -> None:
         """Copy rows out.
@@ -217,7 +290,7 @@ class HostTable:
         """
         with self._own_writes():
             if self._write_buffer is None:
-                write_rows(self.parts, rows, values)
+                self._overwrite(rows, values)
             else:
                 self._write_buffer.write(rows, values)
 
@@ -232,13 +305,31 @@ class HostTable:
         self.drain()
         self._storage.persist()
 
+    def _overwrite(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        for snapshot in self._snapshots:
+            snapshot.keep(rows)
+        write_rows(self.parts, rows, values)
+
     @contextmanager
     def _own_writes(self) -> Iterator[None]:
-        self._is_overwritten = self.is_overwritten
-        try:
-            yield
-        finally:
-            self._own_versions = self._versions()
+        with self._snapshots_changed:
+            self._lose_snapshots_of_overwritten()
+            self._is_overwritten = self.is_overwritten
+            try:
+                yield
+            finally:
+                self._own_versions = self._versions()
+
+    def _lose_snapshots_of_overwritten(self) -> None:
+        if self._snapshots and self._versions() != self._own_versions:
+            names = ", ".join(table.name for table in self.tables)
+            for snapshot in self._snapshots:
+                snapshot.fail(
+                    TableStorageError(
+                        f"tables {names} were written in place while they were being saved. Wait for async_save() "
+                        "before writing tables or loading into them."
+                    )
+                )
 
     def _versions(self) -> list[int]:
         return [part._version for part in self.parts]
@@ -254,13 +345,16 @@ class WriteBuffer:
     :data:`WRITE_BUFFER_BYTES` of rows.
 
     Args:
-        parts: The table's parts.
+        write_table: Writes rows to the table: row ids, then the values of each part.
+        num_rows: Rows of the table.
         layout: What a row consists of.
     """
 
-    def __init__(self, parts: Sequence[Tensor], layout: RowLayout) -> None:
-        self._parts = parts
-        self._num_rows = parts[0].shape[0]
+    def __init__(
+        self, write_table: Callable[[Tensor, Sequence[Tensor]], None], num_rows: int, layout: RowLayout
+    ) -> None:
+        self._write_table = write_table
+        self._num_rows = num_rows
         self._capacity = max(1, min(self._num_rows, WRITE_BUFFER_BYTES // layout.row_bytes))
         self._buffer = layout.empty(self._capacity)
         self._row_to_place = torch.full((self._num_rows,), -1, dtype=torch.int32)
@@ -313,7 +407,7 @@ class WriteBuffer:
             self._hand = last = min(first + SWEEP_ROWS, self._num_rows)
             waiting = (self._row_to_place[first:last] >= 0).nonzero().view(-1) + first
             places = self._row_to_place.index_select(0, waiting).long()
-            write_rows(self._parts, waiting, [buffer.index_select(0, places) for buffer in self._buffer])
+            self._write_table(waiting, [buffer.index_select(0, places) for buffer in self._buffer])
             self._row_to_place.index_fill_(0, waiting, -1)
             freed.append(places)
             num_free += places.numel()

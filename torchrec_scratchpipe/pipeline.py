@@ -194,7 +194,9 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
                 losses, output = self._model_fwd(self.batches[0])
         finally:
             context.is_in_forward = False
-        if self._model.training:
+        if not self._model.training:  # else the graph would hold the slots until it is collected
+            _release(context)
+        else:
             self._backward(losses)
             self.sync_embeddings(self._model, self._dmp_collection_sync_interval_batches, context)
             with record_function(f"## optimizer {context.index} ##"):
@@ -244,9 +246,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
     def reset(self) -> None:
         """Drop all batches in flight and let go of their slots; rows already moved stay where they are, correct."""
         for context in self.contexts:
-            for module_context in context.module_contexts.values():
-                if isinstance(module_context, PlannedBatches):
-                    module_context.release()
+            _release(context)
         for module in self._model.modules():
             if isinstance(module, ScratchpadCollection):
                 module.settle()  # the worker may just have planned a batch, and lets go of it in a moment
@@ -337,3 +337,10 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             collection = collection_to_plan(module)
             if collection is not None:
                 yield collection, module.forward.name
+
+
+def _release(context: TrainPipelineContext) -> None:
+    """Let go of the slots of one batch, wherever they are held."""
+    for module_context in context.module_contexts.values():
+        if isinstance(module_context, PlannedBatches):
+            module_context.release()

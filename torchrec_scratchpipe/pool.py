@@ -12,6 +12,7 @@ from torchrec_scratchpipe.memory import STAGING_HEADROOM
 from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.scratchpad import Scratchpad
 from torchrec_scratchpipe.slot_map import SlotMap
+from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
 from torchrec_scratchpipe.stats import PoolCounters, PoolStats
 from torchrec_scratchpipe.types import RowLayout
 
@@ -39,6 +40,7 @@ class Pool:
         self._num_updates = 0
         self._num_updates_flushed = 0
         self._flushed_below = 0
+        self._num_lowered_at_flush = 0
 
     @property
     def name(self) -> str:
@@ -65,8 +67,10 @@ class Pool:
         if num_updates == self._num_updates_flushed:
             self.host_table.drain()
             return
+        num_lowered = self.slot_map.num_lowered
         with record_function("## scratchpipe flush ##"):
-            slots, rows = self.slot_map.resident_since(self._flushed_below)
+            is_lowered = num_lowered != self._num_lowered_at_flush
+            slots, rows = self.slot_map.resident_since(0 if is_lowered else self._flushed_below)
             for some_slots, some_rows in zip(
                 slots.split(FLUSH_CHUNK_ROWS), rows.cpu().split(FLUSH_CHUNK_ROWS), strict=True
             ):
@@ -75,15 +79,29 @@ class Pool:
             self.host_table.drain()
         self._num_updates_flushed = num_updates
         self._flushed_below = first_held
+        self._num_lowered_at_flush = num_lowered
+
+    def snapshot(self, storage: SnapshotStorage) -> TableSnapshot:
+        """Flush, and keep all rows readable as they are now; see :meth:`HostTable.snapshot`.
+
+        Args:
+            storage: Where old values of rows that are written meanwhile go.
+
+        Returns:
+            To be read by the host table.
+        """
+        self.flush()
+        return self.host_table.snapshot(storage)
 
     def purge(self) -> None:
         """Flush, and have resident rows read anew before anybody uses them (hazard 6): tables are about to be written.
 
-        Empties the scratchpad, unless batches in flight rely on its rows.
+        Empties the scratchpad, unless batches in flight rely on its rows. Waits for snapshots to be read.
         """
         self.flush()
         if self.slot_map.num_batches_in_flight == 0:
             self.slot_map.purge()
+        self.host_table.wait_for_snapshots()
         self.host_table.mark_overwritten()
 
     @property

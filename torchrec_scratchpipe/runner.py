@@ -42,7 +42,7 @@ class StageRunner:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._submitted: deque[PlannedBatch] = deque()
+        self._submitted: list[weakref.ref[PlannedBatch]] = []  # a batch that nobody will look up leaves
         self._lock = threading.RLock()
 
     def submit(self, batch: PlannedBatch) -> None:
@@ -52,7 +52,7 @@ class StageRunner:
             batch: A new batch.
         """
         with self._lock:
-            self._submitted.append(batch)
+            self._submitted.append(weakref.ref(batch))
             self._run_submitted()
 
     def allow(self, batch: PlannedBatch) -> None:
@@ -72,7 +72,7 @@ class StageRunner:
             batch: A batch that was submitted.
         """
         with self._lock:
-            self._submitted.remove(batch)
+            self._submitted = [ref for ref in self._submitted if ref() is not batch]
             self._run(batch, is_last_chance=True)
 
     def current_stream(self) -> torch.Stream | None:
@@ -117,9 +117,11 @@ class StageRunner:
         """
 
     def _run_submitted(self) -> None:
-        while self._submitted and self._submitted[0].may_plan and self._run(self._submitted[0], is_last_chance=False):
-            self._submitted.popleft()
-        for batch in self._submitted:  # what cannot be planned yet guides the choice of victims
+        batches = [batch for ref in self._submitted if (batch := ref()) is not None and not batch.hold.is_released]
+        while batches and batches[0].may_plan and self._run(batches[0], is_last_chance=False):
+            batches.pop(0)
+        self._submitted = [weakref.ref(batch) for batch in batches]
+        for batch in batches:  # what cannot be planned yet guides the choice of victims
             if not batch.is_seen:
                 batch.see()
 

@@ -69,6 +69,7 @@ class SlotMap:
         self._free_slots = torch.arange(num_slots, device=self.device)
         self._next_batch = 1  # so that slots which nobody holds can have been used by an earlier batch, 0
         self._first_held = 1
+        self.num_lowered = 0  # how often slots were made to look as if used earlier than they were
         self._newly_released: deque[int] = deque()
         self._released_early: set[int] = set()
         self._slots_in_flight: dict[int, Tensor] = {}
@@ -241,6 +242,8 @@ class SlotMap:
     def resident_since(self, batch_index: int) -> tuple[Tensor, Tensor]:
         """Rows in slots that this batch or a later one uses; scans all slots.
 
+        Nothing is said of slots that were used since, but lowered: where :attr:`num_lowered` has changed, ask for all.
+
         Args:
             batch_index: First batch of interest; 0 asks for all.
 
@@ -356,6 +359,7 @@ class SlotMap:
         if not bool(may_leave.any()):
             return False
         self._last_use[may_leave] = first_held - 1
+        self.num_lowered += 1
         self._eviction_order.rebuild(self._last_use, self._next_batch)
         return True
 

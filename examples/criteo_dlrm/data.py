@@ -60,13 +60,13 @@ class CriteoFormatError(ValueError):
 
 
 class BatchSource(Protocol):
-    """Where the example's batches come from; every call starts from the beginning."""
+    """Where the example's batches come from; every call gives the same ones."""
 
     num_train_batches: int
     num_val_batches: int
 
-    def train(self) -> Iterator[Batch]:
-        """The rank's training batches."""
+    def train(self, first_batch: int = 0) -> Iterator[Batch]:
+        """The rank's training batches, from any of them on."""
 
     def validate(self) -> Iterator[Batch]:
         """The rank's validation batches."""
@@ -144,9 +144,9 @@ class GeneratedCriteo:
         ]
         self._dense_weights = rng.normal(0, 0.3, NUM_DENSE).astype(np.float32)
 
-    def train(self) -> Iterator[Batch]:
-        """The rank's training batches, the same at every call."""
-        return itertools.islice(self._batches(stream=0), self.num_train_batches)
+    def train(self, first_batch: int = 0) -> Iterator[Batch]:
+        """The rank's training batches, the same at every call; those before the first are made and left out."""
+        return itertools.islice(self._batches(stream=0), first_batch, self.num_train_batches)
 
     def validate(self) -> Iterator[Batch]:
         """The rank's validation batches, the same at every call."""
@@ -223,9 +223,12 @@ class CriteoTsv:
         self.num_train_batches = self._num_batches(self._num_train_lines)
         self.num_val_batches = self._num_batches(self._num_val_lines)
 
-    def train(self) -> Iterator[Batch]:
-        """The rank's training batches, in time order."""
-        return self._batches(0, self._num_train_lines, self.num_train_batches)
+    def train(self, first_batch: int = 0) -> Iterator[Batch]:
+        """The rank's training batches, in time order; lines before the first are not parsed."""
+        num_lines_before = min(first_batch * self._batch_size * self._share.world_size, self._num_train_lines)
+        return self._batches(
+            num_lines_before, self._num_train_lines - num_lines_before, self.num_train_batches - first_batch
+        )
 
     def validate(self) -> Iterator[Batch]:
         """The rank's validation batches, in time order."""

@@ -4,6 +4,8 @@
     python examples/criteo_dlrm/main.py --criteo_tsv train.txt --batch_size 4096 --scratchpad_budget_gb 2 --adagrad
     torchrun --nproc_per_node 2 examples/criteo_dlrm/main.py --limit_train_batches 50 --limit_val_batches 10
 
+    python examples/criteo_dlrm/main.py --save_dir checkpoints --save_every 1000 --resume
+
 Flags keep the names of facebookresearch/dlrm's torchrec_dlrm/dlrm_main.py. `--embedding_cache fused` is stock TorchRec
 with all tables in memory; `--verify` trains both on the same batches and compares every bit.
 """
@@ -12,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -49,6 +52,7 @@ from tqdm import tqdm
 from verify import Twin
 
 from torchrec_scratchpipe import (
+    CheckpointManager,
     PlanReport,
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
@@ -57,6 +61,7 @@ from torchrec_scratchpipe import (
     measure_working_set,
     scratchpad_stats,
     stage_spans,
+    to_stock,
 )
 
 COLLECTION_PATH = "model.sparse_arch.embedding_bag_collection"
@@ -103,11 +108,21 @@ def parse_args() -> argparse.Namespace:
     )
     cache.add_argument("--num_batches_seen_ahead", type=int, default=0, help="known beyond those, to evict less")
     cache.add_argument("--table_dir", help="existing directory for memory-mapped tables; default: RAM")
+    saving = parser.add_argument_group("checkpoints")
+    saving.add_argument(
+        "--save_dir", help="directory that all ranks share; saves at the end, and on SIGTERM, which ends the run"
+    )
+    saving.add_argument(
+        "--save_every", type=int, help="save after so many training batches too, while training goes on"
+    )
+    saving.add_argument("--keep_last", type=int, help="keep so many checkpoints; default: all")
+    saving.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
     output = parser.add_argument_group("output")
     output.add_argument("--validation_freq_within_epoch", type=int, help="validate every so many training batches")
     output.add_argument("--print_lr", action="store_true")
     output.add_argument("--print_sharding_plan", action="store_true", help="also print the planner's own report")
     output.add_argument("--verify", action="store_true", help="train a stock twin and compare every bit")
+    output.add_argument("--evaluate_stock", action="store_true", help="evaluate plain TorchRec modules in the end, too")
     output.add_argument("--json", help="write all figures there")
     output.add_argument("--plot", help="write a picture of the stages there (needs matplotlib)")
     args = parser.parse_args()
@@ -116,6 +131,10 @@ def parse_args() -> argparse.Namespace:
         parser.error("--hbm_budget_gb is for a GPU, --scratchpad_budget_gb for a CPU; give the other one")
     if args.verify and args.embedding_cache == "fused":
         parser.error("--verify compares scratchpipe with fused; use it with --embedding_cache scratchpipe")
+    if (args.save_every or args.keep_last or args.resume) and not args.save_dir:
+        parser.error("--save_every, --keep_last and --resume need --save_dir")
+    if args.evaluate_stock and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--evaluate_stock is for one process: only rank 0 gets the plain modules")
     return args
 
 
@@ -290,6 +309,10 @@ def make_pipeline(
     return TrainPipelineSparseDist(model, optimizer, device)
 
 
+class TerminatedError(Exception):
+    """SIGTERM ended training; everything is saved."""
+
+
 class Trainer:
     """The main job: one pipeline that trains, validates and goes on training."""
 
@@ -299,10 +322,19 @@ class Trainer:
         self._source = make_source(args, Share(dist.get_rank(), dist.get_world_size()))
         self.model, self._optimizer, self.plan, self._report = shard(args, self._source, device)
         self._pipeline = make_pipeline(args, self.model, self._optimizer, device)
+        self._checkpoints = CheckpointManager(args.save_dir, args.keep_last) if args.save_dir else None
+        self._num_steps = 0  # batches trained; the data loader is ahead of it, but all that counts is what has trained
         self._twin = Twin(args, self.model, self.plan, make_model, make_optimizer, device) if args.verify else None
+        if args.resume and self._checkpoints is not None:
+            found = self._checkpoints.load(self.model, self._optimizer)
+            self._num_steps = found.step if found is not None else 0
+            if self._twin is not None:
+                self._twin.load(self._checkpoints)
+        self._is_terminated = False
+        if self._checkpoints is not None:
+            signal.signal(signal.SIGTERM, self._note_sigterm)
         self._device = device
         self.measurements = Measurements()
-        self._num_steps = 0
         self._misses_at: dict[int, int] = {}  # after so many training batches
         if self._is_main:
             if self._report is not None:
@@ -311,16 +343,22 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train all epochs, validate, and gather every figure."""
+        first_epoch = self._num_steps // max(1, self._source.num_train_batches)
         metrics: dict[str, float] = {}
-        for epoch in range(self._args.epochs):
+        for epoch in range(first_epoch, self._args.epochs):
             metrics = self._train_epoch(epoch)
+        if first_epoch >= self._args.epochs:  # the checkpoint was the end
+            metrics = self._validate()
+        if self._args.evaluate_stock:
+            metrics |= {f"stock_{name}": value for name, value in self._validate_stock().items()}
+        self._save_at_the_end()
         figures: dict[str, Any] = {
             "args": vars(self._args),
             **metrics,
             **self.measurements.figures(self._args.batch_size * dist.get_world_size()),
             "scratchpad": [asdict(stats) for stats in scratchpad_stats(self.model)],
         }
-        if self._report is not None:
+        if self._report is not None and len(self._misses_at) == 2:  # it was not resumed half-way
             figures["misses_per_batch"] = self._compare_misses(self._report)
         if self._twin is not None:
             figures["verify"] = self._twin.compare(self.model, self._optimizer)
@@ -335,12 +373,12 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         num_batches = self._source.num_train_batches
         period = self._args.validation_freq_within_epoch or num_batches
-        batches = self._source.train()
-        done = 0
+        done = self._num_steps - epoch * num_batches  # not 0 where it is resumed
+        batches = self._source.train(done)
         metrics: dict[str, float] = {}
-        with tqdm(total=num_batches, desc=f"epoch {epoch}", disable=not self._is_main) as bar:
+        with tqdm(total=num_batches, initial=done, desc=f"epoch {epoch}", disable=not self._is_main) as bar:
             while done < num_batches:
-                num_steps = min(period, num_batches - done)
+                num_steps = min(period - done % period, num_batches - done)
                 self._train_steps(batches, num_steps, bar)
                 done += num_steps
                 metrics = self._validate()
@@ -360,20 +398,55 @@ class Trainer:
                 bar.write(f"learning rate {self._optimizer.param_groups[0]['lr']:.6f}")
             bar.update()
             self._num_steps += 1
+            self._save_if_due()
             num_batches = self._source.num_train_batches
             if self._report is not None and self._num_steps in (num_batches // 2, num_batches):
                 misses = sum(pool.num_unique_misses for pool in scratchpad_stats(self.model))
                 self._misses_at[self._num_steps] = misses
 
+    def _save_if_due(self) -> None:
+        """The checkpoint's step says where the data goes on: all else of the position follows from it."""
+        if self._checkpoints is None:
+            return
+        if self._is_any_terminated():
+            self._save_at_the_end()
+            raise TerminatedError
+        if self._args.save_every and self._num_steps % self._args.save_every == 0:
+            self._checkpoints.async_save(self._num_steps, self.model, self._optimizer)
+
+    def _save_at_the_end(self) -> None:
+        if self._checkpoints is None:
+            return
+        self._checkpoints.wait()
+        if self._num_steps not in self._checkpoints.steps():
+            self._checkpoints.save(self._num_steps, self.model, self._optimizer)
+
+    def _note_sigterm(self, *_: object) -> None:
+        self._is_terminated = True
+
+    def _is_any_terminated(self) -> bool:
+        """Ranks get the signal at different batches, and have to save the same one."""
+        if dist.get_world_size() == 1:
+            return self._is_terminated
+        flag = torch.tensor(int(self._is_terminated), device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _validate_stock(self) -> dict[str, float]:
+        """With plain TorchRec modules in place of sharded ones, over the same tables."""
+        plain = to_stock(self.model)
+        return self._measure(plain(batch)[1] for batch in self._source.validate())
+
     def _validate(self) -> dict[str, float]:
         self.model.eval()
+        iterator = _take(self._source.validate(), self._source.num_val_batches)
+        return self._measure(self._pipeline.progress(iterator) for _ in range(self._source.num_val_batches))
+
+    def _measure(self, outputs: Iterator[Any]) -> dict[str, float]:
         auroc = torchmetrics.AUROC(task="binary").to(self._device)
         log_loss = torchmetrics.MeanMetric().to(self._device)
-        batches = self._source.validate()
         with torch.no_grad():
-            iterator = _take(batches, self._source.num_val_batches)
-            for _ in range(self._source.num_val_batches):
-                loss, logits, labels = self._pipeline.progress(iterator)
+            for loss, logits, labels in outputs:
                 auroc.update(torch.sigmoid(logits), labels)
                 log_loss.update(loss, weight=labels.numel())
         if self._source.num_val_batches == 0:
@@ -404,7 +477,13 @@ def main() -> None:
         )
         is_main = dist.get_rank() == 0
         trainer = Trainer(args, device)
-        figures = trainer.run()
+        try:
+            figures = trainer.run()
+        except TerminatedError:
+            dist.destroy_process_group()
+            if is_main:
+                print(f"SIGTERM: all is saved in {args.save_dir}; go on with --resume")
+            return
         spans = stage_spans(trainer.model)
         dist.destroy_process_group()
     if not is_main:

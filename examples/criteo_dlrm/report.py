@@ -48,7 +48,7 @@ class Measurements:
         Returns:
             Step times in ms, samples per second, peak memory in bytes.
         """
-        timed = self._step_ms[NUM_WARMUP_STEPS:] or self._step_ms
+        timed = self._step_ms[NUM_WARMUP_STEPS:] or self._step_ms or [float("nan")]  # nothing was left to train
         return {
             "num_train_batches": len(self._step_ms),
             "samples_per_second": 1e3 * samples_per_step * len(timed) / sum(timed),
@@ -104,6 +104,8 @@ def summary_line(figures: Mapping[str, Any]) -> str:
         f"{figures['samples_per_second']:,.0f} samples/s",
         f"step P50 {figures['step_ms_p50']:.1f} ms P90 {figures['step_ms_p90']:.1f} ms",
     ]
+    if "stock_auroc" in figures:
+        parts[0] += f" (plain TorchRec modules: {figures['stock_auroc']:.4f})"
     pools = figures["scratchpad"]
     if pools:
         total = {

@@ -17,6 +17,8 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.models.dlrm import DLRMTrain
 from torchrec.optim.keyed import KeyedOptimizer
 
+from torchrec_scratchpipe import CheckpointManager
+
 
 class Twin:
     """The same model with all tables in memory, sharded alike, started from the same weights.
@@ -53,6 +55,14 @@ class Twin:
         self._device = device
         self._max_loss_diff = 0.0
         self._num_batches = 0
+
+    def load(self, checkpoints: CheckpointManager) -> None:
+        """Start from the latest checkpoint.
+
+        Args:
+            checkpoints: Where it is.
+        """
+        checkpoints.load(self._model, self._optimizer)
 
     def step(self, batch: Batch, loss: Tensor) -> None:
         """Train one batch the plain way.

@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checkpoints: the same bits back, from and to stock, under other shardings, while training goes on; damage is named."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from helpers import (
+    Setting,
+    Trainer,
+    assert_same_bits,
+    drain,
+    make_batches,
+    max_abs_diff,
+    run_ranks,
+    scratchpad_constraints,
+    with_optimizer,
+)
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.modules.embedding_configs import DataType
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
+
+from torchrec_scratchpipe import (
+    CheckpointManager,
+    CheckpointMismatchError,
+    CheckpointSaveError,
+    ConfigError,
+    checkpoint_files,
+    load_checkpoint,
+)
+from torchrec_scratchpipe.snapshot import TableSnapshot
+
+SETTING = Setting(num_batches=60, load_factor=0.25)
+OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tables of these tests are cut, too."""
+    monkeypatch.setattr(checkpoint_files, "BLOCK_BYTES", 1000)
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    return {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+
+
+def trained(setting: Setting = SETTING, num_batches: int = 30, **kwargs: Any) -> Trainer:
+    trainer = Trainer.scratchpipe(setting, **kwargs)
+    drain(trainer.pipeline(), make_batches(setting)[:num_batches])
+    assert trainer.num_victims > 0
+    return trainer
+
+
+def saved(directory: Path, trainer: Trainer | None = None, **kwargs: Any) -> CheckpointManager:
+    manager = CheckpointManager(directory)
+    trainer = trainer or trained()
+    manager.save(30, trainer.model, trainer.optimizer, **kwargs)
+    return manager
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_resumed_training_gives_the_same_bits(
+    optimizer: type[torch.optim.Optimizer], is_mapped: bool, tmp_path: Path
+) -> None:
+    setting = with_optimizer(SETTING, optimizer)
+    whole = trained(setting, 60)
+    part = trained(setting, 30, table_dir=str(tmp_path) if is_mapped else None)
+    saved(tmp_path / "checkpoints", part, extra={"position": 30})
+    resumed = Trainer.scratchpipe(replace(setting, seed=5, load_factor=0.6))
+    found = CheckpointManager(tmp_path / "checkpoints").load(resumed.model, resumed.optimizer)
+    assert found is not None
+    assert found.extra == {"position": 30}
+    drain(resumed.pipeline(lookahead=4), make_batches(setting)[found.step :])
+    assert_same_bits(whole, resumed)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_both_ways_with_stock(optimizer: type[torch.optim.Optimizer], tmp_path: Path) -> None:
+    setting = with_optimizer(SETTING, optimizer)
+    ours, stock = trained(setting), Trainer(replace(setting, seed=5))
+    manager = saved(tmp_path, ours)
+    state = state_of(stock)
+    dcp.load(state, checkpoint_id=manager.path(30))
+    assert_same_bits(stock, ours)
+    stock.train_plain(make_batches(setting)[30:])
+    dcp.save(state_of(stock), checkpoint_id=tmp_path / "by_stock")
+    for load in (lambda state: dcp.load(state, checkpoint_id=tmp_path / "by_stock"), by_name(tmp_path / "by_stock")):
+        back = trained(replace(setting, seed=6))
+        load(state_of(back))
+        assert_same_bits(stock, back)
+
+
+@pytest.mark.parametrize("is_warmed_up", [True, False])
+@pytest.mark.parametrize("dense", [torch.optim.Adam, torch.optim.SGD])
+def test_states_that_are_made_at_the_first_step_are_resumed(
+    dense: type[torch.optim.Optimizer], is_warmed_up: bool, tmp_path: Path
+) -> None:
+    """Adam's moments, and how far a warm-up is, which the state_dict of TorchRec's wrapper does not say."""
+
+    def make() -> Trainer:
+        trainer = Trainer.scratchpipe(SETTING)
+        parameters = {name: p for name, p in trainer.model.named_parameters() if "over" in name}
+        kwargs = {} if dense is torch.optim.Adam else {"momentum": 0.9}
+        keyed = KeyedOptimizerWrapper(parameters, lambda p: dense(p, lr=0.05, **kwargs))
+        trainer.optimizer = CombinedOptimizer([trainer.model.fused_optimizer, keyed])
+        if is_warmed_up:
+            stage = WarmupStage(WarmupPolicy.LINEAR, max_iters=50, value=0.1)
+            trainer.optimizer = WarmupOptimizer(trainer.optimizer, [stage], lr=0.1)
+        return trainer
+
+    whole, part, resumed = make(), make(), make()
+    drain(whole.pipeline(), make_batches(SETTING))
+    drain(part.pipeline(), make_batches(SETTING)[:30])
+    manager = saved(tmp_path, part)
+    manager.load(resumed.model, resumed.optimizer)
+    assert_same_bits(part, resumed)
+    drain(resumed.pipeline(), make_batches(SETTING)[30:])
+    assert_same_bits(whole, resumed)
+
+
+def by_name(path: Path) -> Callable[[dict[str, Any]], None]:
+    return lambda state: load_checkpoint(path, state)
+
+
+@pytest.mark.parametrize("is_read_first", ["model", "optimizer"])
+def test_stock_save_of_our_state_in_either_order(is_read_first: str, tmp_path: Path) -> None:
+    ours = trained()
+    state: dict[str, Any] = {}
+    for name in sorted(["model", "optimizer"], key=lambda name: name != is_read_first):
+        state[name] = getattr(ours, name).state_dict()
+    dcp.save(state, checkpoint_id=tmp_path)
+    stock = Trainer(replace(SETTING, seed=5))
+    dcp.load(state_of(stock), checkpoint_id=tmp_path)
+    assert_same_bits(stock, ours)
+
+
+def test_stock_async_save_of_our_state_is_of_one_moment(tmp_path: Path) -> None:
+    ours = trained()
+    expected = Trainer(replace(SETTING, seed=5))
+    expected.copy_from(ours)
+    weights = dict(expected.model.state_dict())
+    # The default stager of torch 2.13 cannot copy a ShardedTensor, stock's neither.
+    writer = dcp.FileSystemWriter(tmp_path)
+    pending = dcp.async_save({"model": ours.model.state_dict()}, storage_writer=writer, async_stager=writer)
+    drain(ours.pipeline(), make_batches(SETTING)[30:])
+    assert ours.model.state_dict()
+    pending.result()
+    found = Trainer(replace(SETTING, seed=6))
+    dcp.load({"model": found.model.state_dict()}, checkpoint_id=tmp_path)
+    for name, value in found.model.state_dict().items():
+        left, right = (local(tensor) for tensor in (weights[name], value))
+        assert torch.equal(left, right), name
+
+
+def local(value: Any) -> torch.Tensor:
+    return value.local_shards()[0].tensor if isinstance(value, ShardedTensor) else value
+
+
+def test_async_save_is_of_one_moment_and_training_goes_on(tmp_path: Path) -> None:
+    before = trained()
+    for is_mapped in (False, True):
+        directory = tmp_path / str(is_mapped)
+        directory.mkdir()
+        ours = trained(table_dir=str(directory) if is_mapped else None)
+        manager = CheckpointManager(directory / "checkpoints")
+        start = hold_back_writer(manager)
+        pending = manager.async_save(30, ours.model, ours.optimizer, extra=[30])
+        drain(ours.pipeline(), make_batches(SETTING)[30:])
+        assert max_abs_diff(before, ours) > 0  # flushes, too
+        start.set_result(None)
+        pending.result()
+        found = Trainer.scratchpipe(replace(SETTING, seed=5))
+        assert manager.load(found.model, found.optimizer)
+        assert_same_bits(before, found)
+        assert_same_bits(trained(num_batches=60), ours)
+
+
+def hold_back_writer(manager: CheckpointManager) -> "torch.futures.Future[None]":
+    """Let the thread that writes begin only when the future is set."""
+    start: torch.futures.Future[None] = torch.futures.Future()
+    manager._executor.submit(start.wait)
+    return start
+
+
+def test_async_save_without_keeping_rows_would_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TableSnapshot, "keep", lambda self, rows: None)
+    before, ours = trained(), trained()
+    manager = CheckpointManager(tmp_path)
+    start = hold_back_writer(manager)
+    pending = manager.async_save(30, ours.model, ours.optimizer)
+    drain(ours.pipeline(), make_batches(SETTING)[30:])
+    assert ours.model.state_dict()
+    start.set_result(None)
+    pending.result()
+    found = Trainer.scratchpipe(replace(SETTING, seed=5))
+    manager.load(found.model, found.optimizer)
+    assert max_abs_diff(before, found) > 0
+
+
+def test_loading_waits_for_the_async_save(tmp_path: Path) -> None:
+    before, ours, other = trained(), trained(), trained(num_batches=10)
+    manager = CheckpointManager(tmp_path)
+    pending = manager.async_save(30, ours.model, ours.optimizer)
+    ours.copy_from(other)
+    assert pending.done()
+    found = Trainer.scratchpipe(replace(SETTING, seed=5))
+    manager.load(found.model, found.optimizer)
+    assert_same_bits(before, found)
+
+
+def test_writing_in_place_during_async_save_loses_that_save_alone(tmp_path: Path) -> None:
+    ours = trained()
+    manager = saved(tmp_path, ours)
+    start = hold_back_writer(manager)
+    pending = manager.async_save(31, ours.model, ours.optimizer)
+    local(ours.model.state_dict()["ebc.embedding_bags.t1.weight"]).add_(1.0)
+    start.set_result(None)
+    with pytest.raises(CheckpointSaveError, match=r"step 31 cannot be saved .* written in place while they were being"):
+        pending.result()
+    assert manager.steps() == [30]
+
+
+def _save_sharded(rank: int, directory: str, setting: Setting) -> None:
+    checkpoint_files.BLOCK_BYTES = 1000
+    ours = Trainer.scratchpipe(setting)
+    drain(ours.pipeline(), make_batches(setting, rank=rank))
+    manager = CheckpointManager(directory)
+    manager.async_save(1, ours.model, ours.optimizer, extra=rank).result()
+    manager.save(2, ours.model, ours.optimizer, extra=rank)
+    dcp.save(state_of(ours), checkpoint_id=Path(directory) / "by_stock")
+
+
+def _load_sharded(rank: int, directory: str, setting: Setting, num_saving: int) -> None:
+    ours = Trainer.scratchpipe(replace(setting, seed=5))
+    stock = Trainer(replace(setting, seed=6))
+    manager = CheckpointManager(directory)
+    dcp.load(state_of(stock), checkpoint_id=Path(directory) / "by_stock")
+    for step in (1, 2):
+        found = manager.load(ours.model, ours.optimizer, step=step)
+        assert found is not None
+        assert found.world_size == num_saving
+        assert found.extra == (rank if num_saving == dist.get_world_size() else 0)
+        assert_same_bits(stock, ours)
+
+
+SHARDED = replace(SETTING, num_rows=(200, 150, 40), num_batches=12)
+COLUMNS = replace(SHARDED, sharding_type="column_wise", min_partition=4)
+ROWS = replace(SHARDED, sharding_type="row_wise")
+TABLES = replace(SHARDED, sharding_type="table_wise")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("saving", "num_saving", "loading", "num_loading"),
+    [
+        (TABLES, 2, ROWS, 4),
+        (ROWS, 4, TABLES, 2),
+        (ROWS, 2, ROWS, 2),
+        (COLUMNS, 2, replace(TABLES, load_factor=0.6), 1),
+        (TABLES, 1, with_optimizer(COLUMNS, torch.optim.Adagrad), 2),
+    ],
+    ids=[
+        "tables 2 to rows 4",
+        "rows 4 to tables 2",
+        "rows 2 to rows 2",
+        "columns 2 to tables 1",
+        "tables 1 to columns 2",
+    ],
+)
+def test_resharding(saving: Setting, num_saving: int, loading: Setting, num_loading: int, tmp_path: Path) -> None:
+    run_ranks(num_saving, _save_sharded, str(tmp_path), saving)
+    run_ranks(num_loading, _load_sharded, str(tmp_path), loading, num_saving)
+
+
+def test_keep_last(tmp_path: Path) -> None:
+    ours = trained()
+    manager = CheckpointManager(tmp_path, keep_last=2)
+    for step in (1, 5, 10):
+        manager.save(step, ours.model, ours.optimizer)
+    assert manager.steps() == [5, 10]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000000005", "step_000000000010"]
+    with pytest.raises(CheckpointSaveError, match="step_000000000010 exists"):
+        manager.save(10, ours.model, ours.optimizer)
+    assert manager.steps() == [5, 10]
+    with pytest.raises(ConfigError, match="keep_last is 0"):
+        CheckpointManager(tmp_path, keep_last=0)
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    manager = CheckpointManager(tmp_path)
+    assert manager.load(ours.model, ours.optimizer) is None
+    with pytest.raises(CheckpointMismatchError, match=r"does not exist. Steps that were saved: none"):
+        manager.load(ours.model, ours.optimizer, step=7)
+
+
+def test_half_written_checkpoints_are_not_loaded_and_removed(tmp_path: Path) -> None:
+    ours = trained()
+    manager = saved(tmp_path, ours)
+    shutil.copytree(manager.path(30), tmp_path / ".step_000000000040.unfinished")
+    shutil.copytree(manager.path(30), manager.path(50))
+    (manager.path(50) / "scratchpipe.json").unlink()
+    assert manager.steps() == [30]
+    manager.save(60, ours.model, ours.optimizer)
+    assert not (tmp_path / ".step_000000000040.unfinished").exists()
+
+
+def test_save_that_fails_leaves_earlier_ones_and_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = trained()
+    manager = saved(tmp_path, ours)
+
+    def write(self: Any, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files._ChecksummedFile, "write", write)
+        for save in (manager.save, lambda *args: manager.async_save(*args).result()):
+            with pytest.raises(CheckpointSaveError, match=r"step 31 cannot be saved .*No space left.*free space"):
+                save(31, ours.model, ours.optimizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000000030"]
+    drain(ours.pipeline(), make_batches(SETTING)[30:])
+    assert_same_bits(trained(num_batches=60), ours)
+    manager.save(60, ours.model, ours.optimizer)
+
+
+def damage_nothing(path: Path) -> None:
+    pass
+
+
+def flip(path: Path, at: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("at", [0.05, 0.5, 0.95])
+def test_flipped_bit_names_file_and_table(at: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchrec_scratchpipe.checkpoint_files.CHECKSUM_BYTES", 512)
+    monkeypatch.setattr("torchrec_scratchpipe.checkpoint.CHECKSUM_BYTES", 512)
+    manager = saved(tmp_path)
+    flip(manager.path(30) / "__0_0.distcp", at)
+    check_refused(manager, r"__0_0.distcp: is not what was written. The damage lies in .*(weight|momentum|over)")
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "extra_0.pt", "scratchpipe.json"])
+def test_every_file_is_checked(name: str, tmp_path: Path) -> None:
+    manager = saved(tmp_path, extra={"position": 30})
+    path = manager.path(30) / name
+    whole = path.read_bytes()
+    for damage in (lambda: flip(path, 0.6), lambda: path.write_bytes(whole[:-100]), path.unlink):
+        damage()
+        if name == "scratchpipe.json" and not path.exists():
+            assert manager.steps() == []
+        check_refused(manager, name, step=30)
+        path.write_bytes(whole)
+    ours = Trainer.scratchpipe(SETTING)
+    assert manager.load(ours.model, ours.optimizer)
+
+
+def check_refused(manager: CheckpointManager, message: str, step: int | None = None, **changes: Any) -> None:
+    """Loading raises, and changes no bit."""
+    changed = replace(SETTING, **changes)
+    untouched, ours = Trainer.scratchpipe(changed), Trainer.scratchpipe(changed)
+    with pytest.raises(CheckpointMismatchError, match=message):
+        manager.load(ours.model, ours.optimizer, step=step)
+    assert_same_bits(untouched, ours)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_rows": (200, 150, 4)}, r"t2.weight has shape \(3, 8\) there and \(4, 8\) here"),
+        ({"dims": (8, 8, 4)}, r"t2.weight has shape \(3, 8\) there and \(3, 4\) here"),
+        ({"data_type": DataType.FP16}, r"t0.weight is torch.float32 there and torch.float16 here"),
+        ({"num_rows": (200, 150), "dims": (8, 8)}, r"has .*t2.*, which is not there here|has shape"),
+        ({"num_rows": (200, 150, 3, 9), "dims": (8, 8, 8, 8)}, r"has no model.ebc.embedding_bags.t3.weight|has shape"),
+        ({"optimizer": torch.optim.SGD, "optimizer_kwargs": (("lr", 0.1),)}, r"momentum1, which is not there here. It was saved w"),
+        ({"optimizer": RowWiseAdagrad}, r"momentum1 has shape .*It was saved with another optimizer"),
+    ],
+)  # fmt: skip
+def test_another_model_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    check_refused(saved(tmp_path), message, **changes)
+
+
+def test_saved_with_sgd_and_loaded_with_adagrad_is_refused(tmp_path: Path) -> None:
+    manager = saved(tmp_path, trained(with_optimizer(SETTING, torch.optim.SGD)))
+    check_refused(manager, r"has no optimizer.state.*momentum1. It was saved with another optimizer")
+
+
+class RunsCode:
+    """What a hostile pickle holds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    proof = tmp_path / "code_was_run"
+    manager = saved(tmp_path)
+    directory = manager.path(30)
+    whole = {path.name: path.read_bytes() for path in directory.iterdir()}
+    hostile = {
+        ".metadata": lambda path: path.write_bytes(pickle.dumps(RunsCode(proof))),
+        "extra_0.pt": lambda path: torch.save(RunsCode(proof), path),
+    }
+    for name, write in hostile.items():
+        write(directory / name)
+        body = json.loads(whole["scratchpipe.json"])["checkpoint"]
+        body["files"][name] = checkpoint_files.checksums_of(directory / name)._asdict()
+        manifest = {"crc32": checkpoint_files._crc32_of_json(body), "checkpoint": body}
+        (directory / "scratchpipe.json").write_text(json.dumps(manifest))
+        check_refused(manager, rf"{name}: .*(it names|might run code)")
+        assert not proof.exists()
+        (directory / name).write_bytes(whole[name])
+    pickle.loads(pickle.dumps(RunsCode(proof)))
+    assert proof.exists()
+
+
+def test_code_in_a_value_is_not_run(tmp_path: Path) -> None:
+    proof = tmp_path / "code_was_run"
+    dcp.save({"value": RunsCode(proof)}, checkpoint_id=tmp_path / "c")
+    proof.unlink(missing_ok=True)
+    with pytest.raises(BaseException, match="value: is not plain data"):
+        load_checkpoint(tmp_path / "c", {"value": 0})
+    assert not proof.exists()
+    dcp.load({"value": 0}, checkpoint_id=tmp_path / "c")
+    assert proof.exists()
+
+
+def test_extra_must_be_plain_data(tmp_path: Path) -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    with pytest.raises(ConfigError, match="extra: cannot be saved as plain data"):
+        CheckpointManager(tmp_path).save(1, ours.model, ours.optimizer, extra=RunsCode(tmp_path / "x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_whole_and_dense_tables_are_saved(tmp_path: Path) -> None:
+    setting = replace(SETTING, fused_tables=("t1",))
+    constraints = scratchpad_constraints(setting)
+    ours = trained(setting, constraints=constraints)
+    manager = CheckpointManager(tmp_path)
+    start = hold_back_writer(manager)
+    pending = manager.async_save(1, ours.model, ours.optimizer)
+    drain(ours.pipeline(), make_batches(SETTING)[30:])
+    start.set_result(None)
+    pending.result()
+    found = Trainer.scratchpipe(replace(setting, seed=5))
+    manager.load(found.model, found.optimizer)
+    assert_same_bits(trained(setting, constraints=constraints), found)

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Files of torch.distributed.checkpoint: written row block by row block, checksummed, and read without running code.
+
+What is written can be read by stock `torch.distributed.checkpoint.load`, and the other way round.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from torchrec_scratchpipe.errors import CheckpointMismatchError
+
+__all__ = [
+    "ChecksummedWriter",
+    "FileChecksums",
+    "Manifest",
+    "RowBlockSavePlanner",
+    "SafeLoadPlanner",
+    "SafeReader",
+    "checksums_of",
+]
+
+METADATA_FILE = ".metadata"
+MANIFEST_FILE = "scratchpipe.json"
+FORMAT_VERSION = 1
+BLOCK_BYTES = 32 * 1024 * 1024  # of rows, states included, that are copied at a time; some copies exist at once
+CHECKSUM_BYTES = 4 * 1024 * 1024  # of a file that one checksum is for
+
+
+class FileChecksums(NamedTuple):
+    """What a file must be."""
+
+    num_bytes: int
+    crc32: list[int]  # of each CHECKSUM_BYTES
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint consists of, beside the files that torch.distributed.checkpoint knows about."""
+
+    step: int
+    world_size: int
+    files: dict[str, FileChecksums]
+
+    def to_json(self) -> str:
+        """With a checksum of itself."""
+        body = {
+            "format": FORMAT_VERSION,
+            "step": self.step,
+            "world_size": self.world_size,
+            "files": {name: file._asdict() for name, file in sorted(self.files.items())},
+        }
+        return json.dumps({"crc32": _crc32_of_json(body), "checkpoint": body}, indent=1)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """From the directory of a checkpoint.
+
+        Args:
+            directory: Of one checkpoint.
+
+        Returns:
+            As it was written.
+
+        Raises:
+            CheckpointMismatchError: It is missing, damaged, or of a later version of this package.
+        """
+        path = directory / MANIFEST_FILE
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            body = whole["checkpoint"]
+            if whole["crc32"] != _crc32_of_json(body):
+                raise ValueError("its checksum differs")
+            if body["format"] != FORMAT_VERSION:
+                raise ValueError(f"its format is {body['format']}, this version reads {FORMAT_VERSION}")
+            files = {name: FileChecksums(**file) for name, file in body["files"].items()}
+            return cls(int(body["step"]), int(body["world_size"]), files)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointMismatchError(
+                f"{path}: cannot be read ({error}). Load another step, or read the tables with "
+                "torch.distributed.checkpoint, which does without this file and without checksums."
+            ) from error
+
+
+class RowBlockSavePlanner(DefaultSavePlanner):
+    """Saves large tensors in blocks of rows, so that no more than a few blocks are copied at once.
+
+    Blocks of tables and of their optimizer states take turns, rows ascending.
+
+    Args:
+        locate: The pool, part and first row that a tensor shows, if it is a view of a host table.
+        read: Copies some rows of such a tensor: pool, part, first row, last row.
+        row_bytes: Of a row of each pool, optimizer states included.
+    """
+
+    def __init__(
+        self,
+        locate: Callable[[Tensor], tuple[int, int, int] | None],
+        read: Callable[[int, int, int, int], Tensor],
+        row_bytes: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self._locate = locate
+        self._read = read
+        self._row_bytes = row_bytes
+        self._blocks: dict[MetadataIndex, _Block] = {}
+        self._detached: dict[MetadataIndex, Any] = {}
+
+    def detach(self, state_dict: dict[str, Any]) -> None:
+        """Copy everything that is no view of a host table; what is saved later is as it is now.
+
+        Args:
+            state_dict: What will be saved.
+        """
+        self.set_up_planner(state_dict, None, False)
+        for item in self.create_local_plan().items:
+            if item.type == WriteItemType.BYTE_IO or self._blocks[item.index].place is None:
+                data = self.resolve_data(item)
+                self._detached[item.index] = data.clone() if isinstance(data, Tensor) else data
+
+    def create_local_plan(self) -> SavePlan:
+        """As stock, cut into blocks of rows."""
+        plan = super().create_local_plan()
+        self._blocks = {}
+        blocks = [block for item in plan.items for block in self._cut(item)]
+        self.plan = dataclasses.replace(plan, items=sorted(blocks, key=self._order))
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """See stock's.
+
+        Args:
+            write_item: Of the plan.
+
+        Returns:
+            A tensor of its own, or bytes.
+        """
+        if write_item.index in self._detached:
+            data = self._detached[write_item.index]
+            return io.BytesIO(data.getvalue()) if isinstance(data, io.BytesIO) else data
+        block = self._blocks.get(write_item.index)
+        if block is None:
+            return super().resolve_data(write_item)
+        if block.place is not None:
+            pool, part, first_row = block.place
+            return self._read(pool, part, first_row, first_row + block.num_rows)
+        tensor = self.lookup_object(block.shard).detach()
+        return (tensor.narrow(0, block.first_row, block.num_rows) if tensor.dim() else tensor).cpu()
+
+    def _cut(self, item: WriteItem) -> list[WriteItem]:
+        if item.type == WriteItemType.BYTE_IO or item.tensor_data is None:
+            return [item]
+        tensor = self.lookup_object(item.index)
+        chunk = item.tensor_data.chunk
+        place = self._locate(tensor)
+        num_rows = tensor.shape[0] if tensor.dim() else 1
+        row_bytes = max(1, tensor.nbytes // max(1, num_rows)) if place is None else self._row_bytes[place[0]]
+        rows_per_block = max(1, BLOCK_BYTES // row_bytes)
+        items = []
+        for first in range(0, max(1, num_rows), rows_per_block):
+            count = min(rows_per_block, num_rows - first)
+            if tensor.dim():
+                offsets = torch.Size([chunk.offsets[0] + first, *chunk.offsets[1:]])
+                sizes = torch.Size([count, *chunk.sizes[1:]])
+            else:
+                offsets, sizes = chunk.offsets, chunk.sizes
+            index = dataclasses.replace(item.index, offset=offsets)
+            block_place = None if place is None else (place[0], place[1], place[2] + first)
+            self._blocks[index] = _Block(item.index, first, count, block_place)
+            data = dataclasses.replace(item.tensor_data, chunk=ChunkStorageMetadata(offsets, sizes))
+            items.append(dataclasses.replace(item, index=index, tensor_data=data))
+        return items
+
+    def _order(self, item: WriteItem) -> tuple[int, int, int]:
+        block = self._blocks.get(item.index)
+        if block is None or block.place is None:
+            return (-1, 0, 0)
+        pool, part, first_row = block.place
+        return (pool, first_row, part)
+
+
+class _Block(NamedTuple):
+    shard: MetadataIndex
+    first_row: int  # in the shard
+    num_rows: int
+    place: tuple[int, int, int] | None  # pool, part, row, if it lies in a host table
+
+
+class ChecksummedWriter(FileSystemWriter):
+    """One file per rank, with a checksum of every few megabytes; holds one block at a time.
+
+    Args:
+        path: The checkpoint's directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.files: dict[str, FileChecksums] = {}
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """See stock's, which keeps the last block of each tensor.
+
+        Args:
+            plan: This rank's.
+            planner: Gives the data.
+
+        Returns:
+            Where each item lies; done already.
+        """
+        name = f"{cast(Any, plan.storage_data).prefix}0.distcp"
+        results = []
+        with (Path(self.path) / name).open("wb") as file:
+            stream = _ChecksummedFile(file)
+            for item in plan.items:
+                first = stream.tell()
+                data = planner.resolve_data(item)
+                if isinstance(data, io.BytesIO):
+                    stream.write(data.getbuffer())
+                else:
+                    if data.untyped_storage().nbytes() != data.nbytes:  # torch.save writes the whole storage
+                        data = data.clone()
+                    torch.save(data, cast(IO[bytes], stream))
+                del data
+                length = stream.tell() - first
+                results.append(WriteResult(item.index, length, _StorageInfo(name, first, length)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.files[name] = stream.checksums()
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+class SafeReader(FileSystemReader):
+    """Reads what any FileSystemWriter wrote; of what a pickle may name, only what such metadata consist of.
+
+    Args:
+        path: The checkpoint's directory.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """See stock's, which runs whatever code the file names.
+
+        Args:
+            *args: As stock.
+            **kwargs: As stock.
+
+        Returns:
+            Stock's metadata.
+
+        Raises:
+            CheckpointMismatchError: The file is missing or damaged, or names anything else.
+        """
+        path = Path(self.path) / METADATA_FILE
+        try:
+            with path.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}")
+        except Exception as error:  # a damaged pickle raises almost anything
+            raise CheckpointMismatchError(
+                f"{path}: cannot be read as metadata of torch.distributed.checkpoint ({type(error).__name__}: {error}). "
+                "Load another step."
+            ) from error
+        if getattr(metadata, "storage_meta", None) is not None:
+            metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return metadata
+
+
+class SafeLoadPlanner(DefaultLoadPlanner):
+    """Stock's, which would run code that a value other than a tensor names."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """See stock's.
+
+        Args:
+            read_item: Of the plan.
+            value: What :func:`torch.save` wrote.
+
+        Raises:
+            CheckpointMismatchError: It is not plain data.
+        """
+        name = read_item.dest_index.fqn
+        try:
+            plain = torch.load(value, weights_only=True)
+        except Exception as error:
+            raise CheckpointMismatchError(
+                f"{name}: is not plain data ({type(error).__name__}), and reading it might run code. Leave it out of the "
+                "state that is saved, or load this checkpoint with torch.distributed.checkpoint if you trust it."
+            ) from error
+        super().load_bytes(read_item, _saved(plain))
+
+
+def checksums_of(path: Path) -> FileChecksums:
+    """Read a file and compute what it is; holds a few megabytes at a time.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its size and checksums.
+    """
+    checksums = []
+    with path.open("rb") as file:
+        while block := file.read(CHECKSUM_BYTES):
+            checksums.append(zlib.crc32(block))
+        return FileChecksums(file.tell(), checksums)
+
+
+class _ChecksummedFile:
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._num_bytes = 0
+        self._checksums = [0]
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        written = 0
+        while written < len(view):
+            room = CHECKSUM_BYTES * len(self._checksums) - self._num_bytes
+            if room == 0:
+                self._checksums.append(0)
+                continue
+            piece = view[written : written + room]
+            self._checksums[-1] = zlib.crc32(piece, self._checksums[-1])
+            self._num_bytes += len(piece)
+            written += len(piece)
+        return written
+
+    def tell(self) -> int:
+        return self._num_bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def checksums(self) -> FileChecksums:
+        return FileChecksums(self._num_bytes, self._checksums if self._num_bytes else [])
+
+
+_PLAIN_GLOBALS = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+}
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == _METADATA_MODULE and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == _METADATA_MODULE:
+                return found
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
+            return getattr(torch, name)
+        if (module, name) in _PLAIN_GLOBALS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which metadata do not consist of")
+
+
+def _saved(value: Any) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return stream
+
+
+def _crc32_of_json(body: Any) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A sharded model's tables as plain collections, for inference, quantization and export."""
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+
+from torchrec_scratchpipe.errors import ConfigError
+
+__all__ = ["to_stock"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def to_stock(module: nn.Module) -> Any:
+    """Make a plain model of a sharded one: every sharded collection becomes an unsharded one, all else is shared.
+
+    In a job of one process no table is copied, unless it is sharded by columns: weights are views of the sharded model's
+    tables. Rows that train later show after the next flush (`state_dict()`), as they do in `named_parameters()`. With several
+    processes, all call it, and rank 0 gets copies of whole tables, one after another.
+
+    Args:
+        module: A model of DistributedModelParallel, or a sharded collection, planned by any sharder.
+
+    Returns:
+        The model without its wrapper, or an EmbeddingBagCollection or EmbeddingCollection; None on ranks other than 0.
+
+    Raises:
+        ConfigError: A table's state is neither a plain tensor nor a ShardedTensor.
+    """
+    converted = _convert(get_unwrapped_module(module))
+    return converted if _rank() == 0 else None
+
+
+def _convert(module: nn.Module) -> nn.Module:
+    if isinstance(module, ShardedFeatureProcessedEmbeddingBagCollection):
+        bags = _convert(module._embedding_bag_collection)
+        return FeatureProcessedEmbeddingBagCollection(bags, get_unwrapped_module(module._feature_processors))
+    if isinstance(module, ShardedEmbeddingBagCollection):
+        collection = EmbeddingBagCollection(
+            tables=module._embedding_bag_configs, is_weighted=module._is_weighted, device=torch.device("meta")
+        )
+        _fill(collection.embedding_bags, module, "embedding_bags")
+        return collection
+    if isinstance(module, ShardedEmbeddingCollection):
+        sequences = EmbeddingCollection(
+            tables=module._embedding_configs, need_indices=module._need_indices, device=torch.device("meta")
+        )
+        _fill(sequences.embeddings, module, "embeddings")
+        return sequences
+    children = {name: child if child is None else _convert(child) for name, child in module._modules.items()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    return _with_children(module, children)
+
+
+def _with_children(module: M, children: dict[str, nn.Module | None]) -> M:
+    changed = copy.copy(module)
+    changed._modules = children
+    changed._parameters = dict(module._parameters)
+    changed._buffers = dict(module._buffers)
+    return changed
+
+
+def _fill(tables: nn.ModuleDict, sharded: nn.Module, prefix: str) -> None:
+    state = sharded.state_dict()
+    for name, table in tables.items():
+        weights = _whole(name, state[f"{prefix}.{name}.weight"])
+        if weights is not None:
+            table.weight = nn.Parameter(weights, requires_grad=weights.is_floating_point())
+
+
+def _whole(name: str, value: object) -> Tensor | None:
+    """A table's weights, shared if they lie in one piece here; None on ranks other than 0."""
+    if isinstance(value, ShardedTensor):
+        shards = value.local_shards()
+        size = value.metadata().size
+        if _num_ranks() == 1 and len(shards) == 1:
+            return shards[0].tensor.detach()
+        whole = torch.empty(size, dtype=value.metadata().tensor_properties.dtype) if _rank() == 0 else None
+        value.gather(dst=0, out=whole)
+        return whole
+    if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter):
+        return value.detach()
+    raise ConfigError(
+        f"table {name}: its state is a {type(value).__name__}, which cannot be gathered. Save a checkpoint, and load it into an "
+        "unsharded model with load_checkpoint()."
+    )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
