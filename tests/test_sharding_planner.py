@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One memory budget in, a plan out: what is charged is allocated, what is asked is honoured, what cannot be is explained."""
 
+import copy
 import time
 from collections import deque
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import CacheParams
+from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import (
     ConfigError,
@@ -34,6 +38,7 @@ from torchrec_scratchpipe import (
     zipf_working_sets,
 )
 from torchrec_scratchpipe.collection import PlannedBatches
+from torchrec_scratchpipe.working_set import table_configs
 
 GB = 1024**3
 SHARDERS = [ScratchPipeEmbeddingBagCollectionSharder()]
@@ -58,11 +63,9 @@ def assumed(model: EmbeddingBagCollection, world_size: int = 1, ids: int = 1024,
 def cpu_planner(working_sets: WorkingSets, num_bytes: int, **kwargs: Any) -> ScratchPipeShardingPlanner:
     return ScratchPipeShardingPlanner(
         topology=Topology(world_size=1, compute_device="cpu"),
-        batch_size=1024,
         working_sets=working_sets,
         scratchpad_bytes=num_bytes,
-        debug=False,
-        **kwargs,
+        **{"batch_size": 1024, "debug": False, **kwargs},
     )
 
 
@@ -179,6 +182,85 @@ def tensor_bytes(root: Any) -> int:
         elif type(item).__module__.startswith("torchrec_scratchpipe"):
             stack.append(vars(item))
     return sum(storages.values())
+
+
+class TwoCollections(nn.Module):
+    """Collections side by side; a batch has a KeyedJaggedTensor for each feature of either."""
+
+    def __init__(self, *collections: EmbeddingBagCollection) -> None:
+        super().__init__()
+        self.collections = nn.ModuleList(collections)
+
+    def forward(self, features: KeyedJaggedTensor) -> tuple[torch.Tensor, None]:
+        return sum((bags(features).values().sum() for bags in self.collections), torch.zeros(())), None
+
+
+def wide_bags(
+    names: tuple[str, ...],
+    dtypes: tuple[DataType, ...] = (),
+    poolings: tuple[PoolingType, ...] = (),
+    rows: int = 20_000,
+) -> EmbeddingBagCollection:
+    """Tables of 64 bytes a row."""
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=name,
+                num_embeddings=rows,
+                embedding_dim=32 if dtype is DataType.FP16 else 16,
+                feature_names=[name],
+                data_type=dtype,
+                pooling=pooling,
+            )
+            for name, dtype, pooling in zip_longest(names, dtypes, poolings)
+            for dtype, pooling in [(dtype or DataType.FP32, pooling or PoolingType.SUM)]
+        ],
+        device=torch.device("meta"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "constraints"),
+    [
+        (TwoCollections(wide_bags(("a", "b")), wide_bags(("c", "d"))), {}),
+        (TwoCollections(wide_bags(("a", "b"), poolings=(PoolingType.SUM, PoolingType.MEAN))), {}),
+        (TwoCollections(wide_bags(("a", "b", "c"), (DataType.FP32, DataType.FP16, DataType.FP32))), {}),
+        (TwoCollections(wide_bags(("a", "b", "c"))), {"a": ParameterConstraints(sharding_types=["row_wise"])}),
+        (TwoCollections(wide_bags(("a", "b"))), {"a": ParameterConstraints(stochastic_rounding=True)}),
+        (TwoCollections(wide_bags(("a", "b"))), {}),
+    ],
+    ids=["collections", "pooling", "data type", "sharding type", "fused_params", "all alike"],
+)
+def test_tables_are_planned_together_that_share_slots_and_miss_what_was_planned(
+    model: nn.Module, constraints: dict[str, ParameterConstraints]
+) -> None:
+    model = copy.deepcopy(model)
+    names = [config.name for config in table_configs(model)]
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(60):  # tables that are used unlike each other take room from each other
+        ids = [(rng.random(300) ** (1 + 3 * index) * 20_000).astype(np.int64) for index in range(len(names))]
+        lengths = torch.ones(300 * len(names), dtype=torch.int32)
+        batches.append(KeyedJaggedTensor(keys=names, values=torch.from_numpy(np.concatenate(ids)), lengths=lengths))
+    working_sets = measure_working_set(batches, model)
+    planner = cpu_planner(working_sets, 350_000 * len(names), batch_size=300, constraints=constraints)
+    plan = planner.plan(model, SHARDERS)
+    assert planner.report is not None
+    assert set(kernels(plan).values()) == {"fused_uvm_caching"}
+    planned: dict[Any, set[str]] = {}
+    for table in planner.report.tables:
+        for shard in table.sized.table.shards:
+            planned.setdefault(shard.pool, set()).add(table.name)
+    sharded = DistributedModelParallel(model, device=CPU, plan=plan, sharders=SHARDERS)
+    pipeline = ScratchPipeTrainPipeline(sharded, CombinedOptimizer([sharded.fused_optimizer]), CPU, lookahead=2)
+    drain(pipeline, batches[:30])
+    before = scratchpad_stats(sharded)
+    assert sorted(map(sorted, planned.values())) == sorted(sorted(pool.table_names) for pool in before)
+    drain(pipeline, batches[30:])
+    counted = sum(pool.num_unique_misses for pool in scratchpad_stats(sharded)) - sum(
+        pool.num_unique_misses for pool in before
+    )
+    assert sum(table.num_misses for table in planner.report.tables) == pytest.approx(counted / 30, rel=0.06)
 
 
 def test_constraints_are_honoured() -> None:

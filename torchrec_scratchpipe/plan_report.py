@@ -2,7 +2,7 @@
 """Explains a sharding plan: what each table gets, what it will miss, and what each rank's memory holds."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from torchrec_scratchpipe.reuse import misses_of_pool
@@ -121,19 +121,21 @@ def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableR
     misses = {sized.table.name: 0.0 for sized, _ in tables}
     bus_bytes = dict.fromkeys(misses, 0.0)
     bus_bytes_of_rank: dict[int, float] = {}
-    pools: dict[tuple[int, int], list[tuple[SizedTable, ShardToSize]]] = {}
+    pools: dict[tuple[int, Hashable], list[tuple[SizedTable, ShardToSize]]] = {}
     for sized, _ in tables:
         for shard in sized.table.shards:
             if not sized.is_whole:
-                pools.setdefault((shard.rank, shard.demand.row_bytes), []).append((sized, shard))
+                pools.setdefault((shard.rank, shard.pool), []).append((sized, shard))
     known: dict[tuple[tuple[str, float], ...], list[float]] = {}
-    for (rank, row_bytes), members in pools.items():
+    for (rank, _), members in pools.items():
         key = tuple((sized.table.name, round(shard.share, 9)) for sized, shard in members)
         if key not in known:
             known[key] = _misses_of(members)
-        for (sized, _), missed in zip(members, known[key], strict=True):
+        for (sized, shard), missed in zip(members, known[key], strict=True):
             misses[sized.table.name] += missed
-            moved = 2 * missed * row_bytes  # once the scratchpad is full, a victim goes for each row that comes
+            moved = (
+                2 * missed * shard.demand.row_bytes
+            )  # once the scratchpad is full, a victim goes for each row that comes
             bus_bytes[sized.table.name] += moved
             bus_bytes_of_rank[rank] = bus_bytes_of_rank.get(rank, 0.0) + moved
     reports = []

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
+from torchrec.distributed.embedding_sharding import USE_ONE_TBE_PER_TABLE
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -27,6 +28,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL
@@ -295,6 +297,8 @@ class _Sizer:
         self._reuses = {name: working_set.reuse.scaled(num_steps) for name, working_set in working_sets.items()}
         self._row_wise: set[str] = set()
         self._optimizers: dict[str, EmbOptimType] = {}
+        self._fused_params: dict[str, Mapping[str, Any]] = {}  # of each table's sharder
+        self._configs: dict[str, BaseEmbeddingConfig] = {}
         self.lookahead = working_sets.lookahead
         self.shortage: Floats | None = None
         self._share_of_batch = 1.0
@@ -325,7 +329,7 @@ class _Sizer:
         Raises:
             MeasurementError: They are others.
         """
-        configs = {config.name: config for config in table_configs(module)}
+        configs = self._configs = {config.name: config for config in table_configs(module)}
         for name, reuse in self._reuses.items():
             if name not in configs:
                 raise MeasurementError(
@@ -356,7 +360,8 @@ class _Sizer:
         for option in options:
             classes = getattr(option.tensor, "_optimizer_classes", None)
             sharder = by_module.get(type(option.module[1]))
-            given = (getattr(sharder, "fused_params", None) or {}).get("optimizer", EmbOptimType.EXACT_SGD)
+            self._fused_params[option.name] = getattr(sharder, "fused_params", None) or {}
+            given = self._fused_params[option.name].get("optimizer", EmbOptimType.EXACT_SGD)
             kind = optimizer_type_to_emb_opt_type(classes[0]) if classes else given
             self._optimizers[option.name] = kind if kind in OPTIMIZER_STATES else EmbOptimType.EXACT_SGD
 
@@ -470,7 +475,8 @@ class _Sizer:
 
     def _table_to_size(self, option: ShardingOption) -> TableToSize:
         reuse, choice = self._reuses[option.name], self.choice(option.name)
-        shards = tuple(self._shard_to_size(option, index, reuse) for index in range(len(option.shards)))
+        group = self._kernel_group(option)
+        shards = tuple(self._shard_to_size(option, index, reuse, group) for index in range(len(option.shards)))
         smallest_share = min(shard.share for shard in shards if shard.share > 0)
         window = reuse.window(self.lookahead + 1).max
         if smallest_share < 1.0:
@@ -500,7 +506,7 @@ class _Sizer:
             )
         return num_slots
 
-    def _shard_to_size(self, option: ShardingOption, index: int, reuse: Reuse) -> ShardToSize:
+    def _shard_to_size(self, option: ShardingOption, index: int, reuse: Reuse, group: Hashable) -> ShardToSize:
         num_rows, num_cols = option.shards[index].size
         share = num_rows / reuse.num_rows
         states = OPTIMIZER_STATES[self._optimizers[option.name]]
@@ -525,6 +531,29 @@ class _Sizer:
                 is_cpu=self._is_cpu,
                 output_bytes=output_bytes * option.num_inputs,
             ),
+            pool=(num_cols, group),
+        )
+
+    def _kernel_group(self, option: ShardingOption) -> Hashable:
+        """Tables that agree in this get one kernel of TorchRec; those of equal width then share slots.
+
+        Source:
+            torchrec `group_tables` and `add_params_from_parameter_sharding` (1.8.0).
+        """
+        config, cache = self._configs[option.name], option.cache_params or CacheParams()
+        params = {**self._fused_params[option.name], **getattr(option.tensor, "_optimizer_kwargs", [{}])[0]}
+        return (
+            option.path,
+            option.sharding_type,
+            config.data_type,
+            getattr(config, "pooling", None),
+            getattr(config, "stash_weights", False),
+            option.has_feature_processor,
+            self._optimizers[option.name],
+            repr(sorted(params.items(), key=lambda item: item[0])),
+            option.name if params.get(USE_ONE_TBE_PER_TABLE) else None,
+            (cache.algorithm, cache.reserved_memory, cache.precision, repr(cache.multipass_prefetch_config)),
+            (option.enforce_hbm, option.stochastic_rounding, option.bounds_check_mode, option.output_dtype),
         )
 
     def _set_storage(self, option: ShardingOption, sized: SizedTable) -> None:

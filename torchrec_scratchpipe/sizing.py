@@ -9,7 +9,7 @@ most misses; the last step of a table is to be kept whole, which costs no map an
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ class ShardToSize:
     rank: int
     share: float  # of the table's slots that lie here: its share of the rows
     demand: PoolDemand
+    pool: Hashable = None  # shards of a rank that agree in it share slots
 
 
 @dataclass(frozen=True)
