@@ -413,6 +413,19 @@ def test_bad_traces_are_refused() -> None:
         measure_working_set(batches[:1], [config])
 
 
+def test_tables_of_one_name_in_two_places_are_refused() -> None:
+    model = TwoCollections(wide_bags(("a", "b")), wide_bags(("b", "c")))
+    with pytest.raises(
+        MeasurementError, match=r"table b is in collections\.0 and in collections\.1.*Rename one of them"
+    ):
+        measure_working_set([], model)
+    config = EmbeddingBagConfig(name="t9", num_embeddings=9, embedding_dim=4, feature_names=["f9"])
+    with pytest.raises(MeasurementError, match=r"table t9 is in config 0 and in config 1"):
+        zipf_working_sets([config, config], {"t9": 10}, 1.05)
+    shared = wide_bags(("a",))
+    assert [config.name for config in table_configs(TwoCollections(shared, shared))] == ["a"]
+
+
 def test_a_measurement_survives_a_file(tmp_path: Path) -> None:
     setting = Setting(num_rows=(3000, 150, 3), batch_size=200, num_batches=60)
     measured = measure_working_set(make_batches(setting), TinyModel(setting), num_batches_seen_ahead=4)

@@ -270,7 +270,7 @@ def zipf_working_sets(
                     num_batches_seen_ahead,
                 ),
             )
-            for table in tables
+            for table in table_configs(tables)
         ),
         world_size,
     )
@@ -286,22 +286,43 @@ def table_configs(module_or_tables: nn.Module | Sequence[BaseEmbeddingConfig]) -
         One per table.
 
     Raises:
-        MeasurementError: There is none.
+        MeasurementError: There is none, or there are two of one name.
     """
-    configs: list[BaseEmbeddingConfig] = []
     if isinstance(module_or_tables, nn.Module):
-        for module in module_or_tables.modules():
-            if isinstance(module, EmbeddingBagCollectionInterface):
-                configs.extend(module.embedding_bag_configs())
-            elif isinstance(module, EmbeddingCollectionInterface):
-                configs.extend(module.embedding_configs())
+        placed = _placed_configs(module_or_tables)
     else:
-        configs.extend(module_or_tables)
-    if not configs:
+        placed = [(f"config {index}", config) for index, config in enumerate(module_or_tables)]
+    if not placed:
         raise MeasurementError(
             "no embedding table was given. Give a model before it is sharded, or the configs of its tables."
         )
-    return configs
+    places: dict[str, str] = {}
+    for place, config in placed:
+        if config.name in places:
+            raise MeasurementError(
+                f"table {config.name} is in {places[config.name]} and in {place}, and measurements, constraints and plans "
+                "are kept by table name. Rename one of them."
+            )
+        places[config.name] = place
+    return [config for _, config in placed]
+
+
+def _placed_configs(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
+    """With the path of their collection; what a collection is made of is not looked at."""
+    placed: list[tuple[str, BaseEmbeddingConfig]] = []
+    prefixes: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(prefix) for prefix in prefixes):
+            continue
+        if isinstance(module, EmbeddingBagCollectionInterface):
+            configs: Sequence[BaseEmbeddingConfig] = module.embedding_bag_configs()
+        elif isinstance(module, EmbeddingCollectionInterface):
+            configs = module.embedding_configs()
+        else:
+            continue
+        prefixes.append(f"{path}." if path else "")
+        placed.extend((path or "the model itself", config) for config in configs)
+    return placed
 
 
 def _features_of(batch: Any) -> KeyedJaggedTensor:
