@@ -2,6 +2,7 @@
 """One memory budget in, a plan out: what is charged is allocated, what is asked is honoured, what cannot be is explained."""
 
 import copy
+import json
 import time
 from collections import deque
 from itertools import zip_longest
@@ -14,6 +15,7 @@ import torch
 from helpers import CPU, Setting, TinyModel, drain, is_embedding, make_batches
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.embedding_types import ShardingType
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -122,7 +124,7 @@ def test_what_is_charged_is_allocated(
     tables = [parameter for name, parameter in model.named_parameters() if is_embedding(name)]
     apply_optimizer_in_backward(optimizer, tables, {"lr": 0.1})
     working_sets = measure_working_set(batches, model, num_batches_seen_ahead=ahead)
-    planner = cpu_planner(working_sets, 1_600_000 if optimizer is torch.optim.SGD else 2_400_000)
+    planner = cpu_planner(working_sets, 1_600_000 if optimizer is torch.optim.SGD else 2_400_000, batch_size=256)
     plan = planner.plan(model, SHARDERS)
     assert planner.report is not None
     sharded = DistributedModelParallel(model, device=CPU, plan=plan, sharders=SHARDERS)
@@ -342,7 +344,7 @@ def test_too_little_host_memory_is_said() -> None:
     topology = Topology(world_size=1, compute_device="cuda")
     topology.devices[0].storage.ddr = 0  # TorchRec 1.6.1 takes a ddr_cap of 0 for the default
     with pytest.raises(ConfigError, match="the topology has no host memory"):
-        ScratchPipeShardingPlanner(topology=topology, working_sets=assumed(model))
+        ScratchPipeShardingPlanner(topology=topology, batch_size=1024, working_sets=assumed(model))
 
 
 def test_statistics_of_other_tables_are_refused() -> None:
@@ -388,7 +390,7 @@ def test_missing_budget_and_missing_measurement_are_refused() -> None:
     with pytest.raises(ConfigError, match="scratchpad_bytes needs working_sets"):
         ScratchPipeShardingPlanner(topology=topology, scratchpad_bytes=1)
     with pytest.raises(ConfigError, match="need scratchpad_bytes"):
-        ScratchPipeShardingPlanner(topology=topology, working_sets=assumed(bags()))
+        ScratchPipeShardingPlanner(topology=topology, batch_size=1024, working_sets=assumed(bags()))
     with pytest.raises(ConfigError, match="lookahead is 0"):
         cpu_planner(assumed(bags()), 10**6, lookahead=0)
 
@@ -424,6 +426,204 @@ def test_tables_of_one_name_in_two_places_are_refused() -> None:
         zipf_working_sets([config, config], {"t9": 10}, 1.05)
     shared = wide_bags(("a",))
     assert [config.name for config in table_configs(TwoCollections(shared, shared))] == ["a"]
+
+
+def small_batch(ids: list[Any] | None = None, dtype: torch.dtype = torch.int64) -> KeyedJaggedTensor:
+    values = torch.tensor([1, 2, 3] if ids is None else ids, dtype=dtype)
+    return KeyedJaggedTensor(keys=["f0"], values=values, lengths=torch.ones(values.numel(), dtype=torch.int32))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lookahead": 0}, "lookahead is 0, it must be an integer of at least 1"),
+        ({"lookahead": 1.5}, "lookahead is 1.5"),
+        ({"lookahead": "2"}, "lookahead is '2'"),
+        ({"lookahead": NAN}, "lookahead is nan"),
+        ({"lookahead": True}, "lookahead is True"),
+        ({"num_batches_seen_ahead": -1}, r"num_batches_seen_ahead is -1, it must be an integer in \[0, 20\)"),
+        ({"num_batches_seen_ahead": 20}, "num_batches_seen_ahead is 20"),
+        ({"num_batches_seen_ahead": NAN}, "num_batches_seen_ahead is nan"),
+        ({"world_size": 0}, "world_size is 0"),
+        ({"world_size": 1.0}, "world_size is 1.0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    tables = bags(SIZES[:1]).embedding_bag_configs()
+    with pytest.raises(ConfigError, match=message):
+        measure_working_set([small_batch()], tables, **settings)
+    with pytest.raises(ConfigError, match=message):
+        zipf_working_sets(tables, {"t0": 100}, 1.05, **settings)
+
+
+@pytest.mark.parametrize("max_batches", [0, -1, 1.5])
+def test_a_measurement_of_no_batches_is_refused(max_batches: Any) -> None:
+    with pytest.raises(ConfigError, match=f"max_batches is {max_batches}, it must be an integer of at least 1"):
+        measure_working_set([small_batch()], bags(SIZES[:1]).embedding_bag_configs(), max_batches=max_batches)
+
+
+@pytest.mark.parametrize("number", [NAN, INF, -1.0, "3", None])
+def test_assumptions_that_make_no_sense_are_refused(number: Any) -> None:
+    tables = bags(SIZES[:1]).embedding_bag_configs()
+    with pytest.raises(ConfigError, match=f"table t0: ids_per_batch is {number!r}, it must be a finite number"):
+        zipf_working_sets(tables, {"t0": number}, 1.05)
+    with pytest.raises(ConfigError, match=f"exponent is {number!r}, it must be a finite number"):
+        zipf_working_sets(tables, {"t0": 10}, number)
+
+
+@pytest.mark.parametrize(
+    ("ids", "dtype"), [([1.0], torch.float32), ([True], torch.bool), ([1.0], torch.complex64)], ids=str
+)
+def test_ids_that_are_no_integers_are_refused(ids: list[Any], dtype: torch.dtype) -> None:
+    with pytest.raises(MeasurementError, match=f"feature f0: ids are {dtype}, expected integers"):
+        measure_working_set([small_batch(ids, dtype)], bags(SIZES[:1]).embedding_bag_configs())
+
+
+def test_ids_beyond_int64_are_reported_as_they_are() -> None:
+    batch = small_batch([2**63 + 5], torch.uint64)
+    with pytest.raises(IdOutOfRangeError, match="table t0, feature f0: id 9223372036854775813 is not in"):
+        measure_working_set([batch], bags(SIZES[:1]).embedding_bag_configs())
+
+
+@pytest.mark.parametrize("num_bytes", [NAN, INF, -1, "1000000", True])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(num_bytes: Any) -> None:
+    with pytest.raises(ConfigError, match=f"scratchpad_bytes is {num_bytes!r}, it must be a finite number"):
+        cpu_planner(assumed(bags()), num_bytes)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1.5, "2", NAN])
+def test_a_planner_with_a_lookahead_that_makes_no_sense_is_refused(lookahead: Any) -> None:
+    with pytest.raises(ConfigError, match=f"lookahead is {lookahead!r}, it must be an integer of at least 1"):
+        cpu_planner(assumed(bags()), 10**6, lookahead=lookahead)
+
+
+@pytest.mark.parametrize("batch_size", [-1, 0, 1.5, "7"])
+def test_a_planner_with_a_batch_size_that_makes_no_sense_is_refused(batch_size: Any) -> None:
+    with pytest.raises(ConfigError, match=f"batch_size is {batch_size!r}, it must be an integer of at least 1"):
+        cpu_planner(assumed(bags()), 10**6, batch_size=batch_size)
+
+
+def test_a_missing_batch_size_is_that_of_the_measurement_or_asked_for() -> None:
+    model = bags()
+    with pytest.raises(ConfigError, match="batch_size is missing, and working_sets do not know theirs"):
+        cpu_planner(assumed(model), 10**6, batch_size=None)
+    planner = cpu_planner(assumed(model, batch_size=512), 1_500_000, batch_size=None)
+    planner.plan(model, SHARDERS)
+    assert planner.report is not None
+    assert planner.report.batch_size == 512
+
+
+def test_a_measurement_of_another_batch_size_is_refused(tmp_path: Path) -> None:
+    setting = Setting(num_rows=(3000, 150, 3), batch_size=100, num_batches=20)
+    measured = measure_working_set(make_batches(setting), TinyModel(setting))
+    measured.save(tmp_path / "sets.json")
+    loaded = WorkingSets.load(tmp_path / "sets.json")
+    assert loaded.batch_size == measured.batch_size == 100
+    with pytest.raises(
+        MeasurementError, match=r"working_sets are of batches of 100 samples .* batch_size is 100,000\. Measure"
+    ):
+        cpu_planner(loaded, 10**6, batch_size=100_000)
+    cpu_planner(loaded, 10**6, batch_size=100)
+
+
+def test_a_measurement_of_an_older_version_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assumed(bags(), batch_size=1024).save(tmp_path / "sets.json")
+    content = json.loads((tmp_path / "sets.json").read_text())
+    del content["batch_size"]
+    (tmp_path / "sets.json").write_text(json.dumps(content))
+    loaded = WorkingSets.load(tmp_path / "sets.json")
+    assert loaded.batch_size is None
+    cpu_planner(loaded, 10**6)
+    assert "do not say of which batch size they are" in caplog.text
+
+
+def test_samples_are_counted_where_features_bring_fewer_bags() -> None:
+    setting = Setting(num_rows=(3000, 150, 3), batch_size=50, num_batches=5, is_vbe=True)
+    assert measure_working_set(make_batches(setting), TinyModel(setting)).batch_size == 50
+
+
+def test_a_working_set_of_nothing_is_refused() -> None:
+    with pytest.raises(MeasurementError, match="WorkingSets got no table"):
+        WorkingSets([])
+    tables = bags(SIZES[:2]).embedding_bag_configs()
+    with pytest.raises(ConfigError, match=r"table t1: ids_per_batch does not name it, it names t0\."):
+        zipf_working_sets(tables, {"t0": 100}, 1.05)
+    with pytest.raises(MeasurementError, match="get_features gave a NoneType"):
+        measure_working_set([small_batch()], tables, get_features=lambda batch: None)  # type: ignore[arg-type,return-value]
+
+
+def test_working_sets_that_were_measured_apart_are_refused() -> None:
+    tables = bags(SIZES[:2]).embedding_bag_configs()
+    first = zipf_working_sets(tables, {"t0": 100, "t1": 100}, 1.05, lookahead=2)
+    second = zipf_working_sets(tables, {"t0": 100, "t1": 100}, 1.05, lookahead=3)
+    with pytest.raises(MeasurementError, match="table t1 was not measured together with table t0"):
+        WorkingSets([first["t0"], second["t1"]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table, _: table.update(num_ids=NAN), "num_ids is nan"),
+        (lambda table, _: table.update(num_ids="many"), "num_ids is 'many'"),
+        (lambda table, _: table.update(num_rows="40000"), "num_rows is '40000'"),
+        (lambda table, _: table.update(lookahead="2"), "lookahead is '2'"),
+        (lambda table, _: table.update(lookahead=3), "not measured together"),
+        (lambda table, _: table.update(num_batches_seen_ahead=20), "num_batches_seen_ahead is 20"),
+        (lambda table, _: table.update(windows=[]), "windows"),
+        (lambda table, _: table.update(windows=[[2, 1, 1, 1]]), "windows"),
+        (lambda table, _: table.update(windows=[[1, 1, 1]]), "windows"),
+        (lambda table, _: table.update(windows=[[1, NAN, 1, 1]]), "windows"),
+        (lambda table, _: table.update(bin_sizes=[]), "bin_sizes"),
+        (lambda table, _: table.update(bin_sizes=[0.0]), "bin_sizes"),
+        (lambda table, _: table.update(first_uses=[1.0, 2.0, 3.0]), "first_uses"),
+        (lambda table, _: table["curves"].pop("lru"), "curves"),
+        (lambda table, _: table["curves"]["ours"].update(kept=[[1.0]]), "curve ours"),
+        (lambda table, _: table["curves"]["ours"]["missed"][0].__setitem__(0, NAN), "curve ours"),
+        (lambda _, content: content.update(world_size=0), "world_size is 0"),
+        (lambda _, content: content.update(world_size="1"), "world_size is '1'"),
+        (lambda _, content: content.update(batch_size=0), "batch_size is 0"),
+        (lambda _, content: content.update(tables=[1]), "not a measurement"),
+    ],
+)
+def test_files_that_were_edited_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "edited.json"
+    assumed(bags(SIZES[:2])).save(path)
+    content = json.loads(path.read_text())
+    change(content["tables"]["t1"], content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(MeasurementError, match=message) as error:
+        WorkingSets.load(path)
+    assert str(path) in str(error.value)
+    assert str(error.value).endswith("Measure anew.")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (ParameterConstraints(cache_params=CacheParams(load_factor=NAN)), "load_factor is nan"),
+        (ParameterConstraints(cache_params=CacheParams(load_factor=1.5)), "load_factor is 1.5"),
+        (ParameterConstraints(compute_kernels=["fused_uvm_cashing"]), "compute_kernels has 'fused_uvm_cashing'"),
+        (ParameterConstraints(compute_kernels="fused"), "compute_kernels is 'fused'"),  # type: ignore[arg-type]
+        (ParameterConstraints(sharding_types=["rowwise"]), "sharding_types has 'rowwise'"),
+        (ParameterConstraints(sharding_types=[ShardingType.ROW_WISE]), "sharding_types has <ShardingType"),  # type: ignore[list-item]
+    ],
+)
+def test_constraints_that_mean_nothing_are_refused(constraint: ParameterConstraints, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"table t0: .*{message}|table t0: {message}"):
+        cpu_planner(assumed(bags()), 10**6, constraints={"t0": constraint})
+    with pytest.raises(ConfigError, match=message):
+        ScratchPipeShardingPlanner(constraints={"t0": constraint})
+
+
+def test_no_device_memory_and_no_sharder_are_said() -> None:
+    model = bags()
+    with pytest.raises(ConfigError, match=r"the topology has no device memory.*Set its hbm_cap"):
+        cuda_planner(assumed(model), 0.0)
+    with pytest.raises(ConfigError, match=r"sharders have none for .*EmbeddingBagCollection.*Give"):
+        cuda_planner(assumed(model), 1.0).plan(model, [])
 
 
 def test_a_measurement_survives_a_file(tmp_path: Path) -> None:

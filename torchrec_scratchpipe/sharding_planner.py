@@ -37,7 +37,7 @@ from torchrec_scratchpipe.options import MIN_SLOTS_PER_TABLE, OPTIMIZER_STATES, 
 from torchrec_scratchpipe.plan_report import PlanReport, RankReport, device_bytes_of, table_reports
 from torchrec_scratchpipe.reuse import Floats, Reuse
 from torchrec_scratchpipe.sizing import ShardToSize, SizedTable, TableToSize, size_tables
-from torchrec_scratchpipe.working_set import WorkingSets, table_configs
+from torchrec_scratchpipe.working_set import WorkingSets, check_count, check_number, has_tables, table_configs
 
 __all__ = ["ScratchPipeShardingPlanner"]
 
@@ -68,7 +68,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
 
     Args:
         topology: As stock. Its `hbm_cap`, less the storage reservation, is the budget of each rank.
-        batch_size: As stock.
+        batch_size: As stock; with working sets theirs, which is the default.
         constraints: As stock.
         callbacks: As stock; they run before scratchpads are sized and get their final kernel name.
         working_sets: What the batches use; see :func:`measure_working_set`.
@@ -79,8 +79,8 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         **kwargs: Everything else stock takes, except `enumerator` where this planner needs its own.
 
     Raises:
-        ConfigError: Constraints contradict each other or cannot be served, or a setting is missing.
-        MeasurementError: In :meth:`plan`: working sets are missing, or are those of other tables.
+        ConfigError: Constraints contradict each other or cannot be served, or a setting is missing or makes no sense.
+        MeasurementError: Working sets are of another batch size; or, in :meth:`plan`, missing, or those of other tables.
         PlannerError: In :meth:`plan`, before anything is allocated: the budget is too small; says what would do.
     """
 
@@ -96,10 +96,17 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         scratchpad_bytes: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if batch_size is not None:
+            check_count("batch_size", batch_size, 1)
+        if scratchpad_bytes is not None:
+            check_number("scratchpad_bytes", scratchpad_bytes)
+        if lookahead is not None:
+            check_count("lookahead", lookahead, 1)
         choices = {name: _choice_of(name, constraint) for name, constraint in (constraints or {}).items()}
         if working_sets is not None:  # stock passes over what contradicts itself
             for name, constraint in (constraints or {}).items():
                 _check_choice(name, constraint)
+            batch_size = _batch_size_of(working_sets, batch_size)
         super().__init__(
             topology=topology,
             batch_size=batch_size,
@@ -131,11 +138,11 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
             raise ConfigError(
                 "working_sets on a CPU need scratchpad_bytes, the RAM that a rank's scratchpads may take."
             )
+        if not is_cpu and min(device.storage.hbm for device in self._topology.devices) <= 0:
+            raise ConfigError("the topology has no device memory, which is the budget. Set its hbm_cap.")
         if min(device.storage.ddr for device in self._topology.devices) <= 0:
             raise ConfigError("the topology has no host memory, where scratchpad tables live. Set its ddr_cap.")
         self._lookaheads = [lookahead] if lookahead is not None else _lookaheads_to_try(working_sets.lookahead)
-        if self._lookaheads[0] < 1:
-            raise ConfigError(f"lookahead is {lookahead}, it must be at least 1: the batch after the one that trains.")
         self._sizer = _Sizer(self._topology, choices, working_sets, scratchpad_bytes)
         self._enumerator = _SizingEnumerator(self._sizer, **self._enumerator_arguments())
 
@@ -647,7 +654,14 @@ class _SizingEnumerator(EmbeddingEnumerator):
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """As stock."""
         self._sharders = sharders
-        return super().enumerate(module, sharders)
+        options = super().enumerate(module, sharders)
+        if not options:
+            kinds = sorted({type(part).__name__ for part in module.modules() if has_tables(part)})
+            raise ConfigError(
+                f"sharders have none for {', '.join(kinds)}, where the tables are. Give "
+                "ScratchPipeEmbeddingBagCollectionSharder() or ScratchPipeEmbeddingCollectionSharder()."
+            )
+        return options
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """As stock, but for the storage of tables that are sized."""
@@ -676,7 +690,9 @@ def _choice_of(name: str, constraint: ParameterConstraints) -> _Choice:
     kernels, sharding_types = constraint.compute_kernels or [], constraint.sharding_types or []
     load_factor = constraint.cache_params.load_factor if constraint.cache_params is not None else None
     may_have_slots = SCRATCHPAD in kernels if kernels else sharding_types != [ShardingType.DATA_PARALLEL.value]
-    if load_factor is not None and SCRATCHPAD in kernels:
+    _check_words(name, "compute_kernels", kernels, [kernel.value for kernel in EmbeddingComputeKernel])
+    _check_words(name, "sharding_types", sharding_types, [kind.value for kind in ShardingType])
+    if load_factor is not None:
         check_load_factor(name, load_factor)
     return _Choice(
         load_factor=load_factor if may_have_slots else None,
@@ -685,6 +701,32 @@ def _choice_of(name: str, constraint: ParameterConstraints) -> _Choice:
         has_kernels=bool(kernels),
         has_sharding_types=bool(sharding_types),
     )
+
+
+def _check_words(table_name: str, setting: str, words: Any, known: Sequence[str]) -> None:
+    """Stock passes over words that it does not know, and then finds nothing to choose from."""
+    if isinstance(words, str):
+        raise ConfigError(f"table {table_name}: {setting} is {words!r}, it must be a list. Write [{words!r}].")
+    for word in words:
+        if word not in known:
+            raise ConfigError(f"table {table_name}: {setting} has {word!r}. Use of {', '.join(known)}.")
+
+
+def _batch_size_of(working_sets: WorkingSets, batch_size: int | None) -> int:
+    """The job's batch size, which must be the measurement's: what batches share cannot be scaled far."""
+    measured = working_sets.batch_size
+    if batch_size is None and measured is None:
+        raise ConfigError(
+            "batch_size is missing, and working_sets do not know theirs. Set it to a rank's samples per step."
+        )
+    if measured is None:
+        logger.warning("working_sets do not say of which batch size they are; it is taken to be %s", batch_size)
+    elif batch_size is not None and batch_size != measured:
+        raise MeasurementError(
+            f"working_sets are of batches of {measured:,} samples a rank, batch_size is {batch_size:,}. Measure batches of "
+            "that size, or set batch_size to that of the measurement."
+        )
+    return batch_size or measured or 0
 
 
 def _check_choice(name: str, constraint: ParameterConstraints) -> None:

@@ -6,6 +6,7 @@ Shapes: ``I`` ids, ``B`` bins of batches, ``P`` pressures.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,21 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.errors import IdOutOfRangeError, MeasurementError
+from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, MeasurementError
+from torchrec_scratchpipe.eviction import WINDOW_BITS
 from torchrec_scratchpipe.popularity import zipf_reuse
-from torchrec_scratchpipe.reuse import Curve, Reuse, ReuseMeter, Window, misses_of_pool
+from torchrec_scratchpipe.reuse import Curve, Floats, Reuse, ReuseMeter, Window, misses_of_pool
 
-__all__ = ["WorkingSet", "WorkingSets", "measure_working_set", "table_configs", "zipf_working_sets"]
+__all__ = [
+    "WorkingSet",
+    "WorkingSets",
+    "check_count",
+    "check_number",
+    "has_tables",
+    "measure_working_set",
+    "table_configs",
+    "zipf_working_sets",
+]
 
 FORMAT = "torchrec_scratchpipe working sets 1"
 
@@ -99,12 +110,26 @@ class WorkingSets(Mapping[str, WorkingSet]):
     Args:
         sets: One per table.
         world_size: How many ranks' batches make one of those that were counted.
+        batch_size: Samples in one rank's batch; None where nobody knows.
+
+    Raises:
+        MeasurementError: There is no table, or tables were measured apart.
     """
 
-    def __init__(self, sets: Iterable[WorkingSet], world_size: int = 1) -> None:
+    def __init__(self, sets: Iterable[WorkingSet], world_size: int = 1, batch_size: int | None = None) -> None:
         self._sets = {working_set.table_name: working_set for working_set in sets}
         self.world_size = world_size
-        reuse = next(iter(self._sets.values())).reuse
+        self.batch_size = batch_size
+        if not self._sets:
+            raise MeasurementError("WorkingSets got no table. Give at least one WorkingSet.")
+        first = next(iter(self._sets.values()))
+        for other in self._sets.values():
+            if _what_must_agree(other.reuse) != _what_must_agree(first.reuse):
+                raise MeasurementError(
+                    f"table {other.table_name} was not measured together with table {first.table_name}: lookahead, batches "
+                    "seen ahead or number of batches differ. Measure all tables at once."
+                )
+        reuse = first.reuse
         self.lookahead = reuse.lookahead
         self.num_batches_seen_ahead = reuse.num_batches_seen_ahead
         self.num_batches = reuse.num_batches
@@ -145,6 +170,7 @@ class WorkingSets(Mapping[str, WorkingSet]):
         content = {
             "format": FORMAT,
             "world_size": self.world_size,
+            "batch_size": self.batch_size,
             "tables": {name: _to_json(working_set.reuse) for name, working_set in self.items()},
         }
         target = Path(path)
@@ -169,18 +195,17 @@ class WorkingSets(Mapping[str, WorkingSet]):
         try:
             content = json.loads(Path(path).read_text())
             if content["format"] != FORMAT:
-                raise MeasurementError(
-                    f"{path}: the format is {content['format']!r}, expected {FORMAT!r}. Measure anew."
-                )
+                raise MeasurementError(f"the format is {content['format']!r}, expected {FORMAT!r}")
             sets = [WorkingSet(name, _from_json(reuse)) for name, reuse in content["tables"].items()]
-            return cls(sets, int(content["world_size"]))
+            batch_size = content.get("batch_size")  # older files have none
+            if batch_size is not None:
+                check_count("batch_size", batch_size, 1)
+            return cls(sets, check_count("world_size", content["world_size"], 1), batch_size)
         except OSError as error:
             raise MeasurementError(
                 f"{path}: cannot be read ({error}). Give the path of a saved measurement."
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-            if isinstance(error, MeasurementError):
-                raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             raise MeasurementError(
                 f"{path}: not a measurement of working sets ({type(error).__name__}: {error}). Measure anew."
             ) from error
@@ -213,16 +238,25 @@ def measure_working_set(
         By table.
 
     Raises:
+        ConfigError: A setting is not a number that it could be.
         MeasurementError: There is no batch, no table, or a batch lacks a feature.
         IdOutOfRangeError: Names the table, the feature and the id.
     """
+    _check_settings(lookahead, num_batches_seen_ahead, world_size)
+    check_count("max_batches", max_batches, 1)
     configs = table_configs(module_or_tables)
     meters = {config.name: ReuseMeter(config.num_embeddings, lookahead, num_batches_seen_ahead) for config in configs}
     get_features = get_features or _features_of
     step: list[KeyedJaggedTensor] = []
-    num_steps = 0
+    num_steps = batch_size = 0
     for batch in batches:
-        step.append(get_features(batch))
+        features = get_features(batch)
+        if not isinstance(features, KeyedJaggedTensor):
+            raise MeasurementError(
+                f"get_features gave a {type(features).__name__}. Have it return the KeyedJaggedTensor of a batch."
+            )
+        step.append(features)
+        batch_size = max(batch_size, _num_samples(features))  # the last batch may have fewer
         if len(step) == world_size:
             _add_step(step, configs, meters)
             step = []
@@ -234,7 +268,7 @@ def measure_working_set(
             f"{len(step)} batches were given, {world_size} make one step. Give at least as many; 100 steps or more tell "
             "what happens once a scratchpad is full."
         )
-    return WorkingSets((WorkingSet(name, meter.result()) for name, meter in meters.items()), world_size)
+    return WorkingSets((WorkingSet(name, meter.result()) for name, meter in meters.items()), world_size, batch_size)
 
 
 def zipf_working_sets(
@@ -244,6 +278,7 @@ def zipf_working_sets(
     lookahead: int = 2,
     num_batches_seen_ahead: int = 0,
     world_size: int = 1,
+    batch_size: int | None = None,
 ) -> WorkingSets:
     """Assume that every table's rows are looked up by a Zipf law, where no data can be measured.
 
@@ -254,26 +289,80 @@ def zipf_working_sets(
         lookahead: As the pipeline will have it.
         num_batches_seen_ahead: As the pipeline will have it.
         world_size: Ranks of the job.
+        batch_size: Samples in one rank's batch, for the planner to compare.
 
     Returns:
         By table.
+
+    Raises:
+        ConfigError: A setting is not a number that it could be, or a table's number of lookups is missing.
+        MeasurementError: There is no table, or there are two of one name.
     """
-    return WorkingSets(
-        (
-            WorkingSet(
-                table.name,
-                zipf_reuse(
-                    table.num_embeddings,
-                    ids_per_batch[table.name] * world_size,
-                    exponent,
-                    lookahead,
-                    num_batches_seen_ahead,
-                ),
+    _check_settings(lookahead, num_batches_seen_ahead, world_size)
+    check_number("exponent", exponent)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    sets = []
+    for table in table_configs(tables):
+        if table.name not in ids_per_batch:
+            raise ConfigError(
+                f"table {table.name}: ids_per_batch does not name it, it names {', '.join(ids_per_batch) or 'none'}. Say how "
+                "many of its rows are looked up per batch."
             )
-            for table in table_configs(tables)
-        ),
-        world_size,
-    )
+        num_ids = check_number(f"table {table.name}: ids_per_batch", ids_per_batch[table.name])
+        reuse = zipf_reuse(table.num_embeddings, num_ids * world_size, exponent, lookahead, num_batches_seen_ahead)
+        sets.append(WorkingSet(table.name, reuse))
+    return WorkingSets(sets, world_size, batch_size)
+
+
+def check_count(name: str, value: Any, least: int, below: int | None = None) -> int:
+    """Refuse what is not a whole number in a range.
+
+    Args:
+        name: For the message.
+        value: Anything.
+        least: The smallest that will do.
+        below: All that will do are smaller.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: It is not an integer, or out of range.
+    """
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < least or (below is not None and value >= below):
+        wanted = f"of at least {least}" if below is None else f"in [{least}, {below})"
+        raise ConfigError(f"{name} is {value!r}, it must be an integer {wanted}.")
+    return int(value)
+
+
+def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
+    """Refuse what is not a finite number from 0 on.
+
+    Args:
+        name: For the message.
+        value: Anything.
+        is_positive: Whether 0 will not do either.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: It is not such a number.
+    """
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0 or (is_positive and value == 0):
+        raise ConfigError(
+            f"{name} is {value!r}, it must be a finite number {'above 0' if is_positive else 'of at least 0'}."
+        )
+    return float(value)
+
+
+def _check_settings(lookahead: int, num_batches_seen_ahead: int, world_size: int) -> None:
+    check_count("lookahead", lookahead, 1)
+    check_count("num_batches_seen_ahead", num_batches_seen_ahead, 0, WINDOW_BITS)
+    check_count("world_size", world_size, 1)
 
 
 def table_configs(module_or_tables: nn.Module | Sequence[BaseEmbeddingConfig]) -> list[BaseEmbeddingConfig]:
@@ -307,6 +396,11 @@ def table_configs(module_or_tables: nn.Module | Sequence[BaseEmbeddingConfig]) -
     return [config for _, config in placed]
 
 
+def has_tables(module: nn.Module) -> bool:
+    """Whether it is an embedding collection that is not sharded."""
+    return isinstance(module, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface)
+
+
 def _placed_configs(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
     """With the path of their collection; what a collection is made of is not looked at."""
     placed: list[tuple[str, BaseEmbeddingConfig]] = []
@@ -314,12 +408,12 @@ def _placed_configs(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
     for path, module in model.named_modules():
         if any(path.startswith(prefix) for prefix in prefixes):
             continue
+        if not has_tables(module):
+            continue
         if isinstance(module, EmbeddingBagCollectionInterface):
             configs: Sequence[BaseEmbeddingConfig] = module.embedding_bag_configs()
-        elif isinstance(module, EmbeddingCollectionInterface):
-            configs = module.embedding_configs()
         else:
-            continue
+            configs = module.embedding_configs()
         prefixes.append(f"{path}." if path else "")
         placed.extend((path or "the model itself", config) for config in configs)
     return placed
@@ -335,13 +429,20 @@ def _features_of(batch: Any) -> KeyedJaggedTensor:
     return features
 
 
+def _num_samples(features: KeyedJaggedTensor) -> int:
+    if not features.variable_stride_per_key():
+        return int(features.stride())
+    inverse = features.inverse_indices_or_none()  # features bring fewer bags than there are samples
+    return int(inverse[1].shape[-1] if inverse is not None else max(features.stride_per_key(), default=0))
+
+
 def _add_step(
     step: Sequence[KeyedJaggedTensor], configs: Sequence[BaseEmbeddingConfig], meters: Mapping[str, ReuseMeter]
 ) -> None:
     ids_of_feature: dict[str, list[Any]] = {}
     for features in step:
         for name, feature in features.to_dict().items():
-            ids_of_feature.setdefault(name, []).append(feature.values().to(torch.int64).cpu().numpy())
+            ids_of_feature.setdefault(name, []).append(_ids(name, feature.values()))
     for config in configs:
         ids_of_table = []
         for name in config.feature_names:
@@ -350,15 +451,24 @@ def _add_step(
                     f"table {config.name}: a batch has no feature {name}, it has {', '.join(sorted(ids_of_feature))}. Give "
                     "batches as the model takes them."
                 )
-            ids = np.concatenate(ids_of_feature[name])
-            if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.num_embeddings:
-                bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-                raise IdOutOfRangeError(
-                    f"table {config.name}, feature {name}: id {bad} is not in [0, {config.num_embeddings}). Give the ids "
-                    "that the model looks up, hashed as it hashes them."
-                )
-            ids_of_table.append(ids)
+            for ids in ids_of_feature[name]:
+                if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.num_embeddings:
+                    bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+                    raise IdOutOfRangeError(
+                        f"table {config.name}, feature {name}: id {bad} is not in [0, {config.num_embeddings}). Give the "
+                        "ids that the model looks up, hashed as it hashes them."
+                    )
+                ids_of_table.append(ids.astype(np.int64, copy=False))
         meters[config.name].add(np.concatenate(ids_of_table))
+
+
+def _ids(feature_name: str, values: torch.Tensor) -> Any:
+    is_integral = not (values.is_floating_point() or values.is_complex() or values.dtype is torch.bool)
+    if not is_integral and values.numel() > 0:
+        raise MeasurementError(
+            f"feature {feature_name}: ids are {values.dtype}, expected integers. Give batches as the model takes them."
+        )
+    return values.cpu().numpy()  # unsigned ones as they are, so that those beyond int64 can be told
 
 
 def _to_json(reuse: Reuse) -> dict[str, Any]:
@@ -377,10 +487,43 @@ def _from_json(content: dict[str, Any]) -> Reuse:
     fields = {field.name for field in dataclasses.fields(Reuse)}
     if content.keys() != fields:
         raise KeyError(", ".join(sorted(content.keys() ^ fields)))
-    arrays = {name: np.array(content[name], dtype=np.float64) for name in ("bin_sizes", "first_uses")}
+    for name, least in (("num_rows", 1), ("num_batches", 1), ("lookahead", 0), ("num_distinct", 0)):
+        check_count(name, content[name], least)
+    check_count("num_batches_seen_ahead", content["num_batches_seen_ahead"], 0, WINDOW_BITS)
+    check_number("num_ids", content["num_ids"])
+    bin_sizes = _array("bin_sizes", content["bin_sizes"], 1)
+    first_uses = _array("first_uses", content["first_uses"], 1)
+    if bin_sizes.size == 0 or bin_sizes.min() <= 0 or bin_sizes.shape != first_uses.shape:
+        raise ValueError(f"bin_sizes are {bin_sizes.tolist()}, first_uses {first_uses.tolist()}")
     curves = {
-        name: Curve(np.array(curve["kept"], dtype=np.float64), np.array(curve["missed"], dtype=np.float64))
+        name: Curve(*(_array(f"curve {name}", curve[part], 2) for part in Curve._fields))
         for name, curve in content["curves"].items()
     }
-    windows = tuple(Window(int(window[0]), *map(float, window[1:])) for window in content["windows"])
+    if curves.keys() != {"ours", "lru", "optimum"}:
+        raise ValueError(f"curves are {', '.join(curves)}")
+    for name, curve in curves.items():
+        if curve.kept.shape != curve.missed.shape or len(curve.kept) != bin_sizes.size or curve.kept.size == 0:
+            raise ValueError(f"curve {name} has shapes {curve.kept.shape} and {curve.missed.shape}")
+    rows = _array("windows", content["windows"], 2)
+    if (
+        rows.shape[1:] != (len(Window._fields),)
+        or rows.size == 0
+        or rows[0, 0] != 1
+        or np.any(np.diff(rows[:, 0]) <= 0)
+    ):
+        raise ValueError("windows are not those of rising numbers of batches, from 1 on")
+    windows = tuple(Window(int(row[0]), *map(float, row[1:])) for row in rows)
+    arrays = {"bin_sizes": bin_sizes, "first_uses": first_uses}
     return Reuse(**{**content, **arrays, "curves": curves, "windows": windows})
+
+
+def _array(name: str, values: Any, num_dims: int) -> Floats:
+    array = np.array(values, dtype=np.float64)
+    if array.ndim != num_dims or not np.all(np.isfinite(array)) or np.any(array < 0):
+        raise ValueError(f"{name} are not finite numbers from 0 on, in {num_dims} dimensions")
+    return array
+
+
+def _what_must_agree(reuse: Reuse) -> tuple[Any, ...]:
+    shapes = tuple((name, curve.kept.shape) for name, curve in reuse.curves.items())
+    return (reuse.lookahead, reuse.num_batches_seen_ahead, reuse.num_batches, shapes)
