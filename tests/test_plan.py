@@ -25,6 +25,7 @@ CONFIGS = [
     EmbeddingBagConfig(name="small", num_embeddings=20, embedding_dim=16, feature_names=["small"]),
 ]
 NUM_SAMPLES = 5000
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_bad_arrays_are_refused(tmp_path: Path) -> None:
     [
         ("{", "not a JSON list of tables"),
         ("[1]", "not a JSON list of tables"),
-        ('[{"name": "a", "embedding_dim": 4}]', "'num_embeddings' is missing"),
+        ('[{"name": "a", "embedding_dim": 4}]', "num_embeddings is missing"),
         ('[{"name": "a", "embedding_dim": 5, "num_embeddings": 1}]', "a multiple of 4"),
         ('[{"name": "a", "embedding_dim": 4, "num_embeddings": 1, "rows": 3}]', "rows is not known here"),
         ("[]", "no embedding table"),
@@ -170,10 +171,215 @@ def test_ids_out_of_range_and_too_few_batches_are_said(
     tables: str, npz: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--tables", tables, "--batches", npz, "--batch_size", 10_000, "--hbm_gb", 1) == 2
-    assert "0 batches were given" in capsys.readouterr().err
+    assert "5,000 samples were read, one batch takes 10,000" in capsys.readouterr().err
     np.savez(tmp_path / "bad.npz", clicked=np.array([50_000]), bought=np.array([0]), small=np.array([0]))
     assert run("--tables", tables, "--batches", tmp_path / "bad.npz", "--batch_size", 1, "--hbm_gb", 1) == 2
     assert "table big, feature clicked: id 50000 is not in [0, 50000)" in capsys.readouterr().err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """What it says when it cannot use its input."""
+    try:
+        status = run(*arguments)
+    except SystemExit as end:  # argparse
+        status = end.code
+    captured = capsys.readouterr()
+    assert status == 2, captured
+    assert not captured.out
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--hbm_gb", "0"), "--hbm_gb is 0.0, it must be a finite number above 0"),
+        (("--hbm_gb", "nan"), "--hbm_gb is nan"),
+        (("--hbm_gb", "inf"), "--hbm_gb is inf"),
+        (("--hbm_gb", "-1"), "--hbm_gb is -1.0"),
+        (("--scratchpad_gb", "nan"), "--scratchpad_gb is nan"),
+        (("--scratchpad_gb", "inf"), "--scratchpad_gb is inf"),
+        (("--hbm_gb", "1", "--ddr_gb", "nan"), "--ddr_gb is nan"),
+        (("--hbm_gb", "1", "--world_size", "0"), "--world_size is 0, it must be an integer of at least 1"),
+        (("--hbm_gb", "1", "--world_size", "-1"), "--world_size is -1"),
+        (("--hbm_gb", "1", "--batch_size", "-5"), "--batch_size is -5"),
+        (("--hbm_gb", "1", "--batch_size", "0"), "--batch_size is 0"),
+        (("--hbm_gb", "1", "--world_size", "4", "--local_world_size", "3"), "--local_world_size is 3, which does not"),
+        (("--hbm_gb", "1", "--world_size", "4", "--local_world_size", "0"), "--local_world_size is 0"),
+        (("--hbm_gb", "1", "--max_batches", "0"), "--max_batches is 0"),
+        (("--hbm_gb", "1", "--lookahead", "0"), "--lookahead is 0"),
+        (("--hbm_gb", "1", "--num_batches_seen_ahead", "20"), "--num_batches_seen_ahead is 20"),
+        (("--hbm_gb", "1", "--zipf", "nan"), "--zipf is nan"),
+        (("--hbm_gb", "1", "--zipf", "-1"), "--zipf is -1.0"),
+    ],
+    ids=str,
+)
+def test_numbers_that_make_no_sense_are_refused(
+    arguments: tuple[str, ...], message: str, tables: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--tables", tables, "--batch_size", 256, "--zipf", 1.05)
+    assert message in refused(capsys, *common, *arguments)
+
+
+def test_ranks_of_a_host_divide_all_ranks(tables: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--tables", tables, "--batch_size", 256, "--zipf", 1.05, "--hbm_gb", 1)
+    assert run(*common, "--world_size", 12) == 0
+    assert "12 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_embeddings": INF}, "num_embeddings is inf, it must be an integer"),
+        ({"num_embeddings": 1.9}, "num_embeddings is 1.9"),
+        ({"num_embeddings": "9"}, "num_embeddings is '9'"),
+        ({"num_embeddings": 10**30}, "num_embeddings is 1000"),
+        ({"embedding_dim": 4.5}, "embedding_dim is 4.5"),
+        ({"embedding_dim": 6}, "a multiple of 4"),
+        ({"name": "small"}, "table small is in config 0 and in config 1"),
+        ({"name": ""}, "name is ''"),
+        ({"name": "a.b"}, "name is 'a.b'"),
+        ({"name": None}, "name is None"),
+        ({"name": "keys"}, "name is 'keys'"),
+        ({"ids_per_sample": NAN}, "ids_per_sample is nan, it must be a finite number"),
+        ({"ids_per_sample": INF}, "ids_per_sample is inf"),
+        ({"ids_per_sample": -1}, "ids_per_sample is -1"),
+        ({"ids_per_sample": "2"}, "ids_per_sample is '2'"),
+        ({"feature_names": "f0"}, "feature_names is 'f0', it must be a list of names"),
+        ({"feature_names": []}, "feature_names is []"),
+        ({"feature_names": [1]}, "feature_names is [1]"),
+        ({"feature_names": None}, "feature_names is None"),
+    ],
+    ids=str,
+)
+def test_a_table_that_makes_no_sense_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tables.json"
+    path.write_text(json.dumps([{"name": "big", "num_embeddings": 50_000, "embedding_dim": 16, **change}, TABLES[1]]))
+    said = refused(capsys, "--tables", path, "--zipf", 1.05, "--batch_size", 256, "--hbm_gb", 1)
+    assert message in said
+    assert str(path) in said
+
+
+@pytest.mark.parametrize("data", [("--zipf", "1.05"), ("--batches", "none.npz")])
+def test_no_table_at_all_is_refused(data: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = (*data, "--batch_size", 256, "--hbm_gb", 1)
+    for content, message in (("[]", "no embedding table"), ("{}", "not a JSON list"), ("[" * 10**5, "not a JSON list")):
+        (tmp_path / "tables.json").write_text(content)
+        assert message in refused(capsys, "--tables", tmp_path / "tables.json", *common)
+    said = refused(capsys, "--tables", tmp_path / "none.json", *common)
+    assert "cannot be read" in said
+    assert "JSON list" not in said
+    assert "cannot be read" in refused(capsys, "--tables", tmp_path, *common)
+
+
+def test_archives_that_are_none_are_refused(
+    tables: str, npz: str, ids: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Path(npz).read_bytes()
+    np.save(tmp_path / "array.npy", np.arange(4))
+    for content, message in (
+        (b"", "cannot be read"),
+        (whole[: len(whole) // 2], "cannot be read"),
+        (whole[:1000] + b"x" * 5000 + whole[6000:], "cannot be read"),
+        ((tmp_path / "array.npy").read_bytes(), "one array without a name, a .npy file"),
+    ):
+        (tmp_path / "bad.npz").write_bytes(content)
+        said = refused(
+            capsys, "--tables", tables, "--batches", tmp_path / "bad.npz", "--batch_size", 100, "--hbm_gb", 1
+        )
+        assert message in said
+        assert "bad.npz" in said
+
+
+def test_numbers_of_ids_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    good = {"clicked": np.arange(4), "bought": np.arange(4), "small": np.arange(4)}
+    for lengths, message in (
+        ([2, -1, 3, 0], "clicked_lengths has -1"),
+        ([0.5, 1.5, 1.0, 1.0], "clicked_lengths is 1-dimensional float64"),
+        ([[1, 1], [1, 1]], "clicked_lengths is 2-dimensional"),
+    ):
+        np.savez(tmp_path / "bad.npz", **good, clicked_lengths=np.array(lengths))
+        with pytest.raises(MeasurementError, match=message):
+            list(read_trace([tmp_path / "bad.npz"], CONFIGS, 2))
+
+
+def test_unsigned_ids_are_reported_as_they_are(tmp_path: Path) -> None:
+    good = {"clicked": np.arange(4), "bought": np.arange(4), "small": np.arange(4)}
+    np.savez(tmp_path / "bad.npz", **{**good, "bought": np.array([1, 2, 2**63 + 5, 4], dtype=np.uint64)})
+    with pytest.raises(MeasurementError, match="bought has 9223372036854775813, which no table has"):
+        list(read_trace([tmp_path / "bad.npz"], CONFIGS, 2))
+    np.savez(tmp_path / "good.npz", **{**good, "bought": np.array([1, 2, 3, 4], dtype=np.uint64)})
+    assert len(list(read_trace([tmp_path / "good.npz"], CONFIGS, 2))) == 2
+
+
+def test_a_missing_value_inside_a_list_has_no_id(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet is read with pyarrow")
+    from pyarrow import parquet
+
+    columns = {"clicked": [[1, None, 2], None, [None], [4]], "bought": [3, None, 5, 6], "small": [[], [], [], []]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "trace.parquet")
+    (batch,) = read_trace([tmp_path / "trace.parquet"], CONFIGS, 4)
+    assert batch.lengths().tolist() == [2, 0, 0, 1, 1, 0, 1, 1, 0, 0, 0, 0]
+    assert batch.values().tolist() == [1, 2, 4, 3, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--json", "no/such/plan.json"), "plan.json: cannot be written"),
+        (("--json", "."), "cannot be written"),
+        (("--save_working_sets", "."), "cannot be written"),
+        (("--plot", "no/such/plan.png"), "plan.png: cannot be written"),
+        (("--plot", "plan.xyz"), "plan.xyz: pictures end in"),
+        (("--plot", "plan"), "plan: pictures end in"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    arguments: tuple[str, str], message: str, tables: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    common = ("--tables", tables, "--batches", "none.npz", "--batch_size", 256, "--hbm_gb", 1)
+    said = refused(capsys, *common, *arguments)
+    assert message in said
+    assert "none.npz" not in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_measurement_is_used_with_the_settings_that_it_was_made_with(
+    tables: str, npz: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "sets.json"
+    common = ("--tables", tables, "--scratchpad_gb", 0.004)
+    measured = ("--batches", npz, "--batch_size", 100, "--num_batches_seen_ahead", 3, "--save_working_sets", saved)
+    assert run(*common, *measured) == 0
+    assert "3 batches seen beyond" in capsys.readouterr().out
+    said = refused(capsys, *common, "--working_sets", saved, "--batch_size", 100_000)
+    assert "working_sets are of batches of 100 samples a rank, batch_size is 100,000" in said
+    said = refused(capsys, *common, "--working_sets", saved, "--batch_size", 100, "--num_batches_seen_ahead", 4)
+    assert "were measured with 3 batches seen ahead, --num_batches_seen_ahead is 4" in said
+    for given in ((), ("--num_batches_seen_ahead", 3)):
+        assert run(*common, "--working_sets", saved, "--batch_size", 100, *given) == 0
+        assert "3 batches seen beyond" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_ids": NAN}, {"num_rows": "many"}, {"lookahead": "2"}, {"windows": []}], ids=str
+)
+def test_an_edited_measurement_is_refused(
+    change: dict[str, Any], tables: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "sets.json"
+    common = ("--tables", tables, "--batch_size", 256, "--hbm_gb", 1)
+    assert run(*common, "--zipf", 1.05, "--save_working_sets", saved) == 0
+    capsys.readouterr()
+    content = json.loads(saved.read_text())
+    content["tables"]["big"].update(change)
+    saved.write_text(json.dumps(content))
+    assert "not a measurement of working sets" in refused(capsys, *common, "--working_sets", saved)
 
 
 def test_it_runs_as_a_module(tables: str) -> None:

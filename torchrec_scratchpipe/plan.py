@@ -20,19 +20,32 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError, ScratchPipeError
+from torchrec_scratchpipe.eviction import WINDOW_BITS
 from torchrec_scratchpipe.plan_report import GB, PlanReport, plot_plan
 from torchrec_scratchpipe.sharder import ScratchPipeEmbeddingBagCollectionSharder
 from torchrec_scratchpipe.sharding_planner import ScratchPipeShardingPlanner
 from torchrec_scratchpipe.trace import read_trace
-from torchrec_scratchpipe.working_set import WorkingSets, measure_working_set, zipf_working_sets
+from torchrec_scratchpipe.working_set import (
+    WorkingSets,
+    check_count,
+    check_number,
+    measure_working_set,
+    table_configs,
+    zipf_working_sets,
+)
 
 __all__ = ["main"]
+
+MAX_RANKS_OF_HOST = 8
+MAX_ROWS, MAX_WIDTH = 1 << 40, 1 << 20  # what cannot be meant
+TABLE_FIELDS = ("name", "num_embeddings", "embedding_dim", "feature_names", "ids_per_sample")
 
 OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
@@ -56,19 +69,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torchrec")
     try:
+        _check(args)
         report = _plan(args)
+        if args.json:
+            Path(args.json).write_text(json.dumps(_as_json(report), indent=2))
+        if args.plot:
+            plot_plan(report, args.plot)
     except PlannerError as error:
         print(f"no plan: {error}", file=sys.stderr)
         return 1
-    except ScratchPipeError as error:
+    except (ScratchPipeError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report)
-    if args.json:
-        Path(args.json).write_text(json.dumps(_as_json(report), indent=2))
-    if args.plot:
-        plot_plan(report, args.plot)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be used, before anything is read."""
+    for name, least, below in (
+        ("batch_size", 1, None),
+        ("max_batches", 1, None),
+        ("world_size", 1, None),
+        ("local_world_size", 1, None),
+        ("lookahead", 1, None),
+        ("num_batches_seen_ahead", 0, WINDOW_BITS),
+    ):
+        if getattr(args, name) is not None:
+            check_count(f"--{name}", getattr(args, name), least, below)
+    for name in ("hbm_gb", "scratchpad_gb", "ddr_gb"):
+        if getattr(args, name) is not None:
+            check_number(f"--{name}", getattr(args, name), is_positive=True)
+    if args.zipf is not None:
+        check_number("--zipf", args.zipf)
+    if args.local_world_size is None:
+        args.local_world_size = max(n for n in range(1, MAX_RANKS_OF_HOST + 1) if args.world_size % n == 0)
+    if args.world_size % args.local_world_size:
+        raise ConfigError(
+            f"--local_world_size is {args.local_world_size}, which does not divide --world_size {args.world_size}. Give the "
+            "ranks of one host; all hosts have as many."
+        )
+    for path in (args.json, args.save_working_sets, args.plot):
+        if path is not None:
+            _check_writable(Path(path), may_make_folder=path == args.save_working_sets)
+    if args.plot is not None:
+        _check_picture(Path(args.plot))
+
+
+def _check_writable(path: Path, *, may_make_folder: bool) -> None:
+    existed = path.exists()
+    try:
+        if may_make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+        raise ConfigError(f"{path}: cannot be written ({error}). Give a path in a folder that exists.") from error
+
+
+def _check_picture(path: Path) -> None:
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ConfigError(f"{path}: --plot needs matplotlib. Install torchrec-scratchpipe[plan].") from error
+    endings = [f".{ending}" for ending in sorted(FigureCanvasBase.get_supported_filetypes())]
+    if path.suffix.lower() not in endings:
+        raise ConfigError(f"{path}: pictures end in one of {', '.join(endings)}. Rename it.")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,13 +154,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_batches", type=int, default=300, help="steps to measure")
     parser.add_argument("--save_working_sets", help="write the measurement there")
     parser.add_argument("--world_size", type=int, default=1)
-    parser.add_argument("--local_world_size", type=int, help="ranks per host; default: all, up to 8")
+    parser.add_argument("--local_world_size", type=int, help="ranks per host; default: as many as divide all, up to 8")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--hbm_gb", type=float, help="device memory of each GPU for embeddings")
     budget.add_argument("--scratchpad_gb", type=float, help="on a CPU: RAM of each rank for scratchpads")
     parser.add_argument("--ddr_gb", type=float, default=1024, help="host memory of each rank")
     parser.add_argument("--lookahead", type=int, help="default: 2, or 1 where no more fits")
-    parser.add_argument("--num_batches_seen_ahead", type=int, default=0)
+    parser.add_argument("--num_batches_seen_ahead", type=int, help="default: 0, or as measured")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
     parser.add_argument("--plot", help="write a picture there (needs matplotlib)")
     parser.add_argument("--json", help="write the plan's figures there")
@@ -108,7 +176,7 @@ def _plan(args: argparse.Namespace) -> PlanReport:
     planner = ScratchPipeShardingPlanner(
         topology=Topology(
             world_size=args.world_size,
-            local_world_size=args.local_world_size or min(8, args.world_size),
+            local_world_size=args.local_world_size,
             compute_device="cpu" if is_cpu else "cuda",
             hbm_cap=None if is_cpu else int(args.hbm_gb * GB),
             ddr_cap=int(args.ddr_gb * GB),
@@ -131,7 +199,15 @@ def _working_sets(
     args: argparse.Namespace, tables: list[EmbeddingBagConfig], ids_per_sample: dict[str, float]
 ) -> WorkingSets:
     if args.working_sets:
-        return WorkingSets.load(args.working_sets)
+        working_sets = WorkingSets.load(args.working_sets)
+        measured = working_sets.num_batches_seen_ahead
+        if args.num_batches_seen_ahead not in (None, measured):
+            raise MeasurementError(
+                f"{args.working_sets}: working sets were measured with {measured} batches seen ahead, "
+                f"--num_batches_seen_ahead is {args.num_batches_seen_ahead}. Measure with that, or leave it out."
+            )
+        return working_sets
+    num_batches_seen_ahead = args.num_batches_seen_ahead or 0
     lookahead = args.lookahead if args.lookahead is not None else 2
     if args.zipf is not None:
         return zipf_working_sets(
@@ -139,14 +215,15 @@ def _working_sets(
             {name: number * args.batch_size for name, number in ids_per_sample.items()},
             args.zipf,
             lookahead,
-            args.num_batches_seen_ahead,
+            num_batches_seen_ahead,
             args.world_size,
+            args.batch_size,
         )
     return measure_working_set(
         read_trace(args.batches, tables, args.batch_size),
         tables,
         lookahead,
-        num_batches_seen_ahead=args.num_batches_seen_ahead,
+        num_batches_seen_ahead=num_batches_seen_ahead,
         max_batches=args.max_batches,
     )
 
@@ -155,30 +232,58 @@ def _read_tables(path: str) -> tuple[list[EmbeddingBagConfig], dict[str, float]]
     """Configs, and ids per sample by table."""
     try:
         content = json.loads(Path(path).read_text())
+        if not isinstance(content, list):
+            raise TypeError(f"it is a {type(content).__name__}")
         entries: list[dict[str, Any]] = [dict(entry) for entry in content]
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise MeasurementError(f"{path}: cannot be read ({error}). Give the path of a list of tables.") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise MeasurementError(f"{path}: not a JSON list of tables ({error}).") from error
-    configs, ids_per_sample = [], {}
-    for index, entry in enumerate(entries):
-        try:
-            name = str(entry.pop("name"))
-            ids_per_sample[name] = float(entry.pop("ids_per_sample", 1.0))
-            features = [str(feature) for feature in entry.pop("feature_names", [name])]
-            num_embeddings, embedding_dim = int(entry.pop("num_embeddings")), int(entry.pop("embedding_dim"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}, table {index}: {error} is missing or is not what it should be.") from error
-        if entry:
-            raise ConfigError(f"{path}, table {name}: {', '.join(entry)} is not known here. Leave it out.")
-        if num_embeddings < 1 or embedding_dim < 4 or embedding_dim % 4:
-            raise ConfigError(
-                f"{path}, table {name}: {num_embeddings} rows of {embedding_dim}; FBGEMM needs a row and a multiple of 4."
-            )
-        configs.append(
-            EmbeddingBagConfig(
-                name=name, num_embeddings=num_embeddings, embedding_dim=embedding_dim, feature_names=features
-            )
+    try:
+        tables = [_read_table(f"table {index}", entry) for index, entry in enumerate(entries)]
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from error
+    try:
+        configs = table_configs([config for config, _ in tables])
+    except MeasurementError as error:
+        raise MeasurementError(f"{path}: {error}") from error
+    return configs, {config.name: ids_per_sample for config, ids_per_sample in tables}
+
+
+def _read_table(place: str, entry: dict[str, Any]) -> tuple[EmbeddingBagConfig, float]:
+    """A config, and ids per sample."""
+    missing = [name for name in ("name", "num_embeddings", "embedding_dim") if name not in entry]
+    unknown = [name for name in entry if name not in TABLE_FIELDS]
+    if missing or unknown:
+        raise ConfigError(
+            f"{place}: {', '.join(missing)} is missing. Set it."
+            if missing
+            else f"{place}: {', '.join(map(str, unknown))} is not known here. Leave it out."
         )
-    return configs, ids_per_sample
+    name = entry["name"]
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(
+            f"{place}: name is {name!r}. Give a text without dots that PyTorch takes for a module's name."
+        )
+    features = entry.get("feature_names", [name])
+    if not isinstance(features, list) or not features or not all(isinstance(it, str) and it for it in features):
+        raise ConfigError(f"{place}: feature_names is {features!r}, it must be a list of names. Write [{name!r}].")
+    num_embeddings, embedding_dim = (
+        check_count(f"{place}: {field}", _whole(entry[field]), 1, below)
+        for field, below in (("num_embeddings", MAX_ROWS), ("embedding_dim", MAX_WIDTH))
+    )
+    if embedding_dim % 4:
+        raise ConfigError(f"{place}: embedding_dim is {embedding_dim}, FBGEMM needs a multiple of 4. Pad it.")
+    ids_per_sample = check_number(f"{place}: ids_per_sample", entry.get("ids_per_sample", 1.0))
+    config = EmbeddingBagConfig(
+        name=name, num_embeddings=num_embeddings, embedding_dim=embedding_dim, feature_names=features
+    )
+    return config, ids_per_sample
+
+
+def _whole(value: Any) -> Any:
+    """1e6 is a float in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _as_json(report: PlanReport) -> dict[str, Any]:

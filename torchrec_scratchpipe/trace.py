@@ -5,7 +5,7 @@ Shapes: ``B`` samples of a batch, ``I`` ids of one feature.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,13 @@ def read_trace(
         One KeyedJaggedTensor per batch, on the CPU.
 
     Raises:
-        MeasurementError: A file cannot be read as one of these, or lacks a feature.
+        MeasurementError: A file cannot be read as one of these, or lacks a feature; or no file fills a batch.
     """
     features = [feature for table in tables for feature in table.feature_names]
     rows_of = {feature: table.num_embeddings for table in tables for feature in table.feature_names}
     if batch_size < 1:
         raise MeasurementError(f"batch_size is {batch_size}, it must be at least 1.")
+    num_samples, num_batches = 0, 0
     for path in map(Path, paths):
         if not path.is_file():
             raise MeasurementError(f"{path}: no such file. Give the path of a .npz, .parquet or .tsv file.")
@@ -56,34 +57,65 @@ def read_trace(
         if read is None:
             raise MeasurementError(f"{path}: cannot tell what it is. Name it {', '.join(_READERS)}.")
         try:
-            for bags in read(path, features, rows_of, batch_size):
-                yield KeyedJaggedTensor(
-                    keys=features,
-                    values=torch.from_numpy(np.concatenate([ids for ids, _ in bags])),
-                    lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in bags])),
-                )
-        except (ValueError, OSError) as error:
-            if isinstance(error, MeasurementError):
-                raise
-            raise MeasurementError(f"{path}: cannot be read ({error}).") from error
+            num_in_file = yield from _as_features(features, read(path, features, rows_of, batch_size))
+        except MeasurementError:
+            raise
+        except Exception as error:  # a damaged file makes decoders raise nearly anything
+            raise MeasurementError(
+                f"{path}: cannot be read ({type(error).__name__}: {error}). Is it whole, and of the kind that its name says?"
+            ) from error
+        num_samples += num_in_file
+        num_batches += num_in_file // batch_size
+    if num_batches == 0:
+        raise MeasurementError(
+            f"{num_samples:,} samples were read, one batch takes {batch_size:,} of one file. Lower the batch size, or give "
+            "more samples."
+        )
 
 
-def _read_npz(path: Path, features: Sequence[str], _rows: dict[str, int], batch_size: int) -> Iterator[list[Bags]]:
-    with np.load(path, allow_pickle=False) as arrays:
+def _as_features(
+    features: Sequence[str], batches: Generator[list[Bags], None, int]
+) -> Generator[KeyedJaggedTensor, None, int]:
+    """Returns what the reader returns, the number of samples."""
+    while True:
+        try:
+            bags = next(batches)
+        except StopIteration as end:
+            return int(end.value)
+        yield KeyedJaggedTensor(
+            keys=features,
+            values=torch.from_numpy(np.concatenate([ids for ids, _ in bags])),
+            lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in bags])),
+        )
+
+
+def _read_npz(
+    path: Path, features: Sequence[str], _rows: dict[str, int], batch_size: int
+) -> Generator[list[Bags], None, int]:
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        raise MeasurementError(
+            f"{path}: one array without a name, a .npy file. Save with numpy.savez(path, feature=ids)."
+        )
+    with loaded as arrays:
         bags = []
         for feature in features:
             if feature not in arrays:
                 raise MeasurementError(f"{path}: no array {feature}, it has {', '.join(arrays.files)}.")
             ids = _integers(path, feature, arrays[feature])
             name = f"{feature}_lengths"
-            lengths = arrays[name].astype(np.int32) if name in arrays else np.ones(ids.size, dtype=np.int32)
+            lengths = _integers(path, name, arrays[name]) if name in arrays else np.ones(ids.size, dtype=np.int64)
+            if lengths.min(initial=0) < 0:
+                raise MeasurementError(f"{path}: {name} has {lengths.min()}, a sample cannot have fewer than 0 ids.")
             if int(lengths.sum()) != ids.size:
                 raise MeasurementError(f"{path}: {name} sum up to {int(lengths.sum())}, {feature} has {ids.size} ids.")
-            bags.append((ids, lengths))
-    yield from _in_batches(path, features, bags, batch_size)
+            bags.append((ids, lengths.astype(np.int32)))
+    return (yield from _in_batches(path, features, bags, batch_size))
 
 
-def _read_parquet(path: Path, features: Sequence[str], _rows: dict[str, int], batch_size: int) -> Iterator[list[Bags]]:
+def _read_parquet(
+    path: Path, features: Sequence[str], _rows: dict[str, int], batch_size: int
+) -> Generator[list[Bags], None, int]:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -95,27 +127,34 @@ def _read_parquet(path: Path, features: Sequence[str], _rows: dict[str, int], ba
     for part in file.iter_batches(batch_size=batch_size, columns=list(dict.fromkeys(features))):
         if part.num_rows == batch_size:
             yield [_bags_of_column(path, feature, part.column(feature)) for feature in features]
+    return int(file.metadata.num_rows)
 
 
 def _bags_of_column(path: Path, feature: str, column: Any) -> Bags:
-    lengths = np.ones(len(column), dtype=np.int32)
+    lengths = np.ones(len(column), dtype=np.int64)
     if hasattr(column, "value_lengths"):  # a column of lists
-        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int32)
+        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
         column = column.flatten()
-    elif column.null_count:
-        lengths = column.is_valid().to_numpy(zero_copy_only=False).astype(np.int32)
+    if column.null_count:
+        is_valid = column.is_valid().to_numpy(zero_copy_only=False)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        lengths = np.diff(np.concatenate([[0], np.cumsum(is_valid)])[bounds])
         column = column.drop_null()
-    return _integers(path, feature, column.to_numpy(zero_copy_only=False)), lengths
+    # Where every list is empty, or every value missing, Parquet need not know that they are integers.
+    ids = _integers(path, feature, column.to_numpy(zero_copy_only=False)) if len(column) else np.zeros(0, np.int64)
+    return ids, lengths.astype(np.int32)
 
 
-def _read_criteo(path: Path, features: Sequence[str], rows: dict[str, int], batch_size: int) -> Iterator[list[Bags]]:
+def _read_criteo(
+    path: Path, features: Sequence[str], rows: dict[str, int], batch_size: int
+) -> Generator[list[Bags], None, int]:
     if len(features) > CRITEO_COLUMNS - CRITEO_FIRST_SPARSE:
         raise MeasurementError(f"{path}: the tables have {len(features)} features, a Criteo TSV has 26.")
     with path.open(encoding="ascii") as file:
         for first_line in itertools.count(1, batch_size):
             lines = [line.rstrip("\n").split("\t") for line in itertools.islice(file, batch_size)]
             if len(lines) < batch_size:
-                return
+                return first_line - 1 + len(lines)
             for offset, line in enumerate(lines):
                 if len(line) != CRITEO_COLUMNS:
                     raise MeasurementError(
@@ -126,9 +165,12 @@ def _read_criteo(path: Path, features: Sequence[str], rows: dict[str, int], batc
                 (np.array([int(cell or "0", 16) % rows[feature] for cell in column]), np.ones(batch_size, np.int32))
                 for feature, column in zip(features, columns, strict=False)
             ]
+    raise AssertionError("a file ends")
 
 
-def _in_batches(path: Path, features: Sequence[str], bags: Sequence[Bags], batch_size: int) -> Iterator[list[Bags]]:
+def _in_batches(
+    path: Path, features: Sequence[str], bags: Sequence[Bags], batch_size: int
+) -> Generator[list[Bags], None, int]:
     nums_samples = {lengths.size for _, lengths in bags}
     if len(nums_samples) > 1:
         raise MeasurementError(
@@ -141,6 +183,7 @@ def _in_batches(path: Path, features: Sequence[str], bags: Sequence[Bags], batch
             (ids[bound[first] : bound[last]], lengths[first:last])
             for (ids, lengths), bound in zip(bags, bounds, strict=True)
         ]
+    return min(nums_samples, default=0)
 
 
 def _integers(path: Path, feature: str, values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -148,10 +191,15 @@ def _integers(path: Path, feature: str, values: npt.NDArray[Any]) -> npt.NDArray
         raise MeasurementError(
             f"{path}: {feature} is {values.ndim}-dimensional {values.dtype}, expected integers in a row."
         )
+    if values.dtype == np.uint64 and values.max(initial=0) >= 1 << 63:
+        raise MeasurementError(
+            f"{path}: {feature} has {values.max()}, which no table has. Give the ids that the model looks up, hashed as it "
+            "hashes them."
+        )
     return values.astype(np.int64)
 
 
-_READERS: dict[str, Callable[[Path, Sequence[str], dict[str, int], int], Iterator[list[Bags]]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[str], dict[str, int], int], Generator[list[Bags], None, int]]] = {
     ".npz": _read_npz,
     ".parquet": _read_parquet,
     ".tsv": _read_criteo,
