@@ -197,6 +197,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
         (("--hbm_gb", "nan"), "--hbm_gb is nan"),
         (("--hbm_gb", "inf"), "--hbm_gb is inf"),
         (("--hbm_gb", "-1"), "--hbm_gb is -1.0"),
+        (("--hbm_gb", "1e300"), "--hbm_gb is 1e+300, it must be below"),
         (("--scratchpad_gb", "nan"), "--scratchpad_gb is nan"),
         (("--scratchpad_gb", "inf"), "--scratchpad_gb is inf"),
         (("--hbm_gb", "1", "--ddr_gb", "nan"), "--ddr_gb is nan"),

@@ -44,7 +44,7 @@ from torchrec_scratchpipe.working_set import (
 __all__ = ["main"]
 
 MAX_RANKS_OF_HOST = 8
-MAX_ROWS, MAX_WIDTH = 1 << 40, 1 << 20  # what cannot be meant
+MAX_GB, MAX_ROWS, MAX_WIDTH = 1 << 30, 1 << 40, 1 << 20  # what cannot be meant
 TABLE_FIELDS = ("name", "num_embeddings", "embedding_dim", "feature_names", "ids_per_sample")
 
 OPTIMIZERS = {
@@ -99,7 +99,9 @@ def _check(args: argparse.Namespace) -> None:
             check_count(f"--{name}", getattr(args, name), least, below)
     for name in ("hbm_gb", "scratchpad_gb", "ddr_gb"):
         if getattr(args, name) is not None:
-            check_number(f"--{name}", getattr(args, name), is_positive=True)
+            gigabytes = check_number(f"--{name}", getattr(args, name), is_positive=True)
+            if gigabytes >= MAX_GB:
+                raise ConfigError(f"--{name} is {gigabytes:g}, it must be below {MAX_GB:,}. Give gigabytes, not bytes.")
     if args.zipf is not None:
         check_number("--zipf", args.zipf)
     if args.local_world_size is None:
