@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the documents name exists."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -27,3 +29,29 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/planning.md"])
+def test_the_first_snippet_names_only_what_it_has_or_what_a_job_has(document: str) -> None:
+    (snippet, *_) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+    of_a_job = {
+        "train_loader",
+        "model",
+        "topology",
+        "B",
+        "pg",
+        "device",
+        "optimizer",
+        "DistributedModelParallel",
+        "print",
+    }
+    tree = ast.parse(snippet)
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    known = of_a_job | {alias.name for node in imports for alias in node.names}
+    for statement in tree.body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        assert {name.id for name in names if isinstance(name.ctx, ast.Load)} <= known
+        known |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    for node in imports:
+        assert {alias.name for alias in node.names} <= set(dir(importlib.import_module(str(node.module))))
+    assert snippet.index("= DistributedModelParallel(") < snippet.index("= ScratchPipeTrainPipeline(")
