@@ -110,6 +110,19 @@ def test_misses_are_predicted_within_5_percent_for_any_size(exponent: float, loo
     assert num_sizes >= 3
 
 
+@pytest.mark.parametrize("ahead", [0, 2, 19])
+def test_all_that_can_be_seen_ahead_of_a_small_scratchpad_is_predicted(ahead: int) -> None:
+    rng = np.random.default_rng(0)
+    batches = list(rng.integers(0, NUM_ROWS, (200, 256)))
+    reuse = measure(batches, 1, ahead)
+    (predicted,) = misses_of_pool([reuse], 4086)
+    half = int(reuse.bin_sizes[: len(reuse.bin_sizes) // 2].sum())
+    counted = count_misses(batches, 4086, LeastFrequentlyUsed(4086), 1, ahead)[half:].mean()
+    assert counted == pytest.approx(second_half(reuse, predicted), rel=0.05)
+    unseen = count_misses(batches, 4086, LeastFrequentlyUsed(4086), 1, 0)[half:].mean()
+    assert ahead < 19 or unseen > 1.15 * counted
+
+
 def test_tables_that_share_slots_are_predicted_together() -> None:
     small, large = zipf_batches(1.2, num_rows=3000), zipf_batches(0.8, seed=1)
     together = [np.concatenate([a, b + 3000]) for a, b in zip(small, large, strict=True)]
