@@ -49,6 +49,12 @@ def read_trace(
     rows_of = {feature: table.num_embeddings for table in tables for feature in table.feature_names}
     if batch_size < 1:
         raise MeasurementError(f"batch_size is {batch_size}, it must be at least 1.")
+    yield from _read_all(paths, features, rows_of, batch_size)
+
+
+def _read_all(
+    paths: Sequence[str | Path], features: Sequence[str], rows_of: dict[str, int], batch_size: int
+) -> Iterator[KeyedJaggedTensor]:
     num_samples, num_batches = 0, 0
     for path in map(Path, paths):
         if not path.is_file():
