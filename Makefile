@@ -11,7 +11,7 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO_ARGS := --batch_size 256 --limit_train_batches 400 --limit_val_batches 40 --max_num_embeddings 100000 \
              --embedding_dim 32 --load_factor 0.02 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
 
-.PHONY: setup demo test test-oldest conformance fuzz check format clean
+.PHONY: setup demo test test-oldest conformance faults fuzz soak check format clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,14 @@ test-oldest: setup
 # Configurations drawn at random, for 30 minutes; ARGS="--minutes 5 --first_seed 100"
 fuzz: setup
 	$(RUN) tests/fuzz.py $(ARGS)
+
+# What happens to jobs: killed 50 times, out of disk, damaged checkpoints, a rank gone; prints a table
+faults: setup
+	$(RUN) tests/faults.py $(ARGS)
+
+# 200,000 batches beside stock, with everything that may happen in mid-run; half an hour
+soak: setup
+	$(RUN) tests/soak.py $(ARGS)
 
 # TorchRec's own tests; tests/conformance/README.md
 conformance: setup

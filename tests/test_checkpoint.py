@@ -219,6 +219,7 @@ def test_loading_waits_for_the_async_save(tmp_path: Path) -> None:
     assert_same_bits(before, found)
 
 
+@pytest.mark.fault("a table written in place while it is being saved")
 def test_writing_in_place_during_async_save_loses_that_save_alone(tmp_path: Path) -> None:
     ours = trained()
     manager = saved(tmp_path, ours)
@@ -305,6 +306,7 @@ def test_nothing_to_load(tmp_path: Path) -> None:
         manager.load(ours.model, ours.optimizer, step=7)
 
 
+@pytest.mark.fault("a half-written checkpoint")
 def test_half_written_checkpoints_are_not_loaded_and_removed(tmp_path: Path) -> None:
     ours = trained()
     manager = saved(tmp_path, ours)
@@ -347,6 +349,7 @@ def flip(path: Path, at: float) -> None:
 
 
 @pytest.mark.parametrize("at", [0.05, 0.5, 0.95])
+@pytest.mark.fault("a bit-flipped checkpoint file")
 def test_flipped_bit_names_file_and_table(at: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchrec_scratchpipe.checkpoint_files.CHECKSUM_BYTES", 512)
     monkeypatch.setattr("torchrec_scratchpipe.checkpoint.CHECKSUM_BYTES", 512)
@@ -356,6 +359,7 @@ def test_flipped_bit_names_file_and_table(at: float, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "extra_0.pt", "scratchpipe.json"])
+@pytest.mark.fault("a truncated, a missing, a changed checkpoint file")
 def test_every_file_is_checked(name: str, tmp_path: Path) -> None:
     manager = saved(tmp_path, extra={"position": 30})
     path = manager.path(30) / name
@@ -391,10 +395,12 @@ def check_refused(manager: CheckpointManager, message: str, step: int | None = N
         ({"optimizer": RowWiseAdagrad}, r"momentum1 has shape .*It was saved with another optimizer"),
     ],
 )  # fmt: skip
+@pytest.mark.fault("a checkpoint of another cardinality, width, dtype, number of tables or optimizer")
 def test_another_model_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     check_refused(saved(tmp_path), message, **changes)
 
 
+@pytest.mark.fault("a checkpoint of another cardinality, width, dtype, number of tables or optimizer")
 def test_saved_with_sgd_and_loaded_with_adagrad_is_refused(tmp_path: Path) -> None:
     manager = saved(tmp_path, trained(with_optimizer(SETTING, torch.optim.SGD)))
     check_refused(manager, r"has no optimizer.state.*momentum1. It was saved with another optimizer")
@@ -410,6 +416,7 @@ class RunsCode:
         return Path.touch, (self._path,)
 
 
+@pytest.mark.fault("a checkpoint file that would run code")
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "code_was_run"
     manager = saved(tmp_path)
@@ -432,6 +439,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert proof.exists()
 
 
+@pytest.mark.fault("a checkpoint file that would run code")
 def test_code_in_a_value_is_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "code_was_run"
     dcp.save({"value": RunsCode(proof)}, checkpoint_id=tmp_path / "c")

@@ -151,6 +151,7 @@ class FailingOnce(torch.nn.Module):
         return result
 
 
+@pytest.mark.fault("an exception in the model's forward")
 def test_exception_in_forward_then_reset() -> None:
     stock, ours = twins()
     batches = make_batches(SETTING)
@@ -250,6 +251,7 @@ def test_empty_batches_empty_features_and_a_smaller_last_batch() -> None:
     assert_same_bits(stock, ours)
 
 
+@pytest.mark.fault("an exception in the data loader")
 def test_exception_in_the_data_loader_leaves_batches_in_flight_alone() -> None:
     stock, ours = twins()
     batches = make_batches(SETTING)

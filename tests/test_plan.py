@@ -2,6 +2,7 @@
 """The command line: what would I need?"""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -391,3 +392,26 @@ def test_it_runs_as_a_module(tables: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "big" in done.stdout
     assert not done.stderr.strip()
+
+
+class RunsCode:
+    """What a hostile array of objects holds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.fault("a measurement or trace file that would run code")
+def test_code_in_a_trace_is_not_run(tmp_path: Path, tables: str) -> None:
+    proof = tmp_path / "code_was_run"
+    np.savez(tmp_path / "trace.npz", small=np.array([RunsCode(proof)], dtype=object), allow_pickle=True)
+    (tmp_path / "sets.json").write_bytes(pickle.dumps(RunsCode(proof)))
+    proof.unlink(missing_ok=True)
+    assert run("--tables", tables, "--batches", tmp_path / "trace.npz", "--batch_size", 1, "--hbm_gb", 1) == 2
+    assert run("--tables", tables, "--working_sets", tmp_path / "sets.json", "--batch_size", 1, "--hbm_gb", 1) == 2
+    assert not proof.exists()
+    pickle.loads((tmp_path / "sets.json").read_bytes())
+    assert proof.exists()

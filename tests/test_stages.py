@@ -333,6 +333,7 @@ def test_empty_batch() -> None:
     assert pool.stats().num_unique_ids == 1
 
 
+@pytest.mark.fault("an exception in a stage")
 def test_failure_in_collect_takes_the_plan_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool()
     runner = OverlappedStageRunner(CPU)
@@ -356,6 +357,7 @@ def test_failure_in_collect_takes_the_plan_back(monkeypatch: pytest.MonkeyPatch)
     assert max_diff(expected, pool.host_table.parts) == 0.0
 
 
+@pytest.mark.fault("an exception in a stage")
 def test_failure_in_insert_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool()
     runner = OverlappedStageRunner(CPU)

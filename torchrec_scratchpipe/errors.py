@@ -10,6 +10,7 @@
     ├── ScratchpadFullError      (RuntimeError)  one batch needs more slots than there are
     ├── BatchesInFlightError     (RuntimeError)  batches were planned for another model
     ├── BackwardTwiceError       (RuntimeError)  a lookup's rows were already released
+    ├── PeerFailedError          (RuntimeError)  another rank of the job has failed or ended
     ├── TableStorageError        (OSError)       a table cannot be put where it was asked to be
     ├── CheckpointSaveError      (OSError)       a checkpoint could not be written; earlier ones are untouched
     ├── CheckpointMismatchError  (ValueError)    a checkpoint is damaged, or of another model; nothing was loaded
@@ -24,6 +25,7 @@ __all__ = [
     "ConfigError",
     "IdOutOfRangeError",
     "MeasurementError",
+    "PeerFailedError",
     "ScratchPipeError",
     "ScratchpadFullError",
     "StageFailedError",
@@ -61,6 +63,10 @@ class BackwardTwiceError(ScratchPipeError, RuntimeError):
 
 class TableOverwrittenError(ScratchPipeError):
     """A table was written in place, by other means than load_state_dict, while the scratchpad held newer rows of it."""
+
+
+class PeerFailedError(ScratchPipeError, RuntimeError):
+    """Another rank of the job has failed or ended; the message has its reason, where it left one."""
 
 
 class TableStorageError(ScratchPipeError, OSError):

@@ -18,6 +18,7 @@ from torchrec.streamable import Pipelineable
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection, collection_to_plan
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.eviction import WINDOW_BITS
+from torchrec_scratchpipe.peers import forget_failure, peer_failure, tell_peers
 
 __all__ = ["ScratchPipeTrainPipeline"]
 
@@ -171,7 +172,20 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         Raises:
             StopIteration: All batches are done.
             ScratchPipeError: A batch cannot be served; :meth:`reset` makes the pipeline usable again.
+            PeerFailedError: Another rank has failed, and left word of it, or ended.
         """
+        try:
+            return self._progress(dataloader_iter)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            failure = peer_failure(error)
+            if failure is not None:
+                raise failure from error
+            tell_peers(error)
+            raise
+
+    def _progress(self, dataloader_iter: Iterator[In]) -> Out:
         if not self._model_attached:
             self.attach(self._model)
         if self._failed_to_load is not None:
@@ -253,6 +267,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         super().reset()
         self._dataloader_iter = None
         self._failed_to_load = None
+        forget_failure()
 
     def _pipeline_model(self, batch: In | None, context: TrainPipelineContext, *args: Any, **kwargs: Any) -> None:
         """As stock; collections that cannot be planned ahead are named once, and are fetched on the spot."""

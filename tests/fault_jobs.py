@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Small training jobs that tests/test_faults.py starts, kills, starves and interrupts; each runs in a process of its own."""
+
+import gc
+import logging
+import os
+import resource
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from helpers import Setting, Trainer, drain, full_state, make_batches
+
+from torchrec_scratchpipe import CheckpointManager, CheckpointSaveError, PeerFailedError, TableStorageError
+
+SETTING = Setting(num_batches=60, load_factor=0.25)
+
+
+def set_up(directory: Path, rank: int = 0, world_size: int = 1, timeout_s: float = 60) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/store_{time.time_ns() if world_size == 1 else 'shared'}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def train_and_save(directory: Path, table_dir: Path | None, save_every: int) -> None:
+    """Go on from the latest checkpoint, save on the way, leave the final state as a file."""
+    set_up(directory)
+    ours = Trainer.scratchpipe(SETTING, table_dir=table_dir and str(table_dir))
+    manager = CheckpointManager(directory / "checkpoints", keep_last=2)
+    found = manager.load(ours.model, ours.optimizer)
+    first = found.step if found is not None else 0
+    (directory / f"began_at_{first}").touch()
+    pipeline, iterator = ours.pipeline(), iter(make_batches(SETTING)[first:])
+    for step in range(first + 1, SETTING.num_batches + 1):
+        pipeline.progress(iterator)
+        if step % save_every == 0:
+            manager.async_save(step, ours.model, ours.optimizer)
+    manager.wait()
+    torch.save(full_state(ours), directory / "final.pt.unfinished")
+    (directory / "final.pt.unfinished").rename(directory / "final.pt")
+
+
+def fill_the_disk(directory: Path, is_async: bool) -> None:
+    """Save once, let no file grow any more, fail to save, train on, save again."""
+    set_up(directory)
+    ours, whole = Trainer.scratchpipe(SETTING), Trainer.scratchpipe(SETTING)
+    batches = make_batches(SETTING)
+    drain(ours.pipeline(), batches[:30])
+    manager = CheckpointManager(directory / "checkpoints")
+    manager.save(30, ours.model, ours.optimizer)
+    for limit in (0, 100, 5_000, 20_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            if is_async:
+                manager.async_save(31, ours.model, ours.optimizer).result()
+            else:
+                manager.save(31, ours.model, ours.optimizer)
+        except CheckpointSaveError as error:
+            reason = str(error)
+        else:
+            raise AssertionError("nothing was raised")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert "step 31 cannot be saved" in reason
+        assert manager.steps() == [30]
+        assert [path.name for path in manager.path(30).parent.iterdir()] == [manager.path(30).name]
+    drain(ours.pipeline(), batches[30:])
+    manager.save(60, ours.model, ours.optimizer)
+    loaded = Trainer.scratchpipe(replace(SETTING, seed=3))
+    manager.load(loaded.model, loaded.optimizer, step=30)
+    drain(loaded.pipeline(), batches[30:])
+    drain(whole.pipeline(), batches)
+    for other in (ours, loaded):
+        for (name, expected), found in zip(full_state(whole).items(), full_state(other).values(), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), name
+
+
+def be_interrupted(directory: Path, moment: str) -> None:
+    """Be sent SIGINT while the pipeline fills, in mid-run, or while it drains; tell how it ended."""
+    set_up(directory)
+    ours = Trainer.scratchpipe(SETTING, table_dir=str(directory / "tables"))
+    signal_at = {"fill": 0, "mid-run": 30, "drain": SETTING.num_batches}[moment]
+    batches = make_batches(SETTING)
+
+    def loader() -> Iterator[Any]:
+        for index, batch in enumerate(batches):
+            if index == signal_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+        if moment == "drain":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    pipeline = ours.pipeline(lookahead=3)
+    try:
+        drain(pipeline, loader())
+    except KeyboardInterrupt:
+        (directory / "was_interrupted").touch()
+    pipeline.reset()
+    del pipeline, ours
+    deadline_s = time.monotonic() + 10
+    while any(thread.name == "scratchpipe-stages" for thread in threading.enumerate()):
+        gc.collect()  # a sharded model is part of cycles
+        assert time.monotonic() < deadline_s, "a worker is left"
+        time.sleep(0.01)
+    (directory / "ended").touch()
+
+
+def lose_a_rank(directory: Path, rank: int, how: str) -> None:
+    """Rank 1 dies or raises at batch 10; rank 0 says what it was told, and when."""
+    set_up(directory, rank, 2, timeout_s=8)
+    setting = replace(SETTING, sharding_type="row_wise", num_rows=(200, 150, 40))
+    ours = Trainer.scratchpipe(setting)
+    pipeline = ours.pipeline()
+
+    def loader() -> Iterator[Any]:
+        for index, batch in enumerate(make_batches(setting, rank=rank)):
+            if rank == 1 and index == 10:
+                if how == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "stands still":
+                    time.sleep(30)
+                    os._exit(0)
+                raise ValueError("line 77 of the data is broken")
+            yield batch
+
+    start_s = time.monotonic()
+    try:
+        drain(pipeline, loader())
+    except PeerFailedError as error:
+        (directory / f"rank_{rank}").write_text(f"{time.monotonic() - start_s:.1f} {error}")
+    except Exception as error:
+        (directory / f"rank_{rank}").write_text(f"own {error!r}")
+        if how == "raises and lives on":
+            time.sleep(20)
+    os._exit(0)
+
+
+def leave_a_table(directory: Path) -> None:
+    """Die with memory-mapped tables half trained."""
+    set_up(directory)
+    ours = Trainer.scratchpipe(SETTING, table_dir=str(directory / "tables"))
+    drain(ours.pipeline(), make_batches(SETTING)[:20])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_out_of_table_space(directory: Path) -> None:
+    """No room for memory-mapped tables."""
+    set_up(directory)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        Trainer.scratchpipe(SETTING, table_dir=str(directory))
+    except TableStorageError as error:
+        (directory / "said").symlink_to(str(error).replace("/", "_")[:200])

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What happens to jobs: killed, out of disk, interrupted, a rank gone. Nothing that was saved is lost.
+
+`make faults` runs these and every other test marked `fault`, kills 50 times, and prints a table.
+"""
+
+import multiprocessing as mp
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fault_jobs
+import pytest
+import torch
+
+pytestmark = pytest.mark.dist
+
+NUM_KILLS = int(os.environ.get("SCRATCHPIPE_FAULT_TRIES", "3"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Starts processes that have imported everything, and hold no thread of this one."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["fault_jobs"])
+    return context
+
+
+def start(server: Any, job: Callable[..., None], *args: Any) -> Any:
+    process = server.Process(target=job, args=args)
+    process.start()
+    return process
+
+
+def end(process: Any, timeout_s: float = 120) -> int:
+    process.join(timeout_s)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("the process hangs")
+    return int(process.exitcode)
+
+
+def wait_for(path: Path) -> float:
+    while not path.exists():
+        time.sleep(0.001)
+    return time.monotonic()
+
+
+@pytest.mark.fault("kill -9 at a random moment, then resume")
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_killed_jobs_resume_to_the_same_bits(
+    is_mapped: bool, server: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    directories = [tmp_path / str(index) for index in range(NUM_KILLS + 1)]
+    for directory in directories:
+        (directory / "tables").mkdir(parents=True)
+
+    def run(directory: Path) -> Any:
+        table_dir = directory / "tables" if is_mapped else None
+        return start(server, fault_jobs.train_and_save, directory, table_dir, 5)
+
+    whole = run(directories[0])
+    began_s = wait_for(directories[0] / "began_at_0")
+    assert end(whole) == 0
+    training_s = time.monotonic() - began_s
+    expected = torch.load(directories[0] / "final.pt")
+    rng = random.Random(7)
+    num_killed_in_training = 0
+    for directory in directories[1:]:
+        killed = run(directory)
+        wait_for(directory / "began_at_0")
+        time.sleep(rng.random() * training_s)
+        killed.kill()
+        killed.join()
+        saved = max((int(path.name[5:]) for path in directory.glob("checkpoints/step_*")), default=0)
+        num_killed_in_training += not (directory / "final.pt").exists()
+        assert list((directory / "tables").iterdir()) == []
+        assert end(run(directory)) == 0
+        assert (directory / f"began_at_{saved}").exists(), "a complete checkpoint was passed over"
+        found = torch.load(directory / "final.pt")
+        for name, tensors in expected.items():
+            assert all(torch.equal(a, b) for a, b in zip(tensors, found[name], strict=True)), name
+    record_property("tries", NUM_KILLS)
+    record_property("note", f"{num_killed_in_training} of them in training")
+    assert num_killed_in_training > 0
+
+
+@pytest.mark.fault("disk full during save, at four points of the files")
+@pytest.mark.parametrize("is_async", [False, True])
+def test_full_disk_loses_that_save_alone(
+    is_async: bool, server: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("tries", 4)
+    assert end(start(server, fault_jobs.fill_the_disk, tmp_path, is_async)) == 0
+
+
+@pytest.mark.fault("disk full when memory-mapped tables are made")
+def test_no_room_for_tables(server: Any, tmp_path: Path) -> None:
+    assert end(start(server, fault_jobs.run_out_of_table_space, tmp_path)) == 0
+    assert "cannot hold weights of" in os.readlink(tmp_path / "said")
+    assert [path.name for path in tmp_path.iterdir() if "scratchpipe" in path.name] == []
+
+
+@pytest.mark.fault("Ctrl-C while the pipeline fills, in mid-run, while it drains")
+@pytest.mark.parametrize("moment", ["fill", "mid-run", "drain"])
+def test_interrupt_leaves_nothing_behind(moment: str, server: Any, tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    assert end(start(server, fault_jobs.be_interrupted, tmp_path, moment)) == 0
+    assert (tmp_path / "was_interrupted").exists()
+    assert (tmp_path / "ended").exists()
+    assert list((tmp_path / "tables").iterdir()) == []
+
+
+@pytest.mark.fault("one rank of two dies, raises, or stands still")
+@pytest.mark.parametrize("how", ["dies", "raises", "raises and lives on", "stands still"])
+def test_the_other_rank_ends_with_the_reason(how: str, server: Any, tmp_path: Path) -> None:
+    ranks = [start(server, fault_jobs.lose_a_rank, tmp_path, rank, how) for rank in range(2)]
+    end(ranks[0], timeout_s=60)
+    ranks[1].kill()
+    ranks[1].join()
+    seconds, _, reason = (tmp_path / "rank_0").read_text().partition(" ")
+    assert float(seconds) < 20
+    if how.startswith("raises"):
+        assert reason == "another rank has failed. rank 1: ValueError: line 77 of the data is broken"
+    else:
+        assert "another rank has ended or stands still without a word" in reason
+
+
+@pytest.mark.fault("a memory-mapped table left by a crash")
+def test_crash_leaves_no_table_to_be_mistaken(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    assert end(start(server, fault_jobs.leave_a_table, tmp_path)) == -9
+    assert list((tmp_path / "tables").iterdir()) == []
