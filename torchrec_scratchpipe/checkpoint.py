@@ -124,9 +124,11 @@ class CheckpointManager:
         extra_bytes = _plain_bytes(extra, optimizer)
         state = _state_of(model, optimizer)
         pools = _pools(model)
-        planner = _planner(
-            pools, lambda pool, part, first, last: pools[pool].host_table.parts[part][first:last].clone()
-        )
+
+        def read(pool: int, part: int, first: int, out: Tensor) -> None:
+            out.copy_(pools[pool].host_table.parts[part][first : first + out.shape[0]])
+
+        planner = _planner(pools, read)
         self._write(step, state, planner, extra_bytes)
         return self.path(step)
 
@@ -168,9 +170,9 @@ class CheckpointManager:
             _close(taken)
             raise
 
-        def read(pool: int, part: int, first: int, last: int) -> Tensor:
+        def read(pool: int, part: int, first: int, out: Tensor) -> None:
             table, snapshot = taken[pool][0].host_table, taken[pool][1]
-            return table.read_snapshot(snapshot, part, first, last)
+            table.read_snapshot(snapshot, part, first, out)
 
         planner = _planner([pool for pool, _ in taken], read)
         planner.detach(state)
@@ -386,7 +388,7 @@ def _pools(model: nn.Module) -> list[Pool]:
     return [pool for collection in scratchpad_collections(model) for pool in collection.pools]
 
 
-def _planner(pools: list[Pool], read: Callable[[int, int, int, int], Tensor]) -> RowBlockSavePlanner:
+def _planner(pools: list[Pool], read: Callable[[int, int, int, Tensor], None]) -> RowBlockSavePlanner:
     def locate(tensor: Tensor) -> tuple[int, int, int] | None:
         for index, pool in enumerate(pools):
             place = pool.host_table.locate(tensor)

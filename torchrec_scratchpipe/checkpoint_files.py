@@ -10,7 +10,8 @@ import json
 import os
 import pickle
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
@@ -39,6 +41,7 @@ METADATA_FILE = ".metadata"
 MANIFEST_FILE = "scratchpipe.json"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 32 * 1024 * 1024  # of rows, states included, that are copied at a time; some copies exist at once
+NUM_BUFFERS = 4  # blocks of different shapes whose memory is kept for the next one
 CHECKSUM_BYTES = 4 * 1024 * 1024  # of a file that one checksum is for
 
 
@@ -103,14 +106,14 @@ class RowBlockSavePlanner(DefaultSavePlanner):
 
     Args:
         locate: The pool, part and first row that a tensor shows, if it is a view of a host table.
-        read: Copies some rows of such a tensor: pool, part, first row, last row.
+        read: Copies some rows of such a tensor: pool, part, first row, and where to.
         row_bytes: Of a row of each pool, optimizer states included.
     """
 
     def __init__(
         self,
         locate: Callable[[Tensor], tuple[int, int, int] | None],
-        read: Callable[[int, int, int, int], Tensor],
+        read: Callable[[int, int, int, Tensor], None],
         row_bytes: Sequence[int],
     ) -> None:
         super().__init__()
@@ -119,6 +122,7 @@ class RowBlockSavePlanner(DefaultSavePlanner):
         self._row_bytes = row_bytes
         self._blocks: dict[MetadataIndex, _Block] = {}
         self._detached: dict[MetadataIndex, Any] = {}
+        self._buffers: dict[tuple[torch.Size, torch.dtype], Tensor] = {}  # memory that is new costs more than the copy
 
     def detach(self, state_dict: dict[str, Any]) -> None:
         """Copy everything that is no view of a host table; what is saved later is as it is now.
@@ -147,7 +151,7 @@ class RowBlockSavePlanner(DefaultSavePlanner):
             write_item: Of the plan.
 
         Returns:
-            A tensor of its own, or bytes.
+            A tensor, valid until the next call, or bytes.
         """
         if write_item.index in self._detached:
             data = self._detached[write_item.index]
@@ -157,7 +161,14 @@ class RowBlockSavePlanner(DefaultSavePlanner):
             return super().resolve_data(write_item)
         if block.place is not None:
             pool, part, first_row = block.place
-            return self._read(pool, part, first_row, first_row + block.num_rows)
+            assert write_item.tensor_data is not None
+            key = (write_item.tensor_data.chunk.sizes, write_item.tensor_data.properties.dtype)
+            if key not in self._buffers:
+                if len(self._buffers) == NUM_BUFFERS:
+                    self._buffers.clear()
+                self._buffers[key] = torch.empty(key[0], dtype=key[1])
+            self._read(pool, part, first_row, self._buffers[key])
+            return self._buffers[key]
         tensor = self.lookup_object(block.shard).detach()
         return (tensor.narrow(0, block.first_row, block.num_rows) if tensor.dim() else tensor).cpu()
 
@@ -223,7 +234,7 @@ class ChecksummedWriter(FileSystemWriter):
         """
         name = f"{cast(Any, plan.storage_data).prefix}0.distcp"
         results = []
-        with (Path(self.path) / name).open("wb") as file:
+        with _without_checksums_of_torch(), (Path(self.path) / name).open("wb") as file:
             stream = _ChecksummedFile(file)
             for item in plan.items:
                 first = stream.tell()
@@ -243,6 +254,17 @@ class ChecksummedWriter(FileSystemWriter):
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+
+@contextmanager
+def _without_checksums_of_torch() -> Iterator[None]:
+    """torch.save computes checksums that torch.load does not look at, at the speed of ours."""
+    was_on = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(was_on)
 
 
 class SafeReader(FileSystemReader):

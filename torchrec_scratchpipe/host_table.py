@@ -233,24 +233,21 @@ class HostTable:
             self._snapshots.append(snapshot)
         return snapshot
 
-    def read_snapshot(self, snapshot: TableSnapshot, part_index: int, first_row: int, last_row: int) -> Tensor:
+    def read_snapshot(self, snapshot: TableSnapshot, part_index: int, first_row: int, out: Tensor) -> None:
         """See :meth:`TableSnapshot.read`.
 
         Args:
             snapshot: From :meth:`snapshot`.
             part_index: 0 for weights, then the optimizer states.
             first_row: Of the range.
-            last_row: One beyond the range.
-
-        Returns:
-            [N, D] or [N], a copy.
+            out: [N, D] or [N]; written.
 
         Raises:
             TableStorageError: Some rows could not be kept, or the table was overwritten by others.
         """
         with self._snapshots_changed:
             self._lose_snapshots_of_overwritten()
-            return snapshot.read(part_index, first_row, last_row)
+            snapshot.read(part_index, first_row, out)
 
     def close_snapshot(self, snapshot: TableSnapshot) -> None:
         """Keep no more rows for a snapshot, and free those that were kept.

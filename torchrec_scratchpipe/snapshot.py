@@ -85,16 +85,13 @@ class TableSnapshot:
             self._place_of_row.index_copy_(0, some, places)
             self._num_kept += some.numel()
 
-    def read(self, part_index: int, first_row: int, last_row: int) -> Tensor:
-        """Rows of one part as they were; each may be read once, in ascending order to keep few of them.
+    def read(self, part_index: int, first_row: int, out: Tensor) -> None:
+        """Copy rows of one part as they were; each may be read once, in ascending order to keep few of them.
 
         Args:
             part_index: 0 for weights, then the optimizer states.
             first_row: Of the range.
-            last_row: One beyond the range.
-
-        Returns:
-            [N, D] or [N], a copy.
+            out: [N, D] or [N]; written.
 
         Raises:
             TableStorageError: Some rows could not be kept.
@@ -102,7 +99,8 @@ class TableSnapshot:
         if self.failure is not None:
             raise self.failure
         assert first_row >= self._num_read[part_index], "these rows were read before, and may not have been kept since"
-        rows = self._parts[part_index][first_row:last_row].clone()
+        last_row = first_row + out.shape[0]
+        out.copy_(self._parts[part_index][first_row:last_row])
         if first_row == self._num_read[part_index]:
             self._num_read[part_index] = last_row
         places = self._place_of_row[first_row:last_row]
@@ -112,8 +110,7 @@ class TableSnapshot:
         for segment in segments.unique().tolist():
             is_here = segments == segment
             values = self._segments[segment][part_index].index_select(0, places[is_here] % SEGMENT_ROWS)
-            rows.index_copy_(0, kept[is_here], values)
-        return rows
+            out.index_copy_(0, kept[is_here], values)
 
     def _make_room(self, num_rows: int) -> None:
         while self._num_kept + num_rows > SEGMENT_ROWS * len(self._segments):
