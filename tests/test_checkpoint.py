@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +26,10 @@ from helpers import (
     with_optimizer,
 )
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -471,3 +476,43 @@ def test_kept_whole_and_dense_tables_are_saved(tmp_path: Path) -> None:
     found = Trainer.scratchpipe(replace(setting, seed=5))
     manager.load(found.model, found.optimizer)
     assert_same_bits(trained(setting, constraints=constraints), found)
+
+
+def _check_dtensors(rank: int, directory: str) -> None:
+    checkpoint_files.BLOCK_BYTES = 1000
+    for setting in (TABLES, ROWS, COLUMNS):
+        manager = CheckpointManager(Path(directory) / setting.sharding_type)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(helpers, "DistributedModelParallel", with_dtensors)
+            ours, loaded = Trainer.scratchpipe(setting), Trainer.scratchpipe(replace(setting, seed=5))
+            kinds = {type(value) for name, value in ours.model.state_dict().items() if "embedding_bags" in name}
+            assert kinds == {DTensor}
+        drain(ours.pipeline(), make_batches(setting, rank=rank))
+        manager.save(1, ours.model, ours.optimizer)
+        manager.async_save(2, ours.model, ours.optimizer).result()
+        sharded = Trainer.scratchpipe(replace(setting, seed=6))
+        for step in (1, 2):
+            manager.load(loaded.model, loaded.optimizer, step=step)
+            manager.load(sharded.model, sharded.optimizer, step=step)
+            expected = ours.model.state_dict()
+            for found in (loaded.model.state_dict(), sharded.model.state_dict()):
+                for name, value in expected.items():
+                    left, right = local_shards(value), local_shards(found[name])
+                    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True)), name
+
+
+def with_dtensors(model: Any, **kwargs: Any) -> DistributedModelParallel:
+    env = ShardingEnv(dist.get_world_size(), dist.get_rank(), dist.group.WORLD, output_dtensor=True)
+    env.device_mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return DistributedModelParallel(model, env=env, **kwargs)
+
+
+def local_shards(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, DTensor):
+        return list(value.to_local().local_shards())
+    return [shard.tensor for shard in value.local_shards()] if isinstance(value, ShardedTensor) else [value]
+
+
+@pytest.mark.dist
+def test_state_as_dtensors(tmp_path: Path) -> None:
+    run_ranks(2, _check_dtensors, str(tmp_path))
