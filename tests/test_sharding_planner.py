@@ -620,8 +620,10 @@ def test_constraints_that_mean_nothing_are_refused(constraint: ParameterConstrai
 
 def test_no_device_memory_and_no_sharder_are_said() -> None:
     model = bags()
+    topology = Topology(world_size=1, compute_device="cuda", hbm_cap=1)
+    topology.devices[0].storage.hbm = 0  # given to the constructor, torchrec 1.6.1 takes it for its default
     with pytest.raises(ConfigError, match=r"the topology has no device memory.*Set its hbm_cap"):
-        cuda_planner(assumed(model), 0.0)
+        ScratchPipeShardingPlanner(topology=topology, batch_size=1024, working_sets=assumed(model))
     with pytest.raises(ConfigError, match=r"sharders have none for .*EmbeddingBagCollection.*Give"):
         cuda_planner(assumed(model), 1.0).plan(model, [])
 
