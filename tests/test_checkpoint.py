@@ -411,6 +411,16 @@ def test_saved_with_sgd_and_loaded_with_adagrad_is_refused(tmp_path: Path) -> No
     check_refused(manager, r"has no optimizer.state.*momentum1. It was saved with another optimizer")
 
 
+def test_refused_checkpoint_leaves_an_optimizer_that_has_not_stepped_as_it_was(tmp_path: Path) -> None:
+    manager = saved(tmp_path)
+    other = Trainer.scratchpipe(replace(SETTING, num_rows=(200, 150, 4)))
+    parameters = {name: p for name, p in other.model.named_parameters() if "over" in name}
+    dense = KeyedOptimizerWrapper(parameters, lambda p: torch.optim.Adam(p))
+    with pytest.raises(CheckpointMismatchError):
+        manager.load(other.model, CombinedOptimizer([other.model.fused_optimizer, dense]))
+    assert not dense._optimizer.state
+
+
 class RunsCode:
     """What a hostile pickle holds."""
 
@@ -458,7 +468,7 @@ def test_code_in_a_value_is_not_run(tmp_path: Path) -> None:
 
 def test_extra_must_be_plain_data(tmp_path: Path) -> None:
     ours = Trainer.scratchpipe(SETTING)
-    with pytest.raises(ConfigError, match="extra: cannot be saved as plain data"):
+    with pytest.raises(ConfigError, match="extra: it cannot be saved as plain data"):
         CheckpointManager(tmp_path).save(1, ours.model, ours.optimizer, extra=RunsCode(tmp_path / "x"))
     assert list(tmp_path.iterdir()) == []
 

@@ -11,6 +11,8 @@ import torch
 from helpers import Setting, TinyModel, Trainer, assert_same_outputs, drain, make_batches, run_ranks
 from safetensors.torch import save_file
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.fx import symbolic_trace
+from torchrec.inference.modules import quantize_embeddings
 
 from torchrec_scratchpipe import CheckpointManager, ConfigError, load_checkpoint, to_stock, warm_start
 
@@ -197,3 +199,17 @@ def _check_warm_start_by_rows(rank: int, directory: str) -> None:
 @pytest.mark.dist
 def test_warm_start_of_row_blocks(tmp_path: Path) -> None:
     run_ranks(2, _check_warm_start_by_rows, str(tmp_path))
+
+
+def test_plain_model_is_quantized_and_scripted() -> None:
+    ours = trained()
+    plain = to_stock(ours.model)
+    features = make_batches(replace(SETTING, seed=3), num_batches=1)[0].sparse_features
+    expected = plain.ebc(features).values()
+    exact = {name: table.weight.clone() for name, table in plain.ebc.embedding_bags.items()}
+    quantized = quantize_embeddings(plain, torch.qint8, inplace=False)
+    assert "Quant" in type(quantized.ebc).__module__ or "quant" in type(quantized.ebc).__module__
+    assert torch.allclose(quantized.ebc(features).values().float(), expected, atol=0.05)
+    assert all(torch.equal(table.weight, exact[name]) for name, table in plain.ebc.embedding_bags.items())
+    scripted = torch.jit.script(symbolic_trace(plain.ebc, leaf_modules=[]))
+    assert torch.equal(scripted(features).values(), expected)

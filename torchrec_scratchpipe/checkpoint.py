@@ -121,7 +121,7 @@ class CheckpointManager:
             ConfigError: `extra` is not plain data.
         """
         self.wait()
-        extra_bytes = _plain_bytes(extra, optimizer)
+        extra_bytes = self._ranks.each_or_fail(lambda: _plain_bytes(extra, optimizer), "extra", ConfigError)
         state = _state_of(model, optimizer)
         pools = _pools(model)
 
@@ -155,9 +155,13 @@ class CheckpointManager:
             ConfigError: `extra` is not plain data.
         """
         self.wait()
-        extra_bytes = _plain_bytes(extra, optimizer)
+        extra_bytes = self._ranks.each_or_fail(lambda: _plain_bytes(extra, optimizer), "extra", ConfigError)
         state = _state_of(model, optimizer)
         taken: list[tuple[Pool, TableSnapshot]] = []
+
+        def read(pool: int, part: int, first: int, out: Tensor) -> None:
+            table, snapshot = taken[pool][0].host_table, taken[pool][1]
+            table.read_snapshot(snapshot, part, first, out)
 
         def take() -> None:
             storage = MappedStorage(self._directory)
@@ -166,16 +170,11 @@ class CheckpointManager:
 
         try:
             self._ranks.each_or_fail(take, f"step {step} cannot be saved to {self._directory}")
+            planner = _planner([pool for pool, _ in taken], read)
+            planner.detach(state)
         except BaseException:
             _close(taken)
             raise
-
-        def read(pool: int, part: int, first: int, out: Tensor) -> None:
-            table, snapshot = taken[pool][0].host_table, taken[pool][1]
-            table.read_snapshot(snapshot, part, first, out)
-
-        planner = _planner([pool for pool, _ in taken], read)
-        planner.detach(state)
 
         def write() -> None:
             try:
@@ -220,18 +219,21 @@ class CheckpointManager:
         manifest, metadata = self._ranks.each_or_fail(
             lambda: self._check_files(step, directory), f"step {step} cannot be loaded", CheckpointMismatchError
         )
-        if optimizer is not None and any(name.startswith("optimizer.") for name in metadata.state_dict_metadata):
-            create_states(optimizer)
+        is_with_optimizer = any(name.startswith("optimizer.") for name in metadata.state_dict_metadata)
+        created = create_states(optimizer) if optimizer is not None and is_with_optimizer else []
         state = _state_of(model, optimizer)
         names = self._ranks.gather(set(flatten_state_dict(state)[0]))
-        self._ranks.each_or_fail(
-            lambda: _check_fits(state, metadata, set().union(*names), directory),
-            f"step {step} cannot be loaded",
-            CheckpointMismatchError,
-        )
-        extra, wrappers = self._ranks.each_or_fail(
-            lambda: self._read_extra(directory, manifest), f"step {step} cannot be loaded", CheckpointMismatchError
-        )
+
+        def check() -> tuple[Any, Any]:
+            _check_fits(state, metadata, set().union(*names), directory)
+            return self._read_extra(directory, manifest)
+
+        try:
+            extra, wrappers = self._ranks.each_or_fail(check, f"step {step} cannot be loaded", CheckpointMismatchError)
+        except BaseException:
+            for part in created:
+                part.state.clear()
+            raise
         load_checkpoint(directory, state, self._ranks.group)
         model.load_state_dict(state["model"])
         if optimizer is not None:
@@ -279,11 +281,17 @@ class CheckpointManager:
         _sync_directory(temporary)
         temporary.rename(self.path(manifest.step))
         _sync_directory(self._directory)
+        self._delete_old(manifest.step)
+
+    def _delete_old(self, newest: int) -> None:
         for old in self.steps()[: -self._keep_last] if self._keep_last else []:
-            if old != manifest.step:
+            if old != newest:
                 doomed = self._directory / f".step_{old:012d}.unfinished"
-                self.path(old).rename(doomed)  # what is half deleted must not be loaded
-                shutil.rmtree(doomed)
+                try:
+                    self.path(old).rename(doomed)  # what is half deleted must not be loaded
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    logger.warning("checkpoint of step %s could not be deleted: %s", old, error)
 
     def _check_files(self, step: int, directory: Path) -> tuple[Manifest, Metadata]:
         if not directory.is_dir():
@@ -413,7 +421,7 @@ def _plain_bytes(extra: Any, optimizer: torch.optim.Optimizer | None) -> bytes:
         torch.load(stream, weights_only=True)
     except Exception as error:
         raise ConfigError(
-            f"extra: cannot be saved as plain data ({_brief(error)}). Give numbers, strings, tensors, and lists and dicts "
+            f"it cannot be saved as plain data ({_brief(error)}). Give numbers, strings, tensors, and lists and dicts "
             "of them."
         ) from error
     return stream.getvalue()

@@ -50,12 +50,16 @@ def load_wrapper_states(optimizer: torch.optim.Optimizer, states: WrapperStates)
         optimizer.post_load_state_dict()
 
 
-def create_states(optimizer: torch.optim.Optimizer) -> None:
+def create_states(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """Let torch's optimizers make the states that they otherwise make at their first step; changes no weight.
 
     Args:
         optimizer: Its parts that have stepped before are left alone.
+
+    Returns:
+        Those that have states now and had none; to clear their `state` takes it back.
     """
+    created = []
     for part in _torch_optimizers(optimizer):
         parameters = [p for group in part.param_groups for p in group["params"]]
         if part.state or any(p.grad is not None or isinstance(p, ShardedTensor) for p in parameters):
@@ -69,6 +73,7 @@ def create_states(optimizer: torch.optim.Optimizer) -> None:
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         part.step()
+        created.append(part)
         for group, rate in zip(part.param_groups, rates, strict=True):
             if "lr" in group:
                 group["lr"] = rate
@@ -76,6 +81,7 @@ def create_states(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = None
             with torch.no_grad():
                 parameter.copy_(value)
+    return created
 
 
 def _wrappers(optimizer: torch.optim.Optimizer) -> Iterator[OptimizerWrapper]:
