@@ -258,12 +258,18 @@ def _load_sharded(rank: int, directory: str, setting: Setting, num_saving: int) 
         assert found.world_size == num_saving
         assert found.extra == (rank if num_saving == dist.get_world_size() else 0)
         assert_same_bits(stock, ours)
+    dcp.save(state_of(stock), checkpoint_id=Path(directory) / "back_by_stock")
+    back = Trainer.scratchpipe(replace(setting, seed=7))
+    dcp.load(state_of(back), checkpoint_id=Path(directory) / "back_by_stock")
+    assert_same_bits(stock, back)
 
 
 SHARDED = replace(SETTING, num_rows=(200, 150, 40), num_batches=12)
 COLUMNS = replace(SHARDED, sharding_type="column_wise", min_partition=4)
 ROWS = replace(SHARDED, sharding_type="row_wise")
 TABLES = replace(SHARDED, sharding_type="table_wise")
+HOSTS = replace(SHARDED, sharding_type="table_row_wise", local_size=2)
+GRID = replace(SHARDED, sharding_type="grid_shard", local_size=2, min_partition=4)
 
 
 @pytest.mark.dist
@@ -275,6 +281,10 @@ TABLES = replace(SHARDED, sharding_type="table_wise")
         (ROWS, 2, ROWS, 2),
         (COLUMNS, 2, replace(TABLES, load_factor=0.6), 1),
         (TABLES, 1, with_optimizer(COLUMNS, torch.optim.Adagrad), 2),
+        (HOSTS, 4, TABLES, 2),
+        (TABLES, 2, GRID, 4),
+        (with_optimizer(ROWS, RowWiseAdagrad), 4, with_optimizer(TABLES, RowWiseAdagrad), 2),
+        (with_optimizer(TABLES, torch.optim.SGD), 2, with_optimizer(ROWS, torch.optim.SGD), 4),
     ],
     ids=[
         "tables 2 to rows 4",
@@ -282,11 +292,15 @@ TABLES = replace(SHARDED, sharding_type="table_wise")
         "rows 2 to rows 2",
         "columns 2 to tables 1",
         "tables 1 to columns 2",
+        "hosts of 2 to tables 2",
+        "tables 2 to grid 4",
+        "rows 4 to tables 2, row-wise Adagrad",
+        "tables 2 to rows 4, SGD",
     ],
 )
 def test_resharding(saving: Setting, num_saving: int, loading: Setting, num_loading: int, tmp_path: Path) -> None:
-    run_ranks(num_saving, _save_sharded, str(tmp_path), saving)
-    run_ranks(num_loading, _load_sharded, str(tmp_path), loading, num_saving)
+    run_ranks(num_saving, _save_sharded, str(tmp_path), saving, local_size=saving.local_size)
+    run_ranks(num_loading, _load_sharded, str(tmp_path), loading, num_saving, local_size=loading.local_size)
 
 
 def test_keep_last(tmp_path: Path) -> None:
