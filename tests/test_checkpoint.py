@@ -106,22 +106,34 @@ def test_both_ways_with_stock(optimizer: type[torch.optim.Optimizer], tmp_path: 
         assert_same_bits(stock, back)
 
 
-@pytest.mark.parametrize("is_warmed_up", [True, False])
+STAGE = WarmupStage(WarmupPolicy.LINEAR, max_iters=50, value=0.1)
+
+
+def with_dense(dense: type[torch.optim.Optimizer]) -> tuple[Trainer, KeyedOptimizerWrapper]:
+    """A trainer, and an optimizer of its dense parameters that has not stepped."""
+    trainer = Trainer.scratchpipe(SETTING)
+    parameters = {name: p for name, p in trainer.model.named_parameters() if "over" in name}
+    kwargs = {} if dense is torch.optim.Adam else {"momentum": 0.9}
+    return trainer, KeyedOptimizerWrapper(parameters, lambda p: dense(p, lr=0.05, **kwargs))
+
+
+@pytest.mark.parametrize("warmed_up", ["no", "outside", "inside", "each"])
 @pytest.mark.parametrize("dense", [torch.optim.Adam, torch.optim.SGD])
 def test_states_that_are_made_at_the_first_step_are_resumed(
-    dense: type[torch.optim.Optimizer], is_warmed_up: bool, tmp_path: Path
+    dense: type[torch.optim.Optimizer], warmed_up: str, tmp_path: Path
 ) -> None:
     """Adam's moments, and how far a warm-up is, which the state_dict of TorchRec's wrapper does not say."""
 
     def make() -> Trainer:
-        trainer = Trainer.scratchpipe(SETTING)
-        parameters = {name: p for name, p in trainer.model.named_parameters() if "over" in name}
-        kwargs = {} if dense is torch.optim.Adam else {"momentum": 0.9}
-        keyed = KeyedOptimizerWrapper(parameters, lambda p: dense(p, lr=0.05, **kwargs))
+        trainer, keyed = with_dense(dense)
+        if warmed_up == "inside":
+            keyed = WarmupOptimizer(keyed, [STAGE], lr=0.05)
         trainer.optimizer = CombinedOptimizer([trainer.model.fused_optimizer, keyed])
-        if is_warmed_up:
-            stage = WarmupStage(WarmupPolicy.LINEAR, max_iters=50, value=0.1)
-            trainer.optimizer = WarmupOptimizer(trainer.optimizer, [stage], lr=0.1)
+        if warmed_up == "outside":
+            trainer.optimizer = WarmupOptimizer(trainer.optimizer, [STAGE], lr=0.1)
+        if warmed_up == "each":
+            fused = WarmupOptimizer(trainer.model.fused_optimizer, [STAGE], lr=0.1, param_name="__warmup_of_tables")
+            trainer.optimizer = CombinedOptimizer([fused, WarmupOptimizer(keyed, [STAGE], lr=0.05)])
         return trainer
 
     whole, part, resumed = make(), make(), make()
@@ -130,6 +142,8 @@ def test_states_that_are_made_at_the_first_step_are_resumed(
     manager = saved(tmp_path, part)
     manager.load(resumed.model, resumed.optimizer)
     assert_same_bits(part, resumed)
+    rates = [group["lr"] for trainer in (part, resumed) for group in trainer.optimizer.param_groups]
+    assert rates[: len(rates) // 2] == rates[len(rates) // 2 :]
     drain(resumed.pipeline(), make_batches(SETTING)[30:])
     assert_same_bits(whole, resumed)
 
@@ -148,6 +162,111 @@ def test_stock_save_of_our_state_in_either_order(is_read_first: str, tmp_path: P
     stock = Trainer(replace(SETTING, seed=5))
     dcp.load(state_of(stock), checkpoint_id=tmp_path)
     assert_same_bits(stock, ours)
+
+
+def combined(trainer: Trainer, dense: torch.optim.Optimizer) -> CombinedOptimizer:
+    return CombinedOptimizer([trainer.model.fused_optimizer, dense])
+
+
+def test_states_that_were_not_there_when_it_was_saved_are_dropped(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    fresh, dense = with_dense(torch.optim.Adam)
+    manager.save(0, fresh.model, combined(fresh, dense))
+    trained_on, other = with_dense(torch.optim.Adam)
+    trained_on.optimizer = combined(trained_on, other)
+    drain(trained_on.pipeline(), make_batches(SETTING)[:10])
+    assert other._optimizer.state
+    manager.load(trained_on.model, trained_on.optimizer)
+    assert not other._optimizer.state
+
+
+def test_states_are_made_beside_gradients_and_for_some_parameters_alone(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    trainers = [with_dense(torch.optim.Adam) for _ in range(2)]
+    for _, dense in trainers:
+        weight, bias = dense.params.values()
+        weight.grad, bias.grad = torch.full_like(weight, 0.5), None
+    (first, dense), (second, other) = trainers
+    dense.step()  # the bias has no gradient, so no state
+    manager.save(1, first.model, combined(first, dense))
+    weight, bias = other.params.values()
+    manager.load(second.model, combined(second, other))
+    assert float(weight.grad.mean()) == 0.5
+    assert bias.grad is None
+    assert len(other._optimizer.state) == 1
+    expected = dense._optimizer.state[next(iter(dense.params.values()))]
+    assert all(torch.equal(value, expected[name]) for name, value in other._optimizer.state[weight].items())
+
+
+def test_an_optimizer_of_torch_alone_is_resumed(tmp_path: Path) -> None:
+    ours, loaded = Trainer.scratchpipe(SETTING), Trainer.scratchpipe(SETTING)
+    optimizers = [torch.optim.Adam(trainer.model.module.over.parameters()) for trainer in (ours, loaded)]
+    for parameter in ours.model.module.over.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, ours.model, optimizers[0])
+    manager.load(loaded.model, optimizers[1])
+    left, right = (optimizer.state_dict()["state"][0] for optimizer in optimizers)
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def _check_sgd(rank: int, directory: str) -> None:
+    for optimizer, num_rows in ((torch.optim.SGD, (90, 80, 70)), (torch.optim.Adagrad, (200,))):
+        setting = replace(with_optimizer(SETTING, optimizer), num_rows=num_rows, dims=(8,) * len(num_rows))
+        ours = Trainer.scratchpipe(setting)
+        drain(ours.pipeline(), make_batches(setting, rank=rank)[:20])
+        manager = CheckpointManager(Path(directory) / optimizer.__name__)
+        manager.save(1, ours.model, ours.optimizer)
+        loaded = Trainer.scratchpipe(replace(setting, seed=5))
+        manager.load(loaded.model, loaded.optimizer)
+        assert_same_bits(ours, loaded)
+        load_checkpoint(manager.path(1), state_of(loaded))
+
+
+@pytest.mark.dist
+def test_ranks_without_optimizer_states_of_their_own(tmp_path: Path) -> None:
+    run_ranks(2, _check_sgd, str(tmp_path))
+
+
+class WithExtraState(torch.nn.Linear):
+    """A dense part whose state_dict holds more than tensors."""
+
+    extra: Any = 1
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def test_state_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    ours = trained()
+    ours.model.module.over = WithExtraState(27, 1)
+    manager = CheckpointManager(tmp_path)
+    for extra in (lambda: None, RunsCode(tmp_path / "x")):
+        ours.model.module.over.extra = extra
+        for save in (manager.save, manager.async_save):
+            with pytest.raises(CheckpointSaveError, match=r"step 1 cannot be saved"):
+                save(1, ours.model, ours.optimizer)
+        assert all(not pool.host_table._snapshots for pool in ours.model.module.ebc.pools)
+    ours.model.module.over.extra = {"plain": [1, "two"]}
+    manager.async_save(1, ours.model, ours.optimizer).result()
+    ours.model.module.over.extra = {"plain": [0, "none"]}
+    manager.load(ours.model, ours.optimizer)
+    assert ours.model.module.over.extra == {"plain": [1, "two"]}
+
+
+def test_async_save_cannot_be_cancelled(tmp_path: Path) -> None:
+    ours = trained()
+    manager = CheckpointManager(tmp_path)
+    start = hold_back_writer(manager)
+    pending = manager.async_save(1, ours.model, ours.optimizer)
+    assert not pending.cancel()
+    start.set_result(None)
+    pending.result()
+    assert manager.steps() == [1]
 
 
 def test_stock_async_save_of_our_state_is_of_one_moment(tmp_path: Path) -> None:
@@ -310,11 +429,37 @@ def test_keep_last(tmp_path: Path) -> None:
         manager.save(step, ours.model, ours.optimizer)
     assert manager.steps() == [5, 10]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000000005", "step_000000000010"]
-    with pytest.raises(CheckpointSaveError, match="step_000000000010 exists"):
+    with pytest.raises(CheckpointSaveError, match="there is step 10 already"):
         manager.save(10, ours.model, ours.optimizer)
     assert manager.steps() == [5, 10]
     with pytest.raises(ConfigError, match="keep_last is 0"):
         CheckpointManager(tmp_path, keep_last=0)
+
+
+def test_steps_that_go_back_are_refused(tmp_path: Path) -> None:
+    ours = trained()
+    manager = saved(tmp_path, ours)
+    with pytest.raises(CheckpointSaveError, match="there is step 30 already, of a run that went as far or further"):
+        manager.save(21, ours.model, ours.optimizer)
+    with pytest.raises(ConfigError, match="step is -1, it must not be negative"):
+        manager.save(-1, ours.model, ours.optimizer)
+
+
+def test_renamed_and_odd_directories(tmp_path: Path) -> None:
+    ours = trained()
+    manager = saved(tmp_path, ours)
+    for name in ("step_1", "step_\u00b2", "step_x", "step_000000000040"):
+        shutil.copytree(manager.path(30), tmp_path / name)
+    assert manager.steps() == [30, 40]
+    check_refused(manager, r"step_000000000040 holds step 30. It was renamed")
+    shutil.rmtree(manager.path(40))
+    manager.path(30).rename(tmp_path / "elsewhere")
+    manager.path(30).symlink_to(tmp_path / "elsewhere")
+    last = CheckpointManager(tmp_path, keep_last=1)
+    last.save(50, ours.model, ours.optimizer)
+    last.save(60, ours.model, ours.optimizer)
+    assert last.steps() == [60]
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
@@ -480,9 +625,37 @@ def test_code_in_a_value_is_not_run(tmp_path: Path) -> None:
     assert proof.exists()
 
 
+def test_metadata_write_no_attribute_of_a_class_and_name_no_file_elsewhere(tmp_path: Path) -> None:
+    manager = saved(tmp_path)
+    (manager.path(30) / "scratchpipe.json").unlink()
+    path = manager.path(30) / ".metadata"
+    whole = path.read_bytes()
+    state = {"model": Trainer.scratchpipe(SETTING).model.state_dict()}
+    for class_name in (b"torch.distributed.checkpoint.metadata\nMetadata\n", b"pathlib\nPath\n"):
+        hostile = b"\x80\x02c" + class_name + b"(N}X\x07\x00\x00\x00is_fileccollections\nOrderedDict\nstb0"
+        path.write_bytes(hostile + pickle.dumps(dcp.metadata.Metadata({}), 2)[2:])
+        with pytest.raises(CheckpointMismatchError, match="it writes attributes of"):
+            load_checkpoint(manager.path(30), state)
+    path.write_bytes(whole.replace(b"__0_0.distcp", b"../_0.distcp"))
+    with pytest.raises(CheckpointMismatchError, match=r"names the file '../_0.distcp', outside"):
+        load_checkpoint(manager.path(30), state)
+
+
+def test_load_checkpoint_checks_files_and_shapes(tmp_path: Path) -> None:
+    manager = saved(tmp_path)
+    ours = Trainer.scratchpipe(replace(SETTING, num_rows=(200, 150, 4)))
+    with pytest.raises(CheckpointMismatchError, match=r"t2.weight has shape"):
+        load_checkpoint(manager.path(30), {"model": ours.model.state_dict()})
+    with pytest.raises(CheckpointMismatchError, match="cannot be read as metadata"):
+        load_checkpoint(tmp_path / "missing", {"model": ours.model.state_dict()})
+    flip(manager.path(30) / "__0_0.distcp", 0.5)
+    with pytest.raises(CheckpointMismatchError, match="is not what was written"):
+        load_checkpoint(manager.path(30), {"model": Trainer.scratchpipe(SETTING).model.state_dict()})
+
+
 def test_extra_must_be_plain_data(tmp_path: Path) -> None:
     ours = Trainer.scratchpipe(SETTING)
-    with pytest.raises(ConfigError, match="extra: it cannot be saved as plain data"):
+    with pytest.raises(ConfigError, match="extra: cannot be saved as plain data"):
         CheckpointManager(tmp_path).save(1, ours.model, ours.optimizer, extra=RunsCode(tmp_path / "x"))
     assert list(tmp_path.iterdir()) == []
 

@@ -259,6 +259,15 @@ def test_criteo_dlrm_is_resumed_in_mid_epoch(tsv: Path, tmp_path: Path) -> None:
         "--json",
         str(tmp_path / "out.json"),
     )
+    again = subprocess.run(
+        [sys.executable, *small_run(tsv, "--save_dir", str(part))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert again.returncode == 1
+    assert "has checkpoints of another run; give --resume" in again.stderr
     figures = read_figures(tmp_path / "out.json")
     assert figures["num_train_batches"] == 55
     assert figures["verify"]["max_abs_diff"] == 0.0

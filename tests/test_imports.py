@@ -18,7 +18,7 @@ LAYERS = [
     ["working_set", "plan_report", "trace"],
     ["checkpoint", "stock"],
     ["checkpoint_files", "table_sources", "optimizer_states"],
-    ["collection", "peers"],
+    ["collection", "peers", "ranks"],
     ["lookup"],
     ["kernel"],
     ["options", "fused_optimizer"],

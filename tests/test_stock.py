@@ -49,6 +49,13 @@ def sharded(trainer: Trainer) -> Any:
     return trainer.model.module.ebc if trainer.setting.is_pooled else trainer.model.module.ec
 
 
+def test_a_collection_in_two_places_stays_one() -> None:
+    ours = trained()
+    pair = torch.nn.ModuleList([ours.model.module.ebc, torch.nn.ModuleList([ours.model.module.ebc])])
+    plain = to_stock(pair)
+    assert plain[0] is plain[1][0]
+
+
 def test_plain_model_survives_training_that_goes_on() -> None:
     ours = trained()
     plain = to_stock(ours.model)
@@ -168,6 +175,8 @@ def test_warm_start_refuses_what_does_not_fit(tmp_path: Path) -> None:
         ({"a.t0.weight": weights["t0"], "b.t0.weight": weights["t0"]}, "a.t0.weight, b.t0.weight are all called like"),
         ({"t0": tmp_path / "code.npy"}, r"code.npy for table t0 cannot be read as .npy"),
         ({"t0": tmp_path / "missing.npy"}, r"missing.npy for table t0 cannot be read"),
+        ({"t0": [[1.0]]}, "list for table t0. Give real numbers"),
+        ({"t0": weights["t0"].to(torch.complex64)}, "complex64 for table t0. Give real numbers"),
         (tmp_path / "damaged.safetensors", "damaged.safetensors cannot be read"),
         (tmp_path / "missing.pt", "missing.pt cannot be read"),
         (tmp_path / "table.bin", "no .safetensors file and no .pt file"),

@@ -4,11 +4,12 @@
 import io
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,20 +30,20 @@ from torchrec_scratchpipe.checkpoint_files import (
     RowBlockSavePlanner,
     SafeLoadPlanner,
     SafeReader,
+    check_values,
     checksums_of,
 )
 from torchrec_scratchpipe.collection import scratchpad_collections
 from torchrec_scratchpipe.errors import CheckpointMismatchError, CheckpointSaveError, ConfigError
 from torchrec_scratchpipe.host_table import MappedStorage
-from torchrec_scratchpipe.optimizer_states import create_states, load_wrapper_states, wrapper_states
+from torchrec_scratchpipe.optimizer_states import fit_states, load_wrapper_states, wrapper_states
 from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.ranks import Ranks
 from torchrec_scratchpipe.snapshot import TableSnapshot
 
 __all__ = ["Checkpoint", "CheckpointManager", "load_checkpoint"]
 
 logger: logging.Logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Checkpoint(NamedTuple):
@@ -84,17 +85,18 @@ class CheckpointManager:
             raise ConfigError(f"keep_last is {keep_last}, it must be at least 1, or None to keep all checkpoints.")
         self._directory = Path(directory)
         self._keep_last = keep_last
-        self._ranks = _Ranks(process_group)
+        self._ranks = Ranks(process_group)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scratchpipe-checkpoint")
         self._pending: Future[None] | None = None
         self._ranks.each_or_fail(
-            lambda: self._directory.mkdir(parents=True, exist_ok=True), f"{self._directory} cannot be made"
+            lambda: self._directory.mkdir(parents=True, exist_ok=True), _save_error(f"{self._directory} cannot be made")
         )
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, ascending."""
-        paths = self._directory.glob("step_*")
-        return sorted(int(p.name[5:]) for p in paths if p.name[5:].isdigit() and (p / MANIFEST_FILE).is_file())
+        names = [path.name for path in self._directory.glob("step_*") if (path / MANIFEST_FILE).is_file()]
+        steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{12,}", name))
+        return [step for step in steps if self.path(step).name in names]
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, for `torch.distributed.checkpoint.load(..., checkpoint_id=)`."""
@@ -121,7 +123,7 @@ class CheckpointManager:
             ConfigError: `extra` is not plain data.
         """
         self.wait()
-        extra_bytes = self._ranks.each_or_fail(lambda: _plain_bytes(extra, optimizer), "extra", ConfigError)
+        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
         state = _state_of(model, optimizer)
         pools = _pools(model)
 
@@ -155,7 +157,7 @@ class CheckpointManager:
             ConfigError: `extra` is not plain data.
         """
         self.wait()
-        extra_bytes = self._ranks.each_or_fail(lambda: _plain_bytes(extra, optimizer), "extra", ConfigError)
+        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
         state = _state_of(model, optimizer)
         taken: list[tuple[Pool, TableSnapshot]] = []
 
@@ -163,30 +165,37 @@ class CheckpointManager:
             table, snapshot = taken[pool][0].host_table, taken[pool][1]
             table.read_snapshot(snapshot, part, first, out)
 
-        def take() -> None:
+        def take() -> RowBlockSavePlanner:
             storage = MappedStorage(self._directory)
             for collection in scratchpad_collections(model):
                 taken.extend(collection.snapshot(storage))
-
-        try:
-            self._ranks.each_or_fail(take, f"step {step} cannot be saved to {self._directory}")
             planner = _planner([pool for pool, _ in taken], read)
             planner.detach(state)
-        except BaseException:
-            _close(taken)
-            raise
+            return planner
 
         def write() -> None:
+            failure: BaseException | None = None
             try:
                 self._write(step, state, planner, extra_bytes)
             except BaseException as error:
                 logger.error("checkpoint of step %s was not saved: %s", step, error)
-                raise
-            finally:
-                _close(taken)
+                failure = error
+            _close(taken)
+            if failure is None:
+                done.set_result(None)
+            else:
+                done.set_exception(failure)
 
-        self._pending = self._executor.submit(write)
-        return self._pending
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # nobody can cancel it: tables would be kept as they are for ever
+        try:
+            planner = self._ranks.each_or_fail(take, _save_error(f"step {step} cannot be saved to {self._directory}"))
+            self._executor.submit(write)
+        except BaseException:
+            _close(taken)
+            raise
+        self._pending = done
+        return done
 
     def wait(self) -> None:
         """Wait until no save is under way, well or badly; what :meth:`async_save` returned says which."""
@@ -212,29 +221,30 @@ class CheckpointManager:
                 Nothing was loaded.
         """
         self.wait()
+        for pool in _pools(model):  # another manager may be saving this model
+            pool.host_table.wait_for_snapshots()
         step = self._ranks.from_first(lambda: step if step is not None else max(self.steps(), default=None))
         if step is None:
             return None
         directory = self.path(step)
-        manifest, metadata = self._ranks.each_or_fail(
-            lambda: self._check_files(step, directory), f"step {step} cannot be loaded", CheckpointMismatchError
-        )
-        is_with_optimizer = any(name.startswith("optimizer.") for name in metadata.state_dict_metadata)
-        created = create_states(optimizer) if optimizer is not None and is_with_optimizer else []
+        make_error = _mismatch_error(f"step {step} cannot be loaded")
+        manifest, metadata = self._ranks.each_or_fail(lambda: self._check_files(step, directory), make_error)
+        undo = fit_states(optimizer, _is_saved(metadata)) if optimizer is not None else None
         state = _state_of(model, optimizer)
-        names = self._ranks.gather(set(flatten_state_dict(state)[0]))
+        names: set[str] = set().union(*self._ranks.gather(set(flatten_state_dict(state)[0])))
 
         def check() -> tuple[Any, Any]:
-            _check_fits(state, metadata, set().union(*names), directory)
+            _check_fits(state, metadata, names, directory)
+            check_values(directory, metadata, flatten_state_dict(state)[0])
             return self._read_extra(directory, manifest)
 
         try:
-            extra, wrappers = self._ranks.each_or_fail(check, f"step {step} cannot be loaded", CheckpointMismatchError)
+            extra, wrappers = self._ranks.each_or_fail(check, make_error)
         except BaseException:
-            for part in created:
-                part.state.clear()
+            if undo is not None:
+                undo()
             raise
-        load_checkpoint(directory, state, self._ranks.group)
+        _load(directory, state, self._ranks.group)
         model.load_state_dict(state["model"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
@@ -243,36 +253,37 @@ class CheckpointManager:
 
     def _write(self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes) -> None:
         temporary = self._directory / f".step_{step:012d}.unfinished"
-        what = f"step {step} cannot be saved to {self._directory}"
+        make_error = _save_error(f"step {step} cannot be saved to {self._directory}")
         writer = ChecksummedWriter(temporary)
         try:
-            self._ranks.first_or_fail(lambda: self._make_room(temporary, step), what)
+            self._ranks.first_or_fail(lambda: self._make_room(temporary, step), make_error)
             try:
                 save(state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
             except CheckpointException as error:
-                raise _save_error(
-                    what, "; ".join(f"rank {r}: {_brief(e)}" for r, (e, _) in _failures(error))
-                ) from error
+                raise make_error(_reasons(error)) from error
             extra_name = f"extra_{self._ranks.rank}.pt"
             writer.files[extra_name] = self._ranks.each_or_fail(
-                lambda: _write_durably(temporary / extra_name, extra_bytes), what
+                lambda: _write_durably(temporary / extra_name, extra_bytes), make_error
             )
             files: dict[str, FileChecksums] = {}
             for some in self._ranks.gather(writer.files):
                 files.update(some)
-            self._ranks.first_or_fail(
-                lambda: self._complete(temporary, Manifest(step, self._ranks.world_size, files)), what
-            )
+            manifest = Manifest(step, self._ranks.world_size, files)
+            self._ranks.first_or_fail(lambda: self._complete(temporary, manifest), make_error)
         except BaseException:
             if self._ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
     def _make_room(self, temporary: Path, step: int) -> None:
-        if self.path(step).exists():
-            raise FileExistsError(f"{self.path(step)} exists. Save under another step, or delete it")
+        later = [other for other in self.steps() if other >= step]
+        if later or self.path(step).exists():
+            raise FileExistsError(
+                f"there is step {max([step, *later])} already, of a run that went as far or further. Delete it, save a later "
+                "step, or use another directory"
+            )
         for leftover in self._directory.glob(".step_*.unfinished"):  # of a job that was killed
-            shutil.rmtree(leftover)
+            _remove(leftover)
         temporary.mkdir()
 
     def _complete(self, temporary: Path, manifest: Manifest) -> None:
@@ -289,7 +300,7 @@ class CheckpointManager:
                 doomed = self._directory / f".step_{old:012d}.unfinished"
                 try:
                     self.path(old).rename(doomed)  # what is half deleted must not be loaded
-                    shutil.rmtree(doomed)
+                    _remove(doomed)
                 except OSError as error:
                     logger.warning("checkpoint of step %s could not be deleted: %s", old, error)
 
@@ -299,14 +310,11 @@ class CheckpointManager:
                 f"{directory} does not exist. Steps that were saved: {', '.join(map(str, self.steps())) or 'none'}."
             )
         manifest = Manifest.read(directory)
-        names = sorted(manifest.files)
-        own = names[self._ranks.rank :: self._ranks.world_size]
-        if METADATA_FILE in names:  # all ranks read it
-            _check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
-        metadata = SafeReader(directory).read_metadata()
-        for name in own:
-            _check_file(directory, name, manifest.files[name], metadata)
-        return manifest, metadata
+        if manifest.step != step:
+            raise CheckpointMismatchError(
+                f"{directory} holds step {manifest.step}. It was renamed; give it its name back."
+            )
+        return manifest, _check_all_files(directory, manifest, self._ranks)
 
     def _read_extra(self, directory: Path, manifest: Manifest) -> tuple[Any, Any]:
         rank = self._ranks.rank if manifest.world_size == self._ranks.world_size else 0
@@ -325,64 +333,77 @@ def load_checkpoint(
 ) -> None:
     """Load any directory of torch.distributed.checkpoint in place, without running code that its files might name.
 
+    Shapes and dtypes are compared first, and checksums where there are any. All ranks call it.
+
     Args:
         directory: Written by stock or by :class:`CheckpointManager`.
-        state: As for `torch.distributed.checkpoint.load`: tensors are written, other values replaced.
-        process_group: Of the ranks that load.
+        state: As for `torch.distributed.checkpoint.load`: tensors are written, other values replaced. What else the
+            directory holds is left out.
+        process_group: Of the ranks that load; default: all of them.
+
+    Raises:
+        CheckpointMismatchError: Files are missing or damaged, or of something else than `state`; nothing was loaded.
     """
-    load(state, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(), process_group=process_group)
+    path, ranks = Path(directory), Ranks(process_group)
+
+    def check() -> None:
+        manifest = Manifest.read(path) if (path / MANIFEST_FILE).exists() else None
+        metadata = _check_all_files(path, manifest, ranks) if manifest else SafeReader(path).read_metadata()
+        _check_fits(state, metadata, None, path)
+        check_values(path, metadata, flatten_state_dict(state)[0])
+
+    ranks.each_or_fail(check, _mismatch_error(f"{path} cannot be loaded"))
+    _load(path, state, ranks.group)
 
 
-class _Ranks:
-    """What all ranks do together; an error on one of them is raised on all."""
-
-    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
-        self.group: dist.ProcessGroup | None = None
-        self.rank, self.world_size = 0, 1
-        if dist.is_available() and dist.is_initialized():
-            # A group of its own: its collectives run beside those of training, in another order.
-            self.group = dist.new_group(
-                None if process_group is None else dist.get_process_group_ranks(process_group), backend="gloo"
-            )
-            self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
-
-    def gather(self, value: T) -> list[T]:
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def from_first(self, make: Callable[[], T]) -> T:
-        return self.gather(make() if self.rank == 0 else None)[0]  # type: ignore[return-value]
-
-    def first_or_fail(self, do: Callable[[], object], what: str) -> None:
-        self.each_or_fail(lambda: do() if self.rank == 0 else None, what)
-
-    def each_or_fail(
-        self, do: Callable[[], T], what: str, error_type: Callable[[str], Exception] = CheckpointSaveError
-    ) -> T:
-        """Do it on every rank; if it fails on any, all raise what the first of them said."""
-        error: Exception | None = None
-        try:
-            result = do()
-        except Exception as caught:  # whatever it is, the other ranks must not wait for this one
-            error = caught
-        reasons = self.gather(
-            None if error is None else str(error) if self.world_size == 1 else f"rank {self.rank}: {error}"
-        )
-        reason = next((reason for reason in reasons if reason is not None), None)
-        if reason is None:
-            return result
-        if error_type is CheckpointSaveError:
-            raise _save_error(what, reason) from error
-        raise error_type(f"{what}: {reason}") from error
+def _load(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    try:
+        load(state, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(), process_group=group)
+    except CheckpointException as error:
+        raise CheckpointMismatchError(
+            f"{directory}: {_reasons(error)}. It changed while it was being loaded, and some of it was; load another."
+        ) from error
 
 
-def _save_error(what: str, reason: str) -> CheckpointSaveError:
-    return CheckpointSaveError(
+def _check_all_files(directory: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
+    """Read the metadata, and this rank's share of the files."""
+    names = sorted(manifest.files)
+    if METADATA_FILE in names:  # all ranks read it
+        _check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
+    metadata = SafeReader(directory).read_metadata()
+    stray = {place.relative_path for place in (metadata.storage_data or {}).values()} - set(names)
+    if stray:
+        raise CheckpointMismatchError(f"{directory}: {min(stray)} has no checksum. Load another step.")
+    for name in names[ranks.rank :: ranks.world_size]:
+        _check_file(directory, name, manifest.files[name], metadata)
+    return metadata
+
+
+def _is_saved(metadata: Metadata) -> Callable[[str], bool]:
+    """Whether there are optimizer states of a parameter."""
+    names = list(metadata.state_dict_metadata)
+    return lambda name: any(other.startswith(f"optimizer.state.{name}.") for other in names)
+
+
+def _save_error(what: str) -> Callable[[str], CheckpointSaveError]:
+    return lambda reason: CheckpointSaveError(
         f"{what}: {reason}. Earlier checkpoints are untouched; free space or name another directory, and save again."
     )
+
+
+def _mismatch_error(what: str) -> Callable[[str], CheckpointMismatchError]:
+    return lambda reason: CheckpointMismatchError(f"{what}: {reason}")
+
+
+def _reasons(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {_brief(failure)}" for rank, (failure, _) in sorted(error.failures.items()))
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -412,7 +433,9 @@ def _close(taken: list[tuple[Pool, TableSnapshot]]) -> None:
         pool.host_table.close_snapshot(snapshot)
 
 
-def _plain_bytes(extra: Any, optimizer: torch.optim.Optimizer | None) -> bytes:
+def _prepare(step: int, extra: Any, optimizer: torch.optim.Optimizer | None) -> bytes:
+    if step < 0:
+        raise ConfigError(f"step is {step}, it must not be negative. Give the number of batches trained.")
     stream = io.BytesIO()
     content = {"extra": extra, "optimizer_wrappers": [] if optimizer is None else wrapper_states(optimizer)}
     try:
@@ -421,7 +444,7 @@ def _plain_bytes(extra: Any, optimizer: torch.optim.Optimizer | None) -> bytes:
         torch.load(stream, weights_only=True)
     except Exception as error:
         raise ConfigError(
-            f"it cannot be saved as plain data ({_brief(error)}). Give numbers, strings, tensors, and lists and dicts "
+            f"extra: cannot be saved as plain data ({_brief(error)}). Give numbers, strings, tensors, and lists and dicts "
             "of them."
         ) from error
     return stream.getvalue()
@@ -477,7 +500,7 @@ def _tables_in(name: str, metadata: Metadata | None, checksum_index: int) -> str
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "") if found else "no table"
 
 
-def _check_fits(state: dict[str, Any], metadata: Metadata, names: set[str], directory: Path) -> None:
+def _check_fits(state: dict[str, Any], metadata: Metadata, names: set[str] | None, directory: Path) -> None:
     """Compare names, sizes and dtypes with what a checkpoint holds."""
     saved = metadata.state_dict_metadata
     for name, value in flatten_state_dict(state)[0].items():
@@ -493,19 +516,15 @@ def _check_fits(state: dict[str, Any], metadata: Metadata, names: set[str], dire
                 raise CheckpointMismatchError(
                     f"{directory}: {name} is {found.properties.dtype} there and {value.dtype} here. {_advice(name)}"
                 )
-    left = sorted(name for name in saved if name not in names and name.partition(".")[0] in state)
+    left = [] if names is None else [name for name in saved if name not in names and name.partition(".")[0] in state]
     if left:
-        raise CheckpointMismatchError(f"{directory}: has {left[0]}, which is not there here. {_advice(left[0])}")
+        raise CheckpointMismatchError(f"{directory}: has {min(left)}, which is not there here. {_advice(min(left))}")
 
 
 def _advice(name: str) -> str:
     if name.startswith("optimizer."):
         return "It was saved with another optimizer or other tables; build those, or load without optimizer."
     return "It was saved from another model; build the model with the same tables, or load the step that belongs to it."
-
-
-def _failures(error: CheckpointException) -> Iterator[tuple[int, tuple[BaseException, Any]]]:
-    yield from sorted(error.failures.items())
 
 
 def _brief(error: BaseException) -> str:

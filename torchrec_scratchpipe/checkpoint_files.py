@@ -10,17 +10,21 @@ import json
 import os
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_local_load_plan,
+)
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -34,7 +38,9 @@ __all__ = [
     "RowBlockSavePlanner",
     "SafeLoadPlanner",
     "SafeReader",
+    "check_values",
     "checksums_of",
+    "load_plain",
 ]
 
 METADATA_FILE = ".metadata"
@@ -158,7 +164,9 @@ class RowBlockSavePlanner(DefaultSavePlanner):
             return io.BytesIO(data.getvalue()) if isinstance(data, io.BytesIO) else data
         block = self._blocks.get(write_item.index)
         if block is None:
-            return super().resolve_data(write_item)
+            data = cast(io.BytesIO, super().resolve_data(write_item))
+            load_plain(io.BytesIO(data.getvalue()), write_item.index.fqn)
+            return data
         if block.place is not None:
             pool, part, first_row = block.place
             assert write_item.tensor_data is not None
@@ -293,6 +301,9 @@ class SafeReader(FileSystemReader):
                 metadata = _MetadataUnpickler(file).load()
             if not isinstance(metadata, Metadata):
                 raise pickle.UnpicklingError(f"it holds {type(metadata).__name__}")
+            for place in (metadata.storage_data or {}).values():
+                if Path(place.relative_path).name != place.relative_path:
+                    raise pickle.UnpicklingError(f"it names the file {place.relative_path!r}, outside its directory")
         except Exception as error:  # a damaged pickle raises almost anything
             raise CheckpointMismatchError(
                 f"{path}: cannot be read as metadata of torch.distributed.checkpoint ({type(error).__name__}: {error}). "
@@ -304,7 +315,15 @@ class SafeReader(FileSystemReader):
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """Stock's, which would run code that a value other than a tensor names."""
+    """Stock's, which would run code that a value other than a tensor names.
+
+    And which takes what only other ranks hold, an optimizer's state of their tables, for the sign of an old format.
+    """
+
+    def create_local_plan(self) -> LoadPlan:
+        """Read items of this rank."""
+        assert self.metadata is not None
+        return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """See stock's.
@@ -316,15 +335,49 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         Raises:
             CheckpointMismatchError: It is not plain data.
         """
-        name = read_item.dest_index.fqn
-        try:
-            plain = torch.load(value, weights_only=True)
-        except Exception as error:
-            raise CheckpointMismatchError(
-                f"{name}: is not plain data ({type(error).__name__}), and reading it might run code. Leave it out of the "
-                "state that is saved, or load this checkpoint with torch.distributed.checkpoint if you trust it."
-            ) from error
+        plain = load_plain(value, read_item.dest_index.fqn)
         super().load_bytes(read_item, _saved(plain))
+
+
+def load_plain(value: io.BytesIO, name: str) -> Any:
+    """Load what torch.save wrote, unless it could run code.
+
+    Args:
+        value: What it wrote.
+        name: For the message.
+
+    Returns:
+        Numbers, strings, tensors, lists and dicts of them.
+
+    Raises:
+        CheckpointMismatchError: It is anything else.
+    """
+    try:
+        return torch.load(value, weights_only=True)
+    except Exception as error:
+        raise CheckpointMismatchError(
+            f"{name}: is not plain data ({type(error).__name__}), and reading it might run code. Leave it out of the "
+            "state that is saved, or load this checkpoint with torch.distributed.checkpoint if you trust it."
+        ) from error
+
+
+def check_values(directory: Path, metadata: Metadata, names: Iterable[str]) -> None:
+    """Make sure that values other than tensors can be loaded.
+
+    Args:
+        directory: Of one checkpoint.
+        metadata: Its own.
+        names: Of the values; others, and tensors, are left alone.
+
+    Raises:
+        CheckpointMismatchError: One of them is not plain data.
+    """
+    for name in names:
+        if isinstance(metadata.state_dict_metadata.get(name), BytesStorageMetadata):
+            place = metadata.storage_data[MetadataIndex(name)]
+            with (directory / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                load_plain(io.BytesIO(file.read(place.length)), name)
 
 
 def checksums_of(path: Path) -> FileChecksums:
@@ -378,17 +431,27 @@ class _ChecksummedFile:
 
 _PLAIN_GLOBALS = {
     ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
 }
+_PATH_MODULES = ("pathlib", "pathlib._local")
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc] # only its opcodes can be overridden
+    """Makes what metadata consist of, and nothing else; writes no attribute of a class or a function."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def load_build(self) -> None:
+        target = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(target, type) or callable(target):
+            raise pickle.UnpicklingError(f"it writes attributes of {target!r}")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if module == _METADATA_MODULE and "." not in name:
             found = super().find_class(module, name)
@@ -396,9 +459,15 @@ class _MetadataUnpickler(pickle.Unpickler):
                 return found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             return getattr(torch, name)
+        if module in _PATH_MODULES and name in ("Path", "PosixPath", "PurePosixPath"):
+            return _join  # of where it was saved; nobody asks
         if (module, name) in _PLAIN_GLOBALS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which metadata do not consist of")
+
+
+def _join(*parts: str) -> str:
+    return "/".join(parts)
 
 
 def _saved(value: Any) -> io.BytesIO:

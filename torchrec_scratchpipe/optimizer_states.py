@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the state_dict of TorchRec's optimizers leaves out, and what must be there before it can be loaded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
+from torchrec.optim.warmup import WarmupOptimizer
 
-__all__ = ["create_states", "load_wrapper_states", "wrapper_states"]
+__all__ = ["fit_states", "load_wrapper_states", "wrapper_states"]
 
 WrapperStates = list[dict[str, dict[str, Any]]]
 
@@ -50,38 +51,93 @@ def load_wrapper_states(optimizer: torch.optim.Optimizer, states: WrapperStates)
         optimizer.post_load_state_dict()
 
 
-def create_states(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Let torch's optimizers make the states that they otherwise make at their first step; changes no weight.
+def fit_states(optimizer: torch.optim.Optimizer, is_saved: Callable[[str], bool]) -> Callable[[], None]:
+    """Give an optimizer the states that a checkpoint has, so that they can be loaded.
+
+    torch's optimizers make a parameter's states when it first has a gradient, a WarmupOptimizer at its first step. Those that are
+    missing are made, those that were not there when it was saved are dropped; no weight changes.
 
     Args:
-        optimizer: Its parts that have stepped before are left alone.
+        optimizer: TorchRec's, combined and wrapped in any way, or torch's own.
+        is_saved: Whether there are states of a parameter, by its name in the optimizer's state_dict.
 
     Returns:
-        Those that have states now and had none; to clear their `state` takes it back.
+        Takes it back.
     """
-    created = []
-    for part in _torch_optimizers(optimizer):
-        parameters = [p for group in part.param_groups for p in group["params"]]
-        if part.state or any(p.grad is not None or isinstance(p, ShardedTensor) for p in parameters):
-            continue
-        before = [p.detach().clone() for p in parameters]
-        rates = [group.get("lr") for group in part.param_groups]
-        for parameter in parameters:
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        for group in part.param_groups:
-            if "lr" in group:
-                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        part.step()
-        created.append(part)
-        for group, rate in zip(part.param_groups, rates, strict=True):
-            if "lr" in group:
-                group["lr"] = rate
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.grad = None
-            with torch.no_grad():
-                parameter.copy_(value)
-    return created
+    undos = []
+    for part, names in _parts(optimizer):
+        if isinstance(part, WarmupOptimizer):
+            undos.append(_fit_warm_up(part, names, is_saved))
+        else:
+            undos.append(_fit_torch_optimizer(part, names, is_saved))
+
+    def undo() -> None:
+        for undo_one in undos:
+            undo_one()
+
+    return undo
+
+
+def _fit_warm_up(
+    part: WarmupOptimizer, names: Mapping[str, Any], is_saved: Callable[[str], bool]
+) -> Callable[[], None]:
+    parameter = part._warmup_param
+    name = next((name for name, other in names.items() if other is parameter), None)
+    before = dict(part.state)
+    if name is not None and is_saved(name) and parameter not in part.state:
+        part.state[parameter] = {"warmup": torch.tensor([0, 0], dtype=torch.long)}  # type: ignore[index]
+    elif name is not None and not is_saved(name) and parameter in part.state:
+        del part.state[parameter]  # type: ignore[attr-defined]
+    return lambda: _put_back(part.state, before)
+
+
+def _fit_torch_optimizer(
+    part: torch.optim.Optimizer, names: Mapping[str, Any], is_saved: Callable[[str], bool]
+) -> Callable[[], None]:
+    before = dict(part.state)
+    parameters = [p for p in names.values() if isinstance(p, Tensor) and not isinstance(p, ShardedTensor)]
+    missing = [
+        p
+        for name, p in names.items()
+        if is_saved(name) and not part.state.get(p) and p.requires_grad and _is_in(p, parameters)
+    ]
+    if missing:
+        _step_without_effect(part, parameters, missing)
+    for name, parameter in names.items():
+        if not is_saved(name):
+            part.state.pop(parameter, None)
+    return lambda: _put_back(part.state, before)
+
+
+def _step_without_effect(part: torch.optim.Optimizer, parameters: list[Tensor], missing: list[Tensor]) -> None:
+    gradients = [p.grad for p in parameters]
+    weights = [p.detach().clone() for p in missing]
+    rates = [group.get("lr") for group in part.param_groups]
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in part.param_groups:
+        if "lr" in group:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    part.step()
+    for group, rate in zip(part.param_groups, rates, strict=True):
+        if "lr" in group:
+            group["lr"] = rate
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    with torch.no_grad():
+        for parameter, value in zip(missing, weights, strict=True):
+            parameter.copy_(value)
+
+
+def _put_back(state: Any, before: dict[Any, Any]) -> None:
+    state.clear()
+    state.update(before)
+
+
+def _is_in(tensor: Tensor, tensors: list[Tensor]) -> bool:
+    return any(tensor is other for other in tensors)
 
 
 def _wrappers(optimizer: torch.optim.Optimizer) -> Iterator[OptimizerWrapper]:
@@ -90,11 +146,26 @@ def _wrappers(optimizer: torch.optim.Optimizer) -> Iterator[OptimizerWrapper]:
         optimizer = optimizer._optimizer
 
 
-def _torch_optimizers(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+def _parts(optimizer: torch.optim.Optimizer, prefix: str = "") -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Optimizers of torch and warm-ups at any depth, with their parameters by name in the state_dict of the whole."""
+
+    def named(params: Mapping[str, Any]) -> dict[str, Any]:
+        return {CombinedOptimizer.prepend_opt_key(name, prefix): parameter for name, parameter in params.items()}
+
     if isinstance(optimizer, OptimizerWrapper):
-        yield from _torch_optimizers(optimizer._optimizer)
+        yield from _parts(optimizer._optimizer, prefix)
+        if isinstance(optimizer, WarmupOptimizer):
+            yield optimizer, named(optimizer.params)
     elif isinstance(optimizer, CombinedOptimizer):
-        for _, part in optimizer.optimizers:
-            yield from _torch_optimizers(part)
-    elif isinstance(optimizer, KeyedOptimizerWrapper) and isinstance(optimizer._optimizer.state, Mapping):
-        yield optimizer._optimizer
+        for key, part in optimizer.optimizers:
+            yield from _parts(part, CombinedOptimizer.prepend_opt_key(key, prefix))
+    elif isinstance(optimizer, KeyedOptimizerWrapper):
+        params = {name: p for name, p in optimizer.params.items() if _is_trained_by(p, optimizer._optimizer)}
+        yield optimizer._optimizer, named(params)
+    elif not isinstance(optimizer, KeyedOptimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        yield optimizer, {str(index): parameter for index, parameter in enumerate(parameters)}
+
+
+def _is_trained_by(parameter: Any, optimizer: torch.optim.Optimizer) -> bool:
+    return any(parameter is other for group in optimizer.param_groups for other in group["params"])

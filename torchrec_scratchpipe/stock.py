@@ -38,13 +38,20 @@ def to_stock(module: nn.Module) -> Any:
     Raises:
         ConfigError: A table's state is neither a plain tensor nor a ShardedTensor.
     """
-    converted = _convert(get_unwrapped_module(module))
+    converted = _convert(get_unwrapped_module(module), {})
     return converted if _rank() == 0 else None
 
 
-def _convert(module: nn.Module) -> nn.Module:
+def _convert(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """A module that is used in several places stays one."""
+    if id(module) not in done:
+        done[id(module)] = _convert_one(module, done)
+    return done[id(module)]
+
+
+def _convert_one(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if isinstance(module, ShardedFeatureProcessedEmbeddingBagCollection):
-        bags = _convert(module._embedding_bag_collection)
+        bags = _convert(module._embedding_bag_collection, done)
         return FeatureProcessedEmbeddingBagCollection(bags, get_unwrapped_module(module._feature_processors))
     if isinstance(module, ShardedEmbeddingBagCollection):
         collection = EmbeddingBagCollection(
@@ -58,7 +65,7 @@ def _convert(module: nn.Module) -> nn.Module:
         )
         _fill(sequences.embeddings, module, "embeddings")
         return sequences
-    children = {name: child if child is None else _convert(child) for name, child in module._modules.items()}
+    children = {name: child if child is None else _convert(child, done) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     return _with_children(module, children)

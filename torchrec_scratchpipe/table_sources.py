@@ -14,6 +14,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from torchrec_scratchpipe.collection import scratchpad_collections
 from torchrec_scratchpipe.errors import ConfigError
+from torchrec_scratchpipe.ranks import Ranks
 
 __all__ = ["warm_start"]
 
@@ -28,6 +29,8 @@ def warm_start(
 ) -> list[str]:
     """Overwrite weights of tables; each rank reads its own rows and columns, 32 MiB at a time. Optimizer states stay.
 
+    All ranks call it.
+
     Args:
         model: A model of DistributedModelParallel, or a sharded collection; tables may use any kernel.
         source: Weights [num_embeddings, embedding_dim] by table name, or by a name that ends in `<table>.weight`, as in a stock
@@ -39,30 +42,37 @@ def warm_start(
     Raises:
         ConfigError: No table has a match, several tensors match one, or a shape or a file is wrong; nothing was written.
     """
+    for collection in scratchpad_collections(model):
+        for pool in collection.pools:
+            pool.host_table.wait_for_snapshots()
+    tables = {name: value for name, value in model.state_dict().items() if _table_of(name) is not None}
     with ExitStack() as files:
-        found = _open(source, files) if isinstance(source, str | os.PathLike) else dict(source)
-        for collection in scratchpad_collections(model):
-            for pool in collection.pools:
-                pool.host_table.wait_for_snapshots()
-        tables = {name: value for name, value in model.state_dict().items() if _table_of(name) is not None}
-        matches = {name: match for name in tables if (match := _match(str(_table_of(name)), found)) is not None}
-        if not matches:
-            known = ", ".join(sorted(str(_table_of(name)) for name in tables)[:5])
-            raise ConfigError(
-                f"warm_start: none of {_few(found)} is a table. Name them like tables ({known}) or like a stock state_dict."
-            )
-        rows = {name: _rows(str(_table_of(name)), found[match]) for name, match in matches.items()}
-        for name, value in rows.items():
-            shape = tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
-            if shape != tuple(tables[name].shape):
-                raise ConfigError(
-                    f"warm_start: table {_table_of(name)} is {tuple(tables[name].shape)}, {matches[name]!r} is {shape}. Give "
-                    "weights of the whole table, [num_embeddings, embedding_dim]."
-                )
+        rows = Ranks().each_or_fail(lambda: _find_rows(source, tables, files), ConfigError)
         for name, value in rows.items():
             for target, first_row, first_column in _local_parts(tables[name]):
                 _copy(value, target, first_row, first_column)
     return sorted(str(_table_of(name)) for name in rows)
+
+
+def _find_rows(source: Any, tables: dict[str, Any], files: ExitStack) -> dict[str, Rows]:
+    """By the name of the table's weights in the state_dict."""
+    found = _open(source, files) if isinstance(source, str | os.PathLike) else dict(source)
+    matches = {name: match for name in tables if (match := _match(str(_table_of(name)), found)) is not None}
+    if not matches:
+        known = ", ".join(sorted(str(_table_of(name)) for name in tables)[:5])
+        raise ConfigError(
+            f"warm_start: none of {_few(found)} is a table. Name them like tables ({known}) or like a stock state_dict."
+        )
+    rows = {name: _rows(str(_table_of(name)), found[match]) for name, match in matches.items()}
+    for name, value in rows.items():
+        shape = tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
+        if shape != tuple(tables[name].shape):
+            raise ConfigError(
+                f"warm_start: table {_table_of(name)} is {tuple(tables[name].shape)}, {matches[name]!r} is {shape}. Give "
+                "weights of the whole table, [num_embeddings, embedding_dim]."
+            )
+        list(_local_parts(tables[name]))  # or it raises
+    return rows
 
 
 def _table_of(state_name: str) -> str | None:
@@ -92,7 +102,7 @@ def _open(path: str | os.PathLike[str], files: ExitStack) -> dict[str, Rows]:
                 raise ConfigError(f"warm_start: {path} needs safetensors. pip install safetensors.") from error
             opened = files.enter_context(safe_open(path, framework="pt"))
             return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        if suffix in (".pt", ".pth"):
+        if suffix in {".pt", ".pth"}:
             loaded = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
             if isinstance(loaded, dict):
                 return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
@@ -107,12 +117,19 @@ def _open(path: str | os.PathLike[str], files: ExitStack) -> dict[str, Rows]:
 
 
 def _rows(table: str, value: Any) -> Rows:
-    if not isinstance(value, str | os.PathLike):
-        return value.detach() if isinstance(value, Tensor) else value
-    try:
-        return np.load(value, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"warm_start: {value} for table {table} cannot be read as .npy ({error}).") from error
+    if isinstance(value, str | os.PathLike):
+        try:
+            value = np.load(value, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(f"warm_start: {value} for table {table} cannot be read as .npy ({error}).") from error
+    value = value.detach() if isinstance(value, Tensor) else value
+    dtype = str(getattr(value, "dtype", "")) or (value.get_dtype() if hasattr(value, "get_dtype") else "")
+    if not dtype or "complex" in dtype:
+        raise ConfigError(
+            f"warm_start: {dtype or type(value).__name__} for table {table}. Give real numbers: a tensor, a NumPy array, or the path of a "
+            ".npy file."
+        )
+    return value
 
 
 def _local_parts(value: Any) -> Iterator[tuple[Tensor, int, int]]:

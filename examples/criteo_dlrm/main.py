@@ -323,6 +323,10 @@ class Trainer:
         self.model, self._optimizer, self.plan, self._report = shard(args, self._source, device)
         self._pipeline = make_pipeline(args, self.model, self._optimizer, device)
         self._checkpoints = CheckpointManager(args.save_dir, args.keep_last) if args.save_dir else None
+        if self._checkpoints is not None and self._checkpoints.steps() and not args.resume:
+            raise SystemExit(
+                f"--save_dir {args.save_dir} has checkpoints of another run; give --resume or another directory"
+            )
         self._num_steps = 0  # batches trained; the data loader is ahead of it, but all that counts is what has trained
         self._twin = Twin(args, self.model, self.plan, make_model, make_optimizer, device) if args.verify else None
         if args.resume and self._checkpoints is not None:
@@ -418,7 +422,7 @@ class Trainer:
         if self._checkpoints is None:
             return
         self._checkpoints.wait()
-        if self._num_steps not in self._checkpoints.steps():
+        if self._num_steps not in self._checkpoints.steps():  # of this run, or of the one that it went on from
             self._checkpoints.save(self._num_steps, self.model, self._optimizer)
 
     def _note_sigterm(self, *_: object) -> None:

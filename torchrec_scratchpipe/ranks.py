@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What all ranks of a job do together; an error on one of them is raised on all."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+__all__ = ["Ranks"]
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """Ranks that call the same methods in the same order, in a gloo group of their own.
+
+    Args:
+        process_group: Its ranks; None for all of them.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.rank, self.world_size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            # Of its own, because its collectives run beside those of training, in another order.
+            ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
+            self.group = dist.new_group(ranks, backend="gloo")
+            self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def gather(self, value: T) -> list[T]:
+        """Exchange values.
+
+        Args:
+            value: This rank's; pickled.
+
+        Returns:
+            Everybody's, by rank.
+        """
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Let rank 0 make something for all.
+
+        Args:
+            make: Called on rank 0.
+
+        Returns:
+            What it made, on all ranks.
+        """
+        return self.gather(make() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def first_or_fail(self, do: Callable[[], object], make_error: Callable[[str], Exception]) -> None:
+        """As :meth:`each_or_fail`, on rank 0 alone.
+
+        Args:
+            do: Called on rank 0.
+            make_error: Of the reason.
+        """
+        self.each_or_fail(lambda: do() if self.rank == 0 else None, make_error)
+
+    def each_or_fail(self, do: Callable[[], T], make_error: Callable[[str], Exception]) -> T:
+        """Do something on every rank; if it fails on any, all raise what the first of them said.
+
+        Args:
+            do: Called on every rank.
+            make_error: Makes what is raised, of the reason.
+
+        Returns:
+            What it returned on this rank.
+        """
+        error: Exception | None = None
+        try:
+            result = do()
+        except Exception as caught:  # whatever it is, the other ranks must not wait for this one
+            error = caught
+        reason = None if error is None else str(error) or repr(error)
+        if reason is not None and self.world_size > 1:
+            reason = f"rank {self.rank}: {reason}"
+        first = next((other for other in self.gather(reason) if other is not None), None)
+        if first is None:
+            return result
+        raise make_error(first) from error
