@@ -111,8 +111,8 @@ class CheckpointManager:
             step: A number that grows, such as batches trained.
             model: Sharded by DistributedModelParallel.
             optimizer: Its optimizers, combined.
-            extra: Anything else, by rank: numbers, strings, tensors, lists and dicts of them; e.g. the data loader's
-                ``state_dict()``.
+            extra: Anything else, by rank: numbers, strings, tensors, lists and dicts of them; e.g. the state of a learning rate
+                schedule. A data loader's own state is ahead of training by the batches in flight.
 
         Returns:
             The checkpoint's directory.
