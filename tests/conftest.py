@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One gloo process group for the whole run; tests with more ranks spawn processes of their own."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels are compiled, or interpreted, as of their import
+
+import device_path  # noqa: F401  acts when imported
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,8 +5,12 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+from device_path import ReachableRam
 from torch import Tensor
 
+from torchrec_scratchpipe.device_batch import DeviceBatch, feature_rows
+from torchrec_scratchpipe.device_ops import DeviceOps, FeatureIds, FeatureRows
+from torchrec_scratchpipe.device_slot_map import DevicePlan, DeviceSlotMap, PoolIds
 from torchrec_scratchpipe.eviction import EvictionOrder, SlotUses
 from torchrec_scratchpipe.host_table import HostTable, RamStorage, TableStorage
 from torchrec_scratchpipe.planned_batch import FeatureSource, PlannedBatch
@@ -14,7 +18,8 @@ from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
 from torchrec_scratchpipe.scratchpad import allocate_scratchpads
 from torchrec_scratchpipe.slot_map import SlotMap
-from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
+from torchrec_scratchpipe.streams import StageStreams
+from torchrec_scratchpipe.types import CachePlan, RowLayout, StateSpec, TableSpec
 
 CPU = torch.device("cpu")
 LAYOUT = RowLayout(dim=4, dtype=torch.float32, states=(StateSpec("momentum1", is_rowwise=True),))
@@ -68,6 +73,36 @@ class UnguardedSlotMap(SlotMap):
         return self._next_batch
 
 
+class DeviceSlotMapOfRows(DeviceSlotMap):
+    """A device slot map that takes rows, as :class:`SlotMap` does, and says at once what it has planned."""
+
+    def __init__(self, num_rows: int, num_slots: int, ops: DeviceOps) -> None:
+        super().__init__(num_rows, num_slots, [0, num_rows], ops, CPU)
+        self.plans: dict[int, DevicePlan] = {}
+
+    def see(self, rows: Tensor) -> int | None:  # type: ignore[override]
+        return super().see(self.ids_of(rows))
+
+    def forget(self, seen: int, rows: Tensor) -> None:  # type: ignore[override]
+        super().forget(seen, self.ids_of(rows))
+
+    def plan(self, rows: Tensor, seen: int | None = None) -> CachePlan:  # type: ignore[override]
+        self.note_releases()
+        plan = super().plan(self.ids_of(rows), seen)
+        self.plans = {plan.batch_index: plan}
+        cache_plan = self.cache_plan(plan)
+        return CachePlan(*(value.clone() if isinstance(value, Tensor) else value for value in cache_plan))._replace(
+            unique_slots=cache_plan.slots.unique()
+        )
+
+    def undo(self, plan: CachePlan) -> None:  # type: ignore[override]
+        super().undo(self.plans[plan.batch_index])
+
+    def ids_of(self, rows: Tensor) -> PoolIds:
+        features = FeatureRows(torch.tensor([0]), torch.tensor([self.num_rows]), torch.tensor([0], dtype=torch.int32))
+        return PoolIds(FeatureIds(rows, torch.tensor([0, rows.numel()])), features)
+
+
 def make_pool(
     num_rows: int = 60,
     num_slots: int = 20,
@@ -90,7 +125,20 @@ def random_rows(num_batches: int, ids_per_batch: int, num_rows: int = 60, seed: 
     ]
 
 
+def make_device_pool(
+    ops: DeviceOps, num_rows: int = 60, num_slots: int = 20, streams: StageStreams | None = None
+) -> Pool:
+    """As :func:`make_pool`, planned and filled by device operations that reach the table."""
+    pool = make_pool(num_rows, num_slots, storage=ReachableRam())
+    offsets = pool.host_table.row_offsets
+    return Pool(pool.host_table, pool.scratchpad, DeviceSlotMap(num_rows, num_slots, offsets, ops, CPU, streams))
+
+
 def planned(pool: Pool, rows: Tensor, runner: StageRunner) -> PlannedBatch:
+    if isinstance(pool.slot_map, DeviceSlotMap):
+        features = [FeatureSource("f0", 0, 0)]
+        ids = FeatureIds(rows, torch.tensor([0, rows.numel()]))
+        return DeviceBatch([pool], features, ids, feature_rows([pool], features, CPU), runner)
     return PlannedBatch([pool], [FeatureSource("f0", 0, 0)], rows, [0, rows.numel()], runner)
 
 

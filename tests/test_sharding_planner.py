@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device_path import device_path
 from helpers import CPU, Setting, TinyModel, drain, is_embedding, make_batches
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -34,12 +35,15 @@ from torchrec_scratchpipe import (
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
     WorkingSets,
+    device_slot_map,
     measure_working_set,
     plot_plan,
     scratchpad_stats,
+    sharding_planner,
     zipf_working_sets,
 )
 from torchrec_scratchpipe.collection import PlannedBatches
+from torchrec_scratchpipe.memory import PoolDemand
 from torchrec_scratchpipe.working_set import table_configs
 
 GB = 1024**3
@@ -116,6 +120,33 @@ def test_more_memory_never_misses_more_and_in_the_end_everything_is_kept_whole()
 def test_what_is_charged_is_allocated(
     table_sizes: tuple[int, ...], optimizer: type[torch.optim.Optimizer], ahead: int
 ) -> None:
+    check_charges(table_sizes, optimizer, ahead)
+
+
+@pytest.mark.parametrize("table_sizes", [(40_000, 10_000, 500, 3), (20_000, 20_000)])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("ahead", [0, 6])
+def test_what_is_charged_is_allocated_where_the_device_plans(
+    table_sizes: tuple[int, ...],
+    optimizer: type[torch.optim.Optimizer],
+    ahead: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def demand(**kwargs: Any) -> PoolDemand:
+        return PoolDemand(**{**kwargs, "is_cpu": False, "num_bags": 256})
+
+    monkeypatch.setattr(sharding_planner, "PoolDemand", demand)
+    monkeypatch.setattr(device_slot_map, "SMALLEST_CAPACITY", 1)
+    with device_path("twin"):
+        check_charges(table_sizes, optimizer, ahead, num_bags=256)
+
+
+def check_charges(
+    table_sizes: tuple[int, ...],
+    optimizer: type[torch.optim.Optimizer],
+    ahead: int,
+    num_bags: int = 0,
+) -> None:
     setting = Setting(
         num_rows=table_sizes, dims=(16,) * len(table_sizes), batch_size=256, max_ids_per_bag=3, num_batches=40
     )
@@ -153,6 +184,9 @@ def test_what_is_charged_is_allocated(
     assert sum(stats.num_victims for stats in scratchpad_stats(sharded)) > 100
     in_dist = sum(2 * 8 * working_set.reuse.num_ids for working_set in working_sets.values())  # cannot be reached
     whole = [table for table in planner.report.tables if table.sized.is_whole]
+    if num_bags:  # lengths, and offsets of tables that are not planned
+        num_batches = planner.lookahead + 1 + ahead
+        in_dist += num_bags * (len(planner.report.tables) * (4 * num_batches + 2 * 12) + len(whole) * 8 * num_batches)
     charged = (
         sum(table.device_bytes for table in [*sized, *whole]) - sum(table.table_bytes for table in whole) - in_dist
     )

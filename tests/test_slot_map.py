@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from core_helpers import MostRecentlyUsed, RandomOrder, random_rows
+from core_helpers import DeviceSlotMapOfRows, MostRecentlyUsed, RandomOrder, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +18,8 @@ from torchrec_scratchpipe.eviction import (
     LeastRecentlyUsed,
 )
 from torchrec_scratchpipe.slot_map import SlotMap, SlotsHeldError
+from torchrec_scratchpipe.triton_ops import TritonOps
+from torchrec_scratchpipe.twin_ops import TwinOps
 from torchrec_scratchpipe.types import CachePlan
 
 NUM_ROWS, NUM_SLOTS = 30, 12
@@ -37,7 +39,22 @@ def streams(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
 @settings(max_examples=150, deadline=None)
 @given(stream=streams())
 def test_laws(order: type[EvictionOrder], stream: list[tuple[str, list[int]]]) -> None:
-    slot_map = SlotMap(NUM_ROWS, NUM_SLOTS, order(NUM_SLOTS))
+    check_laws(SlotMap(NUM_ROWS, NUM_SLOTS, order(NUM_SLOTS)), stream)
+
+
+@settings(max_examples=150, deadline=None)
+@given(stream=streams())
+def test_laws_of_device_slot_map(stream: list[tuple[str, list[int]]]) -> None:
+    check_laws(DeviceSlotMapOfRows(NUM_ROWS, NUM_SLOTS, TwinOps()), stream)
+
+
+@settings(max_examples=15, deadline=None)
+@given(stream=streams())
+def test_laws_of_device_slot_map_in_triton(stream: list[tuple[str, list[int]]]) -> None:
+    check_laws(DeviceSlotMapOfRows(NUM_ROWS, NUM_SLOTS, TritonOps()), stream)
+
+
+def check_laws(slot_map: SlotMap | DeviceSlotMapOfRows, stream: list[tuple[str, list[int]]]) -> None:
     in_flight: OrderedDict[int, dict[int, int]] = OrderedDict()
     newest_plan = None
     ahead: dict[int, list[int]] = {}
@@ -85,7 +102,8 @@ def test_laws(order: type[EvictionOrder], stream: list[tuple[str, list[int]]]) -
             assert slot_map.num_resident_rows == 0
             newest_plan = None
         slot_map.check_integrity()
-        check_uses(slot_map)
+        if isinstance(slot_map, SlotMap):
+            check_uses(slot_map)
         check_uses_ahead(slot_map, ahead)
         for slots in in_flight.values():  # held rows stay where they were promised to be
             for row, slot in slots.items():

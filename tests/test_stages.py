@@ -249,7 +249,7 @@ def test_int32_ids_are_widened_before_the_row_offset_is_added(monkeypatch: pytes
     pool = make_pool()
     monkeypatch.setattr(pool.host_table, "row_offsets", [3_000_000_000])
     batch = planned(pool, torch.tensor([5, 6], dtype=torch.int32), StageRunner(CPU))
-    assert batch._rows_of_ids()[0].tolist() == [3_000_000_005, 3_000_000_006]
+    assert batch._ids_of_pools()[0].tolist() == [3_000_000_005, 3_000_000_006]
 
 
 def test_purge_keeps_what_was_trained() -> None:

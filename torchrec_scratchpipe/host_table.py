@@ -9,8 +9,9 @@ import os
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +23,11 @@ from torchrec_scratchpipe.row_parts import read_rows, write_rows
 from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
 from torchrec_scratchpipe.types import RowLayout, TableSpec
 
-__all__ = ["HostTable", "MappedStorage", "RamStorage", "TableStorage"]
+__all__ = ["HostTable", "MappedStorage", "PinnedStorage", "RamStorage", "TableStorage"]
 
 
 WRITE_BUFFER_BYTES = 512 * 1024 * 1024
+CUDA_HOST_REGISTER_PORTABLE_AND_MAPPED = 0x1 | 0x2
 SWEEP_ROWS = 16384  # how far the write buffer's hand moves at a time: 4 MiB of rows of 64 floats
 
 
@@ -33,6 +35,7 @@ class TableStorage(Protocol):
     """Where a host table's memory comes from."""
 
     is_slow_to_write: bool  # whether single rows should be gathered in RAM before they are written
+    is_host_mapped: bool  # whether kernels on the device may read and write it in place
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """Allocate zero-filled memory.
@@ -54,6 +57,7 @@ class RamStorage:
     """Anonymous memory; pages are taken from the system when they are first written."""
 
     is_slow_to_write = False
+    is_host_mapped = False
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """See :class:`TableStorage`."""
@@ -61,6 +65,64 @@ class RamStorage:
 
     def persist(self) -> None:
         """Does nothing."""
+
+
+class PinnedStorage:
+    """Page-locked memory that kernels of every CUDA device read and write in place.
+
+    Exactly as much as is asked for: the caching allocator for page-locked memory rounds up to a power of two, which for a table
+    of 40 GB would take 64 GB. Unlocked when nobody holds this storage any more; the memory stays as long as its tensors.
+    """
+
+    is_slow_to_write = False
+    is_host_mapped = True
+
+    def __init__(self) -> None:
+        self._locked: list[Tensor] = []
+        weakref.finalize(self, _unlock, self._locked)
+
+    def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
+        """See :class:`TableStorage`.
+
+        Args:
+            num_values: Length of the flat tensor.
+            dtype: Its element type.
+            label: For error messages.
+
+        Returns:
+            [num_values], contiguous, page-locked.
+
+        Raises:
+            TableStorageError: The system does not lock so much.
+        """
+        memory = mmap.mmap(-1, max(1, num_values) * dtype.itemsize)  # zeros; whole pages of its own
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        tensor = torch.frombuffer(memory, dtype=dtype, count=max(1, num_values))
+        error = _lock_pages(tensor)
+        if error:
+            raise TableStorageError(
+                f"{label}: {tensor.nbytes:,} bytes cannot be page-locked ({error}). Raise the limit (ulimit -l), free host memory, "
+                "or give the sharder host_access='staged', which needs no page-locked tables."
+            )
+        self._locked.append(tensor)
+        return tensor[:num_values]
+
+    def persist(self) -> None:
+        """Does nothing."""
+
+
+def _lock_pages(tensor: Tensor) -> str:
+    """Why it could not be done, or nothing."""
+    cudart = torch.cuda.cudart()
+    error = cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, CUDA_HOST_REGISTER_PORTABLE_AND_MAPPED)
+    return "" if int(error) == 0 else str(cudart.cudaGetErrorString(error))
+
+
+def _unlock(locked: list[Tensor]) -> None:
+    for tensor in locked:
+        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+    locked.clear()
 
 
 class MappedStorage:
@@ -78,6 +140,7 @@ class MappedStorage:
     """
 
     is_slow_to_write = True
+    is_host_mapped = False
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)
@@ -168,6 +231,16 @@ class HostTable:
     def num_bytes(self) -> int:
         """Bytes of all rows, optimizer states included."""
         return self.num_rows * self.layout.row_bytes
+
+    @property
+    def is_host_mapped(self) -> bool:
+        """Whether kernels on the device may read and write `parts` in place."""
+        return self._storage.is_host_mapped
+
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether old values of rows must be kept, by :meth:`write`, before they are overwritten."""
+        return bool(self._snapshots)
 
     def table_parts(self, table_index: int) -> list[Tensor]:
         """One table's weights, then its optimizer states; views, not copies, as of the last :meth:`drain`.

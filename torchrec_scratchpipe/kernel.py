@@ -27,6 +27,9 @@ from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptim
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, PoolingMode
+from torchrec_scratchpipe.device_batch import DeviceBatch, feature_rows
+from torchrec_scratchpipe.device_ops import DeviceOps, FeatureIds, FeatureRows
+from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
 from torchrec_scratchpipe.errors import BackwardTwiceError, ConfigError
 from torchrec_scratchpipe.fused_optimizer import FlushingFusedOptimizer
 from torchrec_scratchpipe.host_table import HostTable
@@ -95,6 +98,9 @@ class ScratchpadKernel(FusedOptimizerModule):
             for table_index, table in enumerate(self._config.embedding_tables)
             for feature_name in table.feature_names
         ]
+        self._rows_of_features: tuple[FeatureRows, ...] | None = None
+        if isinstance(self.pools[0].slot_map, DeviceSlotMap):
+            self._rows_of_features = feature_rows(self.pools, self._features, self._scratchpad_device)
         self._optim: FusedOptimizer = self._make_optimizer()
         self.init_parameters()
 
@@ -108,14 +114,15 @@ class ScratchpadKernel(FusedOptimizerModule):
         Returns:
             What :meth:`expect` takes when the batch is about to be looked up.
         """
-        batch = PlannedBatch(
-            self.pools,
-            self._features,
-            features.values(),
-            features.offset_per_key(),
-            self._runner,
-            may_plan=may_plan,
-        )
+        batch: PlannedBatch
+        if self._rows_of_features is None:
+            ids, bounds = features.values(), features.offset_per_key()
+            batch = PlannedBatch(self.pools, self._features, ids, bounds, self._runner, may_plan=may_plan)
+        else:  # the sizes of the features stay on the device
+            on_device = FeatureIds(features.values(), _feature_bounds(features))
+            batch = DeviceBatch(
+                self.pools, self._features, on_device, self._rows_of_features, self._runner, may_plan=may_plan
+            )
         self._runner.submit(batch)
         return batch
 
@@ -252,7 +259,8 @@ class ScratchpadKernel(FusedOptimizerModule):
     def _make_pools(self, options: ScratchpadOptions) -> tuple[list[Pool], ScratchpadMemory]:
         dtype = data_type_to_dtype(self._config.data_type)
         states = tuple(StateSpec(state.buffer, state.is_rowwise, state.dtype) for state in self._states)
-        storage = options.make_storage()
+        storage = options.make_storage(self._scratchpad_device)
+        device_ops = options.find_device_ops(self._scratchpad_device)
         host_tables = []
         nums_slots: list[int] = []
         for indices in self._pool_tables:
@@ -267,16 +275,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         layouts = [host_table.layout for host_table in host_tables]
         memory = allocate_scratchpads(layouts, nums_slots, self._scratchpad_device)
         pools = [
-            Pool(
-                host_table,
-                scratchpad,
-                SlotMap(
-                    host_table.num_rows,
-                    scratchpad.num_slots,
-                    options.make_eviction_order(scratchpad.num_slots),
-                    self._scratchpad_device,
-                ),
-            )
+            Pool(host_table, scratchpad, self._make_slot_map(host_table, scratchpad.num_slots, options, device_ops))
             for host_table, scratchpad in zip(host_tables, memory.scratchpads, strict=True)
         ]
         for pool in pools:
@@ -289,6 +288,15 @@ class ScratchpadKernel(FusedOptimizerModule):
                 pool.host_table.num_bytes / 1e6,
             )
         return pools, memory
+
+    def _make_slot_map(
+        self, host_table: HostTable, num_slots: int, options: ScratchpadOptions, device_ops: DeviceOps | None
+    ) -> SlotMap | DeviceSlotMap:
+        device = self._scratchpad_device
+        if device_ops is None:
+            return SlotMap(host_table.num_rows, num_slots, options.make_eviction_order(num_slots), device)
+        offsets = host_table.row_offsets
+        return DeviceSlotMap(host_table.num_rows, num_slots, offsets, device_ops, device, self._runner.streams)
 
     def _make_tbe(
         self, pooling: PoolingMode, fused_params: dict[str, Any], memory: ScratchpadMemory
@@ -443,6 +451,17 @@ class ScratchPipeEmbedding(ScratchpadKernel, BaseBatchedEmbedding[Tensor]):
             ScratchpadFullError: Names both numbers and the setting to change.
         """
         return self._look_up(features, super().forward)
+
+
+def _feature_bounds(features: KeyedJaggedTensor) -> Tensor:
+    """[F + 1] int32 or int64 on the device: where each feature's ids begin, and the number of all."""
+    offsets, num_features = features.offsets(), len(features.keys())
+    if features.values().numel() == 0:
+        return offsets.new_zeros(num_features + 1)
+    if not features.variable_stride_per_key():
+        return offsets[:: features.stride()]
+    positions = torch.tensor([0, *accumulate(features.stride_per_key())], pin_memory=offsets.device.type == "cuda")
+    return offsets.index_select(0, positions.to(offsets.device, non_blocking=True))
 
 
 def _release_after_backward(output: Tensor, batch: PlannedBatch) -> None:

@@ -8,9 +8,11 @@ Every term names the tensor that it stands for; a test allocates and compares.
 
 from dataclasses import dataclass
 
-__all__ = ["STAGING_HEADROOM", "PoolDemand"]
+__all__ = ["BUFFER_HEADROOM", "STAGING_HEADROOM", "PoolDemand"]
 
-STAGING_HEADROOM = 1.25  # Staging makes its buffers so much larger than the first batch, so that others fit too
+# So much larger than the first batch are buffers made, so that others fit too.
+STAGING_HEADROOM = 1.25
+BUFFER_HEADROOM = 1.25
 
 ROW_BYTES_OF_MAPS = 4  # row_to_slot
 SLOT_BYTES_OF_MAPS = (
@@ -23,7 +25,19 @@ SLOT_BYTES_OF_MAPS = (
     + 1  # the list of coming victims: a sixteenth of the slots, 12 bytes each, 1.15 times as many
     + 8  # slot_to_table, for statistics
 )
+# Where the device plans itself, sizes stay there, and every buffer has room for all ids of a batch.
+SLOT_BYTES_OF_DEVICE_MAPS = (
+    8  # slot_to_row
+    + 4  # last_use
+    + 4  # uses_ahead
+    + 4  # free_slots
+    + 4  # frequency
+    + 8 / 16  # the list of coming victims
+)
+ID_BYTES_OF_DEVICE_PLAN = 8 + 8 + 8 + 4 + 8  # rows, slots, miss_rows, miss_slots, victim_rows; per batch planned
+ID_BYTES_OF_DEVICE_SCRATCH = 4 * 4 + 8  # hits and misses as they were, victims as they were; listed victims; per pool
 ID_BYTES_OF_INPUT = 8  # a KeyedJaggedTensor's values
+BAG_BYTES_OF_INPUT = 4 + 8  # its lengths and offsets
 ID_BYTES_OF_SEEN = 8  # row ids
 ID_BYTES_OF_PLANNED = 8 + 8  # row ids and their slots
 UNIQUE_BYTES_OF_PLANNED = 8  # slots that are held
@@ -44,6 +58,7 @@ class PoolDemand:
         num_batches_seen_ahead: Batches known beyond those.
         is_cpu: Device and host are the same memory.
         output_bytes: What the lookup gives, and its gradient; 0 on a CPU, whose budget is for scratchpads alone.
+        num_bags: Per batch on this rank; 0 on a CPU, which keeps no offsets of batches in flight.
     """
 
     num_rows: int
@@ -54,11 +69,12 @@ class PoolDemand:
     num_batches_seen_ahead: int
     is_cpu: bool
     output_bytes: float = 0.0
+    num_bags: float = 0.0
 
     @property
-    def slot_bytes(self) -> int:
+    def slot_bytes(self) -> float:
         """Device memory per slot."""
-        return self.row_bytes + SLOT_BYTES_OF_MAPS
+        return self.row_bytes + (SLOT_BYTES_OF_MAPS if self.is_cpu else SLOT_BYTES_OF_DEVICE_MAPS)
 
     @property
     def fixed_bytes(self) -> float:
@@ -68,7 +84,7 @@ class PoolDemand:
     @property
     def whole_bytes(self) -> float:
         """Device memory of the whole table, without a scratchpad."""
-        return self.table_bytes + self.num_ids * self._id_bytes_of_inputs + self.output_bytes
+        return self.table_bytes + self._bytes_of_inputs + self.output_bytes
 
     @property
     def map_bytes(self) -> float:
@@ -77,20 +93,24 @@ class PoolDemand:
 
     @property
     def staging_bytes(self) -> float:
-        """Rows on their way, in both directions; on CUDA as much again on the host."""
-        return 2 * STAGING_HEADROOM * self.num_unique * self.row_bytes
+        """Rows on their way, in both directions; none where kernels reach the tables, as they do on CUDA."""
+        return 2 * STAGING_HEADROOM * self.num_unique * self.row_bytes if self.is_cpu else 0.0
 
     @property
     def input_bytes(self) -> float:
         """Ids of all batches in flight, and what was planned for them."""
         num_planned = self.lookahead + 1
+        if not self.is_cpu:
+            of_plans = num_planned * ID_BYTES_OF_DEVICE_PLAN + ID_BYTES_OF_DEVICE_SCRATCH
+            return self.num_ids * BUFFER_HEADROOM * of_plans + self._bytes_of_inputs
         per_id = num_planned * ID_BYTES_OF_PLANNED + self.num_batches_seen_ahead * ID_BYTES_OF_SEEN
         per_unique = num_planned * UNIQUE_BYTES_OF_PLANNED + UNIQUE_BYTES_OF_NEWEST
-        return self.num_ids * (per_id + self._id_bytes_of_inputs) + self.num_unique * per_unique
+        return self.num_ids * per_id + self.num_unique * per_unique + self._bytes_of_inputs
 
     @property
-    def _id_bytes_of_inputs(self) -> int:
-        return (self.lookahead + 1 + self.num_batches_seen_ahead + NUM_BATCHES_IN_DIST) * ID_BYTES_OF_INPUT
+    def _bytes_of_inputs(self) -> float:
+        num_batches = self.lookahead + 1 + self.num_batches_seen_ahead + NUM_BATCHES_IN_DIST
+        return num_batches * (self.num_ids * ID_BYTES_OF_INPUT + self.num_bags * BAG_BYTES_OF_INPUT)
 
     @property
     def table_bytes(self) -> int:
@@ -99,8 +119,8 @@ class PoolDemand:
 
     @property
     def host_bytes(self) -> float:
-        """Host memory: the table, and pinned staging where the device is another."""
-        return self.table_bytes + (0.0 if self.is_cpu else self.staging_bytes)
+        """Host memory: the table."""
+        return self.table_bytes
 
     def device_bytes(self, num_slots: float) -> float:
         """Device memory in all.

@@ -2,6 +2,7 @@
 """What a scratchpad table may be: the sharder's options, and the checks that refuse the rest at construction."""
 
 import dataclasses
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, Sharded
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 
 from torchrec_scratchpipe.compat import WeightDecayMode
+from torchrec_scratchpipe.device_ops import DeviceOps
 from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed
-from torchrec_scratchpipe.host_table import MappedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.host_table import MappedStorage, PinnedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.types import TableSpec
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
 logger: logging.Logger = logging.getLogger(__name__)
 
 DEFAULT_LOAD_FACTOR = 0.2  # FBGEMM's default cache_load_factor
+HOST_ACCESSES = ("direct", "staged")
 MIN_SLOTS_PER_TABLE = 32  # rows of one set of FBGEMM's cache, its smallest; a table of 3 rows simply fits
 
 
@@ -97,17 +100,57 @@ class ScratchpadOptions:
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
         make_eviction_order: Makes a pool's eviction order, given its number of slots.
+        host_access: How a CUDA device reaches tables in RAM: ``"direct"``, its kernels read and write page-locked tables in
+            place; or ``"staged"``, rows are gathered on the host and copied.
+        device_ops: For tests: what plans and moves rows on the device.
     """
 
     table_dir: str | None = None
     overlap: bool = True
     make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed
+    host_access: str = "direct"
+    device_ops: DeviceOps | None = None
 
-    def make_storage(self) -> TableStorage:
-        """Where host tables come from."""
+    def __post_init__(self) -> None:
+        if self.host_access not in HOST_ACCESSES:
+            raise ConfigError(f"host_access is {self.host_access!r}, it must be one of {', '.join(HOST_ACCESSES)}.")
+
+    def make_storage(self, device: torch.device) -> TableStorage:
+        """Where host tables come from.
+
+        Args:
+            device: Where the scratchpads are.
+
+        Returns:
+            Memory-mapped files, page-locked RAM, or RAM.
+        """
         if self.table_dir is not None:
             return MappedStorage(self.table_dir)
+        if device.type == "cuda" and self.host_access == "direct":
+            return PinnedStorage()
         return RamStorage()
+
+    def find_device_ops(self, device: torch.device) -> DeviceOps | None:
+        """What plans and moves rows without the host.
+
+        Args:
+            device: Where the scratchpads are.
+
+        Returns:
+            None on a CPU, with an eviction order that the device does not know, or without Triton.
+        """
+        if self.device_ops is not None or device.type == "cpu":
+            return self.device_ops
+        if self.make_eviction_order is not LeastFrequentlyUsed:
+            logger.warning("eviction order %s is not known to the device: Plan waits for it", self.make_eviction_order)
+            return None
+        try:
+            triton_ops = importlib.import_module("torchrec_scratchpipe.triton_ops")
+        except ImportError as error:
+            logger.warning("Triton cannot be imported (%s): Plan waits for the device, and rows are staged", error)
+            return None
+        ops: DeviceOps = triton_ops.TritonOps()
+        return ops
 
 
 def warn_of_ignored_settings(config: GroupedEmbeddingConfig, fused_params: dict[str, Any], device_type: str) -> None:

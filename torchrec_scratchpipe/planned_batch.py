@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torchrec_scratchpipe import stages
 from torchrec_scratchpipe.errors import IdOutOfRangeError, ScratchpadFullError, ScratchPipeError
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.slot_map import SlotsHeldError
-from torchrec_scratchpipe.types import CachePlan, Stage, StageSpan
+from torchrec_scratchpipe.streams import StageStreams
+from torchrec_scratchpipe.types import CachePlan, Stage, StagedRows, StageSpan
 
 __all__ = ["BatchRunner", "FeatureSource", "Hold", "PlannedBatch", "check_ids"]
 
@@ -34,6 +35,8 @@ class FeatureSource(NamedTuple):
 
 class BatchRunner(Protocol):
     """What a batch needs of whoever runs its stages; see :mod:`torchrec_scratchpipe.runner`."""
+
+    streams: StageStreams
 
     def finish(self, batch: "PlannedBatch") -> None:
         """Make sure that a submitted batch is done."""
@@ -77,7 +80,7 @@ class Hold:
     def __init__(self, runner: BatchRunner) -> None:
         self._runner = runner
         self._held: deque[tuple[Pool, int]] = deque()
-        self._seen: list[tuple[Pool, int, Tensor]] = []
+        self._seen: list[tuple[Pool, int, Any]] = []
         self._train_start_s: float | None = None
         self._train_stream: torch.Stream | None = None
         self.is_released = False
@@ -93,15 +96,15 @@ class Hold:
         if self.is_released:
             self.release()
 
-    def add_seen(self, pool: Pool, seen: int, rows: Tensor) -> None:
+    def add_seen(self, pool: Pool, seen: int, ids: Any) -> None:
         """Take responsibility for a batch that was seen and may never be planned.
 
         Args:
             pool: Whose slot map has seen it.
             seen: As :meth:`SlotMap.see` says.
-            rows: What it has seen.
+            ids: What it has seen.
         """
-        self._seen.append((pool, seen, rows))
+        self._seen.append((pool, seen, ids))
         if self.is_released:
             self.release()
 
@@ -131,8 +134,8 @@ class Hold:
             # The stream that Train ran on: the thread that releases may be on another, or on none.
             self._runner.record_train(self._train_stream)
             pool.slot_map.release(batch_index)
-        for pool, seen, rows in self._seen:
-            pool.slot_map.forget(seen, rows)
+        for pool, seen, ids in self._seen:
+            pool.slot_map.forget(seen, ids)
         self._seen = []
         self._runner.slots_released()
 
@@ -173,7 +176,7 @@ class PlannedBatch:
         self._ids = ids
         self._feature_bounds = feature_bounds
         self._planned: list[_PlannedIds] = []
-        self._row_ids: list[Tensor] | None = None
+        self._pool_ids: list[Any] | None = None  # what each pool's slot map takes
         self._seen_by_pool: dict[int, int] = {}
         self._error: BaseException | None = None
         self.inserted: torch.Event | None = None
@@ -195,10 +198,10 @@ class PlannedBatch:
         if self._error is not None:
             self.hold.release()
             raise self._error
+        self._check_planned()
         self.refresh()
         self._runner.let_current_stream_wait(self)
-        for pool, cache_plan in zip(self._pools, self._planned, strict=True):
-            pool.counters.add_misses_at_train(pool.slot_map.count_mismatches(cache_plan.rows, cache_plan.slots))
+        self._count_misses_at_train()
         self.hold.start_train()
         return self._slots_of_ids()
 
@@ -213,18 +216,23 @@ class PlannedBatch:
                 for pool in self._pools:
                     self._refresh(pool)
 
-    def record_stream(self, stages_stream: torch.Stream, train_stream: torch.Stream | None = None) -> None:
-        """Tell the allocator that tensors made on one stream are used on another.
+    def record_stages_streams(self, streams: StageStreams) -> None:
+        """Tell the allocator that the stages read the ids on streams of their own.
 
         Args:
-            stages_stream: Where the stages read the ids.
-            train_stream: Where Train reads what Plan made, once the batch is done.
+            streams: Those.
         """
-        self._ids.record_stream(stages_stream)
-        if train_stream is not None:
-            for cache_plan in self._planned:
-                cache_plan.rows.record_stream(train_stream)
-                cache_plan.slots.record_stream(train_stream)
+        streams.record_use(self._ids)
+
+    def record_train_stream(self, streams: StageStreams) -> None:
+        """Tell the allocator that Train, on the caller's stream, reads what Plan made; once the batch is done.
+
+        Args:
+            streams: The stages'.
+        """
+        for cache_plan in self._planned:
+            streams.record_use_by_caller(cache_plan.rows)
+            streams.record_use_by_caller(cache_plan.slots)
 
     @property
     def num_ids(self) -> int:
@@ -245,14 +253,14 @@ class PlannedBatch:
         if self.hold.is_released:
             return
         try:
-            self._row_ids = self._rows_of_ids()
+            self._pool_ids = self._ids_of_pools()
         except Exception:  # its Plan will meet it again, and tell its Train
             return
-        for pool_index, (pool, rows) in enumerate(zip(self._pools, self._row_ids, strict=True)):
-            seen = pool.slot_map.see(rows)
+        for pool_index, (pool, ids) in enumerate(zip(self._pools, self._pool_ids, strict=True)):
+            seen = pool.slot_map.see(ids)
             if seen is not None:
                 self._seen_by_pool[pool_index] = seen
-                self.hold.add_seen(pool, seen, rows)
+                self.hold.add_seen(pool, seen, ids)
 
     def try_stages(self, is_last_chance: bool) -> bool:
         """Run the stages of every pool that has not run them.
@@ -268,13 +276,13 @@ class PlannedBatch:
             return True
         plan_start_s = time.perf_counter()
         try:
-            if self._row_ids is None:
-                self._row_ids = self._rows_of_ids()
-            while len(self._planned) < len(self._pools):
-                self._run_stages(len(self._planned), plan_start_s)
+            if self._pool_ids is None:
+                self._pool_ids = self._ids_of_pools()
+            while self._num_pools_planned < len(self._pools):
+                self._run_stages(self._num_pools_planned, plan_start_s)
                 plan_start_s = time.perf_counter()
         except SlotsHeldError as held:
-            pool = self._pools[len(self._planned)]
+            pool = self._pools[self._num_pools_planned]
             if held.num_needed <= pool.scratchpad.num_slots and not is_last_chance:
                 return False
             self.fail(_full_error(pool, held))
@@ -282,14 +290,19 @@ class PlannedBatch:
             self.fail(error)
         return True
 
+    @property
+    def _num_pools_planned(self) -> int:
+        return len(self._planned)
+
     def _run_stages(self, pool_index: int, plan_start_s: float) -> None:
+        """Run all stages of one pool."""
         pool = self._pools[pool_index]
         pool.check_usable()
         self._refresh(pool)
         with record_function("## scratchpipe plan ##"):
             cache_plan = stages.plan(
                 pool,
-                self._rows_of_pool(pool_index),
+                self._ids_of_pool(pool_index),
                 self._num_ids_per_table(pool_index),
                 self._seen_by_pool.get(pool_index),
             )
@@ -299,21 +312,27 @@ class PlannedBatch:
         self.hold.add(pool, cache_plan.batch_index)
         self._runner.order_after_trains()
         try:
-            with _span(pool, cache_plan, Stage.COLLECT):
-                staged = stages.collect(pool, cache_plan)
-            with _span(pool, cache_plan, Stage.EXCHANGE):
-                staged = stages.exchange(pool, staged)
+            staged = self._collect_and_exchange(pool, cache_plan)
         except BaseException:
             pool.slot_map.undo(cache_plan)
             pool.counters.undo_plan(cache_plan)
             raise
+        self._insert(pool, cache_plan, staged)
+        self._planned.append(_PlannedIds(cache_plan.rows, cache_plan.slots))
+
+    def _collect_and_exchange(self, pool: Pool, cache_plan: CachePlan) -> StagedRows:
+        with _span(pool, cache_plan, Stage.COLLECT):
+            staged = stages.collect(pool, cache_plan)
+        with _span(pool, cache_plan, Stage.EXCHANGE):
+            return stages.exchange(pool, staged)
+
+    def _insert(self, pool: Pool, cache_plan: CachePlan, staged: StagedRows) -> None:
         try:
             with _span(pool, cache_plan, Stage.INSERT):
                 stages.insert(pool, cache_plan, staged)
         except BaseException as error:
             pool.failure = f"Insert of batch {cache_plan.batch_index} failed ({error!r})"
             raise pool.failure_error() from error
-        self._planned.append(_PlannedIds(cache_plan.rows, cache_plan.slots))
 
     def _refresh(self, pool: Pool) -> None:
         """Hazard 6; only between the stages of two batches."""
@@ -335,7 +354,14 @@ class PlannedBatch:
             counts[feature.table_index] += last - first
         return counts
 
-    def _rows_of_ids(self) -> list[Tensor]:
+    def _check_planned(self) -> None:
+        """Raise what has come out since the stages were enqueued; nothing here, where the host has waited for them."""
+
+    def _count_misses_at_train(self) -> None:
+        for pool, cache_plan in zip(self._pools, self._planned, strict=True):
+            pool.counters.add_misses_at_train(pool.slot_map.count_mismatches(cache_plan.rows, cache_plan.slots))
+
+    def _ids_of_pools(self) -> list[Any]:
         """Row ids of each pool, [I of the pool] int64; checks every id before anything is planned."""
         row_ids = []
         for pool_index, pool in enumerate(self._pools):
@@ -354,9 +380,9 @@ class PlannedBatch:
             row_ids.append(rows)
         return row_ids
 
-    def _rows_of_pool(self, pool_index: int) -> Tensor:
-        assert self._row_ids is not None
-        return self._row_ids[pool_index]
+    def _ids_of_pool(self, pool_index: int) -> Any:
+        assert self._pool_ids is not None
+        return self._pool_ids[pool_index]
 
     def _slots_of_ids(self) -> Tensor:
         if len(self._pools) == 1:

@@ -2,10 +2,12 @@
 """Holds what belongs together: tables of one row layout, their scratchpad, and the map between them."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.profiler import record_function
 
+from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
 from torchrec_scratchpipe.errors import StageFailedError, TableOverwrittenError
 from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.memory import STAGING_HEADROOM
@@ -13,7 +15,7 @@ from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.scratchpad import Scratchpad
 from torchrec_scratchpipe.slot_map import SlotMap
 from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
-from torchrec_scratchpipe.stats import PoolCounters, PoolStats
+from torchrec_scratchpipe.stats import DevicePoolCounters, HostPoolCounters, PoolStats
 from torchrec_scratchpipe.types import RowLayout
 
 __all__ = ["Pool", "Staging"]
@@ -30,11 +32,17 @@ class Pool:
         slot_map: Which row sits in which slot.
     """
 
-    def __init__(self, host_table: HostTable, scratchpad: Scratchpad, slot_map: SlotMap) -> None:
+    slot_map: Any  # SlotMap or DeviceSlotMap: whoever plans knows which
+    counters: Any  # HostPoolCounters or DevicePoolCounters, accordingly
+
+    def __init__(self, host_table: HostTable, scratchpad: Scratchpad, slot_map: SlotMap | DeviceSlotMap) -> None:
         self.host_table = host_table
         self.scratchpad = scratchpad
         self.slot_map = slot_map
-        self.counters = PoolCounters(host_table, scratchpad.num_slots, slot_map.device)
+        if isinstance(slot_map, DeviceSlotMap):
+            self.counters = DevicePoolCounters(host_table, slot_map.table_counts)
+        else:
+            self.counters = HostPoolCounters(host_table, scratchpad.num_slots, slot_map.device)
         self.failure: str | None = None
         self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
         self._num_updates = 0

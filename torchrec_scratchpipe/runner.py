@@ -7,6 +7,9 @@ One batch runs its four stages as a unit, and batches run one at a time. :class:
 thread: it is the oracle. :class:`OverlappedStageRunner` runs the same code on a worker
 thread (and, for a CUDA device, on a stream of its own) while earlier batches train.
 
+Where the device moves rows itself, writebacks and fills have a stream each, and a batch's writeback runs beside the fill of the batch
+before it; see :mod:`torchrec_scratchpipe.device_batch`.
+
 Hazards and guards; the numbers are those of docs/design.md:
 
 1.  Collect(N) must not read a victim that Train(M), M < N, has not updated yet: M holds its slots.
@@ -29,6 +32,7 @@ from typing import NamedTuple
 import torch
 
 from torchrec_scratchpipe.planned_batch import PlannedBatch
+from torchrec_scratchpipe.streams import StageStreams
 
 __all__ = ["OverlappedStageRunner", "StageRunner"]
 
@@ -38,10 +42,12 @@ class StageRunner:
 
     Args:
         device: Where the scratchpads are.
+        streams: For tests; by default, the caller's stream alone.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, streams: StageStreams | None = None) -> None:
         self.device = device
+        self.streams = streams or StageStreams(device, is_overlapped=False)
         self._submitted: list[weakref.ref[PlannedBatch]] = []  # a batch that nobody will look up leaves
         self._lock = threading.RLock()
 
@@ -77,9 +83,7 @@ class StageRunner:
 
     def current_stream(self) -> torch.Stream | None:
         """The caller's stream on the device; None on a CPU."""
-        if self.device.type == "cpu":
-            return None
-        return torch.get_device_module(self.device).current_stream(self.device)
+        return self.streams.current()
 
     def record_train(self, stream: torch.Stream | None) -> None:
         """Train of a batch has been issued, its slots are about to be released; called from any thread.
@@ -143,15 +147,18 @@ class OverlappedStageRunner(StageRunner):
     """Runs the stages on a worker thread while earlier batches train; same stages, same bits.
 
     Batches run in the order submitted. Where the next one must wait for slots, a batch that Train
-    already waits for goes ahead of it. On a CUDA device the worker issues to its own stream: Collect waits for the
-    events of all Trains whose release Plan has seen (hazards 1 and 3), Train waits for the event of Insert (hazard 4).
+    already waits for goes ahead of it. On a CUDA device the worker issues to streams of its own: Plan waits for the
+    events of all Trains whose release it has seen (hazards 1 and 3), Train waits for the event of Insert (hazard 4).
+
+    Args:
+        device: Where the scratchpads are.
+        streams: For tests; by default, three of the device's.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, streams: StageStreams | None = None) -> None:
+        super().__init__(device, streams or StageStreams(device, is_overlapped=True))
         self._queue = _WorkQueue()
         self._thread: threading.Thread | None = None
-        self._stream = torch.get_device_module(device).Stream(device) if device.type == "cuda" else None
         self._train_events: deque[torch.Event] = deque()
         self._refreshed: torch.Event | None = None
 
@@ -161,9 +168,8 @@ class OverlappedStageRunner(StageRunner):
         Args:
             batch: A new batch.
         """
-        if self._stream is not None:
-            self._stream.wait_stream(torch.get_device_module(self.device).current_stream(self.device))
-            batch.record_stream(self._stream)
+        self.streams.wait(self.streams.plan, self.streams.record(None))
+        batch.record_stages_streams(self.streams)
         if self._thread is None:
             self._start()
         self._queue.put(batch)
@@ -203,9 +209,8 @@ class OverlappedStageRunner(StageRunner):
         Hazards 1 and 3: Collect(N) reads, and Insert(N) overwrites, a slot that Train(M), M < N, used on the stream of
         the model. The event is recorded before the slot is released, so that whoever sees the release finds the event.
         """
-        if stream is not None:
-            event = torch.get_device_module(self.device).Event()
-            event.record(stream)
+        event = None if stream is None else self.streams.record(stream)
+        if event is not None:
             self._train_events.append(event)
 
     def slots_released(self) -> None:
@@ -213,16 +218,13 @@ class OverlappedStageRunner(StageRunner):
         self._queue.slots_released()
 
     def order_after_trains(self) -> None:
-        """Let the worker's stream wait for the events of :meth:`record_train`; after Plan, see there."""
-        while self._stream is not None and self._train_events:
-            self._stream.wait_event(self._train_events.popleft())
+        """Let Plan, and with it all later stages, wait for the events of :meth:`record_train`."""
+        while self._train_events:
+            self.streams.wait(self.streams.plan, self._train_events.popleft())
 
     def record_refresh(self) -> None:
         """Record the event that a batch which was ready before has to wait for (hazard 6)."""
-        if self._stream is not None:
-            event = torch.get_device_module(self.device).Event()
-            event.record(self._stream)
-            self._refreshed = event
+        self._refreshed = self.streams.record(self.streams.plan)
 
     def let_current_stream_wait(self, batch: PlannedBatch) -> None:
         """Order the caller's device work after Insert of a batch (hazard 4), and after rows were last read anew.
@@ -230,45 +232,31 @@ class OverlappedStageRunner(StageRunner):
         Args:
             batch: A batch that is done.
         """
-        if self._stream is not None and batch.inserted is not None:
-            train_stream = torch.get_device_module(self.device).current_stream(self.device)
-            train_stream.wait_event(batch.inserted)
-            if self._refreshed is not None:
-                train_stream.wait_event(self._refreshed)
-            batch.record_stream(self._stream, train_stream)
+        self.streams.wait(None, batch.inserted)
+        self.streams.wait(None, self._refreshed)
+        batch.record_train_stream(self.streams)
 
     @contextmanager
     def between_batches(self) -> Iterator[None]:
         """While entered, no stage runs, and the caller's device work comes after all stages and before the next."""
         with self._lock:
-            if self._stream is None:
+            self.streams.wait(self.streams.plan, self.streams.record(None))
+            self.streams.synchronize()  # kernels may be writing tables that the caller is about to read
+            with self.streams.on(self.streams.plan):
                 yield
-                return
-            caller = self.current_stream()
-            self._stream.wait_stream(caller)
-            with torch.get_device_module(self.device).stream(self._stream):
-                yield
-            assert caller is not None
-            caller.wait_stream(self._stream)
+            if self.streams.plan is not None:
+                self.streams.wait(None, self.streams.record(self.streams.plan))
 
     def _see(self, batch: PlannedBatch) -> None:
-        with self._lock:
-            if self._stream is None:
-                batch.see()
-            else:
-                with torch.get_device_module(self.device).stream(self._stream):
-                    batch.see()
+        with self._lock, self.streams.on(self.streams.plan):
+            batch.see()
 
     def _run(self, batch: PlannedBatch, is_last_chance: bool) -> bool:
-        with self._lock:
-            if self._stream is None:
-                is_done = batch.try_stages(is_last_chance)
-            else:
-                with torch.get_device_module(self.device).stream(self._stream):
-                    is_done = batch.try_stages(is_last_chance)
-                    event = torch.get_device_module(self.device).Event()
-                    event.record(self._stream)
-                    batch.inserted = event
+        with self._lock, self.streams.on(self.streams.plan):
+            is_done = batch.try_stages(is_last_chance)
+            # Rows are filled on one stream, or, where they pass through staging, on that of Plan.
+            self.streams.wait(self.streams.fill, self.streams.record(self.streams.plan))
+            batch.inserted = self.streams.record(self.streams.fill)
         if is_done:
             batch.done.set()  # last: whoever sees it finds the event of Insert recorded (hazard 4)
         return is_done

@@ -4,7 +4,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchrec.distributed.embedding import (
@@ -215,7 +215,10 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         sharded_module_order_overwrite: As stock.
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        make_eviction_order: Makes a pool's eviction order, given its number of slots.
+        make_eviction_order: Makes a pool's eviction order, given its number of slots. CUDA devices know the default only;
+            with another, Plan waits for the device.
+        host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
+            place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
     """
 
     def __init__(
@@ -227,9 +230,10 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         table_dir: str | None = None,
         overlap: bool = True,
         make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed,
+        host_access: Literal["direct", "staged"] = "direct",
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
-        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order)
+        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order, host_access)
 
     def shard(
         self,
@@ -286,7 +290,10 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         use_index_dedup: As stock.
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        make_eviction_order: Makes a pool's eviction order, given its number of slots.
+        make_eviction_order: Makes a pool's eviction order, given its number of slots. CUDA devices know the default only;
+            with another, Plan waits for the device.
+        host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
+            place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
     """
 
     def __init__(
@@ -298,9 +305,10 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         table_dir: str | None = None,
         overlap: bool = True,
         make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed,
+        host_access: Literal["direct", "staged"] = "direct",
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
-        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order)
+        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order, host_access)
 
     def shard(
         self,

@@ -537,6 +537,7 @@ class _Sizer:
                 num_batches_seen_ahead=self._working_sets.num_batches_seen_ahead,
                 is_cpu=self._is_cpu,
                 output_bytes=output_bytes * option.num_inputs,
+                num_bags=0.0 if self._is_cpu else num_samples * option.num_inputs,
             ),
             pool=(num_cols, group),
         )

@@ -4,49 +4,26 @@
 Shapes: ``I`` ids, ``U`` unique rows, ``M`` misses, ``V`` victims, ``S`` slots, ``R`` rows.
 """
 
-from collections import deque
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.eviction import WINDOW_BITS, EvictionOrder, LeastFrequentlyUsed, SlotUses
+from torchrec_scratchpipe.slot_map_base import WINDOW_MASK, BaseSlotMap, SlotsHeldError, all_but
 from torchrec_scratchpipe.types import CachePlan
 
 __all__ = ["SlotMap", "SlotsHeldError"]
 
-WINDOW_MASK = (1 << WINDOW_BITS) - 1
 
-
-class SlotsHeldError(Exception):
-    """Internal signal of :meth:`SlotMap.plan`: too few slots are free, and the maps are as before."""
-
-    def __init__(self, num_needed: int, num_available: int) -> None:
-        super().__init__(f"needs {num_needed} slots, {num_available} are free or may be evicted")
-        self.num_needed = num_needed
-        self.num_available = num_available
-
-
-class SlotMap:
-    """The two maps between rows and slots of one pool, and the holds of batches in flight.
-
-    A slot is held while ``last_use >= first_held``, where `first_held` is the oldest batch
-    that was planned and not yet released; held slots never become victims (hazards 1 and 3).
-
-    A batch may be seen before it is planned: then the eviction order knows that it will use its rows. Each row carries
-    one bit per batch that was seen, in its slot's entry of `uses_ahead`. While it has no slot, `row_to_slot` says
-    ``-1 - (uses_ahead + (note << WINDOW_BITS))``, where the note is what the eviction order remembers of the row.
-
-    Not thread-safe, except :meth:`release` and :meth:`forget`.
+class SlotMap(BaseSlotMap[Tensor]):
+    """Places rows with torch operations, whose results' sizes the host knows; made for a CPU, right on any device.
 
     Args:
         num_rows: R. Costs 4 bytes each.
         num_slots: S, at least 1. Costs 28 bytes each, plus the eviction order's own.
         eviction_order: Order among slots that are not held.
         device: Where the maps live and :meth:`plan` runs.
-
-    Source:
-        ScratchPipe (ISCA 2022): Hit-Map and Hold mask.
     """
 
     def __init__(
@@ -56,78 +33,12 @@ class SlotMap:
         eviction_order: EvictionOrder | None = None,
         device: torch.device | None = None,
     ) -> None:
-        assert 1 <= num_slots <= max(1, num_rows), f"{num_slots=} must lie in [1, {num_rows=}]"
-        self.num_rows = num_rows
-        self.num_slots = num_slots
-        self.device = device or torch.device("cpu")
+        super().__init__(num_rows, num_slots, device)
         self._eviction_order = eviction_order or LeastFrequentlyUsed(num_slots)
-        self._row_to_slot = torch.full((num_rows,), -1, dtype=torch.int32, device=self.device)
-        self._slot_to_row = torch.full((num_slots,), -1, dtype=torch.int64, device=self.device)
-        self._last_use = torch.full((num_slots,), -1, dtype=torch.int32, device=self.device)
-        self._uses_ahead = torch.zeros(num_slots + 1, dtype=torch.int32, device=self.device)
         self._first_seen_at = torch.empty(num_slots, dtype=torch.int32, device=self.device)
         self._free_slots = torch.arange(num_slots, device=self.device)
-        self._next_batch = 1  # so that slots which nobody holds can have been used by an earlier batch, 0
-        self._first_held = 1
-        self.num_lowered = 0  # how often slots were made to look as if used earlier than they were
-        self._newly_released: deque[int] = deque()
-        self._released_early: set[int] = set()
         self._slots_in_flight: dict[int, Tensor] = {}
         self._last_use_before_newest: tuple[Tensor, Tensor] | None = None
-        self._seen: deque[int] = deque()  # batches seen and not yet planned, in the order they were seen
-        self._num_seen = 0
-        self._newly_forgotten: deque[tuple[int, Tensor]] = deque()
-
-    @property
-    def num_resident_rows(self) -> int:
-        """Rows that sit in a slot now."""
-        return self.num_slots - self._free_slots.numel()
-
-    @property
-    def first_held(self) -> int:
-        """The oldest batch in flight; equal to the next batch to be planned when none is."""
-        while self._newly_released:
-            batch_index = self._newly_released.popleft()
-            if batch_index >= self._first_held:
-                self._released_early.add(batch_index)
-                self._slots_in_flight.pop(batch_index, None)
-        while self._first_held in self._released_early:
-            self._released_early.remove(self._first_held)
-            self._first_held += 1
-        return self._first_held
-
-    @property
-    def num_batches_in_flight(self) -> int:
-        """Batches planned and not yet released, counted from the oldest one that still holds."""
-        return self._next_batch - self.first_held
-
-    def see(self, rows: Tensor) -> int | None:
-        """Take note of what a batch will use, before it is planned; places and moves nothing.
-
-        Args:
-            rows: [I] int64, as for :meth:`plan`.
-
-        Returns:
-            What :meth:`plan` or :meth:`forget` take for this batch; None if too many batches are seen already.
-        """
-        self._forget()
-        if self._seen and self._num_seen - self._seen[0] >= WINDOW_BITS:
-            return None
-        seen = self._num_seen
-        self._num_seen += 1
-        self._seen.append(seen)
-        bit = 1 << (seen % WINDOW_BITS)
-        self._change_uses_ahead(rows, lambda uses: uses.bitwise_or_(bit))
-        return seen
-
-    def forget(self, seen: int, rows: Tensor) -> None:
-        """Take back :meth:`see` of a batch that will not be planned; from any thread; nothing if it has been planned.
-
-        Args:
-            seen: What :meth:`see` returned.
-            rows: [I] int64, as given to it.
-        """
-        self._newly_forgotten.append((seen, rows))
 
     def plan(self, rows: Tensor, seen: int | None = None) -> CachePlan:
         """Give every row of the next batch a slot.
@@ -190,7 +101,7 @@ class SlotMap:
         if seen is not None and seen in self._seen:
             self._seen.remove(seen)
             uses = self._uses_ahead.index_select(0, unique_slots)
-            self._uses_ahead.index_copy_(0, unique_slots, uses.bitwise_and_(_all_but(seen)))
+            self._uses_ahead.index_copy_(0, unique_slots, uses.bitwise_and_(all_but(seen)))
         self._eviction_order.used(unique_slots, known_of_misses >> WINDOW_BITS, batch_index, self._last_use)
         slots.index_copy_(0, miss_positions, self._row_to_slot.index_select(0, miss_ids).long())
         self._slots_in_flight[batch_index] = unique_slots
@@ -220,14 +131,6 @@ class SlotMap:
         self._eviction_order.rebuild(self._last_use, self._next_batch)
         self.release(plan.batch_index)
 
-    def release(self, batch_index: int) -> None:
-        """Let go of a batch's slots; may be called from any thread, in any order; a second call does nothing.
-
-        Args:
-            batch_index: As given by :meth:`plan`.
-        """
-        self._newly_released.append(batch_index)
-
     def purge(self) -> None:
         """Empty every slot without writing anything back; no batch may be in flight."""
         assert self.num_batches_in_flight == 0, f"{self.num_batches_in_flight} batches in flight"
@@ -238,31 +141,6 @@ class SlotMap:
         self._last_use.fill_(-1)
         self._free_slots = torch.arange(self.num_slots, device=self.device)
         self._eviction_order.purge()
-
-    def resident_since(self, batch_index: int) -> tuple[Tensor, Tensor]:
-        """Rows in slots that this batch or a later one uses; scans all slots.
-
-        Nothing is said of slots that were used since, but lowered: where :attr:`num_lowered` has changed, ask for all.
-
-        Args:
-            batch_index: First batch of interest; 0 asks for all.
-
-        Returns:
-            [N] int64 slots and [N] int64 rows.
-        """
-        slots = (self._last_use >= batch_index).nonzero().view(-1)
-        return slots, self.rows_in(slots)
-
-    def rows_in(self, slots: Tensor) -> Tensor:
-        """The rows that sit in these slots now.
-
-        Args:
-            slots: [N] int64.
-
-        Returns:
-            [N] int64, -1 for a free slot.
-        """
-        return self._slot_to_row.index_select(0, slots)
 
     def count_mismatches(self, rows: Tensor, slots: Tensor) -> Tensor:
         """How many ids would not find their row in their slot now: misses at Train.
@@ -276,27 +154,17 @@ class SlotMap:
         """
         return (self._slot_to_row.index_select(0, slots) != rows).sum()
 
-    def check_integrity(self) -> None:
-        """Assert the laws of the maps; scans them, for tests.
+    def _free(self) -> Tensor:
+        return self._free_slots
 
-        Raises:
-            AssertionError: Naming the law and its numbers.
-        """
-        occupied = (self._slot_to_row >= 0).nonzero().view(-1)
-        rows = self._slot_to_row[occupied]
-        num_mapped = int((self._row_to_slot >= 0).sum())
-        num_free = self._free_slots.numel()
-        assert num_free + occupied.numel() == self.num_slots, f"{num_free=} + {occupied.numel()=} != {self.num_slots=}"
-        assert num_mapped == occupied.numel(), f"{num_mapped=} rows mapped, {occupied.numel()=} slots occupied"
-        assert torch.equal(self._row_to_slot[rows].long(), occupied), "row_to_slot is not the inverse of slot_to_row"
-        assert int((self._slot_to_row[self._free_slots] >= 0).sum()) == 0, "a free slot holds a row"
-        assert self._free_slots.unique().numel() == num_free, "a slot is free twice"
-        assert int((self._last_use[occupied] < 0).sum()) == 0, "an occupied slot was never used"
-        outstanding = sum(1 << (seen % WINDOW_BITS) for seen in self._seen)
-        absent = -1 - self._row_to_slot[self._row_to_slot < 0]
-        uses_ahead = torch.cat([self._uses_ahead[: self.num_slots], absent & WINDOW_MASK])
-        stray = int((uses_ahead & ~outstanding != 0).sum())
-        assert stray == 0, f"{stray} slots or rows wait for a batch that is not ahead"
+    def _let_go(self, batch_index: int) -> None:
+        self._slots_in_flight.pop(batch_index, None)
+
+    def _mark_uses_ahead(self, ids: Tensor, seen: int, *, is_used: bool) -> None:
+        if is_used:
+            self._change_uses_ahead(ids, lambda uses: uses.bitwise_or_(1 << (seen % WINDOW_BITS)))
+        else:
+            self._change_uses_ahead(ids, lambda uses: uses.bitwise_and_(all_but(seen)))
 
     def _unique_slots(self, slots: Tensor) -> Tensor:
         # Every id writes its position; the one that is read back represents its slot. No sort.
@@ -331,41 +199,19 @@ class SlotMap:
         slots = values.long().masked_fill_(is_absent, self.num_slots)
         self._uses_ahead.scatter_(0, slots, change(self._uses_ahead.index_select(0, slots)))
 
-    def _forget(self) -> None:
-        while self._newly_forgotten:
-            seen, rows = self._newly_forgotten.popleft()
-            if seen in self._seen:
-                self._seen.remove(seen)
-                self._change_uses_ahead(rows, lambda uses, seen=seen: uses.bitwise_and_(_all_but(seen)))  # type: ignore[misc]
-
     def _choose(self, num_victims: int) -> Tensor:
         next_bit = self._seen[0] % WINDOW_BITS if self._seen else 0
         uses = SlotUses(self._last_use, self._uses_ahead[: self.num_slots], next_bit, bool(self._seen))
         return self._eviction_order.choose(num_victims, uses, self.first_held)
 
     def _let_go_of_released(self, slots_to_keep: Tensor) -> bool:
-        """Free what is held for batches that were released after one that is still in flight.
-
-        `first_held` stands at the oldest batch in flight, and holds the slots of every later one with it. This costs
-        nothing while batches are released in order; where one stays behind (a loss that is kept and never
-        sees a backward), its own slots must be told from the others.
-        """
-        first_held = self.first_held
+        """Free what is held for batches that were released after one that is still in flight; see the base class."""
+        first_held = self.first_held  # takes in releases, which take batches out of `_slots_in_flight`
         is_held = torch.zeros(self.num_slots, dtype=torch.bool, device=self.device)
         is_held[slots_to_keep] = True
         for slots in self._slots_in_flight.values():
             is_held[slots] = True
-        may_leave = (self._last_use >= first_held) & ~is_held
-        if not bool(may_leave.any()):
+        if not self._lower_all_but(is_held, first_held):
             return False
-        self._last_use[may_leave] = first_held - 1
-        self.num_lowered += 1
         self._eviction_order.rebuild(self._last_use, self._next_batch)
         return True
-
-    def _num_held(self) -> int:
-        return int((self._last_use >= self.first_held).sum())
-
-
-def _all_but(seen: int) -> int:
-    return ~(1 << (seen % WINDOW_BITS))

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Rows that the device plans and moves itself arrive in any order of the streams, and every event is needed."""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+
+import pytest
+import torch
+from core_helpers import (
+    CPU,
+    expected_parts,
+    make_device_pool,
+    max_diff,
+    planned,
+    random_rows,
+    run,
+    train,
+)
+from device_path import KINDS, device_path, make_ops
+from helpers import Setting, check_equal, with_optimizer
+from simulated_streams import DeferredOps, Device, InlineRunner, RandomVictims, SimulatedStreams
+from torch import Tensor
+
+from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
+from torchrec_scratchpipe.errors import IdOutOfRangeError, ScratchpadFullError, StageFailedError
+from torchrec_scratchpipe.host_table import HostTable
+from torchrec_scratchpipe.planned_batch import PlannedBatch
+from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.twin_ops import TwinOps
+from torchrec_scratchpipe.types import Stage
+
+RUNNERS = [StageRunner, OverlappedStageRunner]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("overlap", [False, True], ids=["sequential", "overlapped"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+def test_same_bits_as_stock(optimizer: type[torch.optim.Optimizer], overlap: bool, kind: str) -> None:
+    setting = Setting(features_per_table={0: ("a", "b"), 1: ("c",), 2: ("d",)}, dims=(4, 8, 8))
+    with device_path(kind):
+        ours = check_equal(with_optimizer(setting, optimizer), overlap=overlap)
+    assert ours.num_victims > 100
+    assert all(isinstance(pool.slot_map, DeviceSlotMap) for pool in ours.model.module.ebc.pools)
+
+
+@pytest.mark.parametrize("runner_class", RUNNERS)
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_trained_tables_are_exact(runner_class: type[StageRunner], lookahead: int) -> None:
+    pool = make_device_pool(TwinOps())
+    batches = random_rows(num_batches=200, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, runner_class(CPU), lookahead)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    stats = pool.stats()
+    assert stats.num_victims > 300
+    assert stats.num_misses_at_train == 0
+    assert stats.num_ids == 200 * 6
+    assert stats.num_unique_misses - stats.num_victims == stats.num_resident_rows == 20
+    assert stats.num_batches == 200
+    spans = [span for span in pool.counters.spans if span.stage in (Stage.COLLECT, Stage.INSERT)]
+    assert sum(span.num_bytes for span in spans) == stats.fill_bytes + stats.writeback_bytes
+    pool.slot_map.check_integrity()
+
+
+def simulate(
+    pool: Pool,
+    device: Device,
+    runner: InlineRunner,
+    batches: Sequence[Tensor],
+    lookahead: int,
+    drop_every: int = 0,
+) -> list[Tensor]:
+    """As `run`, on a device whose streams run in random order; the host runs ahead of it. Returns what was trained."""
+    in_flight: deque[tuple[PlannedBatch, Tensor]] = deque()
+    remaining = deque(batches)
+    trained: list[Tensor] = []
+    num_rounds = 0
+    while in_flight or remaining:
+        while remaining and len(in_flight) <= lookahead:
+            rows = remaining.popleft()
+            batch = planned(pool, rows, runner)
+            runner.submit(batch)
+            in_flight.append((batch, rows))
+            device.run_some()
+        num_rounds += 1
+        if drop_every and num_rounds % drop_every == 0:
+            in_flight.pop()[0].hold.release()  # the newest, as reset() would
+            continue
+        batch, rows = in_flight.popleft()
+        slots = batch.wait()
+        device.train.work.append(lambda slots=slots: train(pool.scratchpad.parts, slots))  # type: ignore[misc]
+        batch.hold.release(is_updated=True)
+        trained.append(rows)
+        device.run_some()
+    with runner.between_batches():
+        pool.flush()
+    device.drain()
+    return trained
+
+
+def make_simulation(
+    seed: int,
+    missing_edges: Sequence[tuple[str, str]] = (),
+    slow: Sequence[str] = (),
+    num_slots: int = 30,
+    is_certain: bool = True,
+) -> tuple[Pool, Device, InlineRunner]:
+    device = Device(seed, slow)
+    streams = SimulatedStreams(device, missing_edges)
+    pool = make_device_pool(DeferredOps(RandomVictims(seed), device), num_slots=num_slots, streams=streams)
+    if is_certain:  # else Plan waits for the device while slots are few, and little can go wrong
+        pool.slot_map._is_certain = lambda num_ids: True
+    return pool, device, InlineRunner(CPU, streams)
+
+
+STREAMS = ["train", "plan", "writeback", "fill"]
+
+
+@pytest.mark.parametrize("slow", [(), *((name,) for name in STREAMS)], ids=str)
+@pytest.mark.parametrize("lookahead", [1, 2, 3])
+def test_any_order_of_the_streams_gives_the_same_bits(lookahead: int, slow: tuple[str, ...]) -> None:
+    for seed in range(8):
+        pool, device, runner = make_simulation(seed, slow=slow)
+        batches = random_rows(num_batches=60, ids_per_batch=6, seed=seed)
+        expected = expected_parts(pool, batches)
+        simulate(pool, device, runner, batches, lookahead)
+        assert max_diff(expected, pool.host_table.parts) == 0.0
+        stats = pool.stats()
+        assert stats.num_victims > 60
+        assert stats.num_misses_at_train == 0
+        pool.slot_map.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("missing_edge", "slow"),
+    [
+        (("train", "plan"), "train"),  # hazard 1: a victim is read before its last update
+        (("writeback", "fill"), "writeback"),  # hazards 2 and 3: its slot, or its row in the table, is used too early
+        (("fill", "train"), "fill"),  # hazard 4
+        (("plan", "writeback"), "plan"),  # rows are moved before it is known which
+    ],
+    ids=str,
+)
+def test_control_without_one_event_rows_are_lost(missing_edge: tuple[str, str], slow: str) -> None:
+    num_wrong = 0
+    for seed in range(8):
+        pool, device, runner = make_simulation(seed, [missing_edge], (slow,))
+        batches = random_rows(num_batches=60, ids_per_batch=6, seed=seed)
+        expected = expected_parts(pool, batches)
+        try:
+            simulate(pool, device, runner, batches, lookahead=2)
+        except IndexError:  # rows of a plan that is not there yet
+            num_wrong += 1
+            continue
+        num_wrong += max_diff(expected, pool.host_table.parts) > 0.0 or pool.stats().num_misses_at_train > 0
+    assert num_wrong >= 4
+
+
+@pytest.mark.parametrize("missing_edges", [(), [("fill", "plan")]], ids=["guarded", "unguarded"])
+def test_buffers_of_a_dropped_batch_are_used_again_when_its_rows_have_moved(
+    missing_edges: Sequence[tuple[str, str]],
+) -> None:
+    num_wrong = 0
+    for seed in range(12):
+        pool, device, runner = make_simulation(seed, missing_edges, ("fill", "writeback"))
+        batches = random_rows(num_batches=60, ids_per_batch=6, seed=seed)
+        table = [part.clone() for part in pool.host_table.parts]
+        trained = simulate(pool, device, runner, batches, lookahead=2, drop_every=3)
+        assert len(trained) < 60
+        for rows in trained:
+            train(table, rows)
+        num_wrong += max_diff(table, pool.host_table.parts) > 0.0 or pool.stats().num_misses_at_train > 0
+    assert (num_wrong > 0) == bool(missing_edges)
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_where_slots_are_few_plan_waits_to_see_and_nothing_is_lost(lookahead: int) -> None:
+    for seed in range(8):
+        pool, device, runner = make_simulation(seed, num_slots=10, is_certain=False)
+        batches = [torch.randperm(60, generator=torch.Generator().manual_seed(i))[:7] for i in range(40)]
+        expected = expected_parts(pool, batches)
+        simulate(pool, device, runner, batches, lookahead)
+        assert max_diff(expected, pool.host_table.parts) == 0.0
+        assert pool.slot_map.num_waits > 30
+        assert pool.stats().num_misses_at_train == 0
+
+
+def test_where_slots_are_plenty_plan_never_waits() -> None:
+    pool, device, runner = make_simulation(0, num_slots=30, is_certain=False)
+    batches = random_rows(num_batches=60, ids_per_batch=6)
+    simulate(pool, device, runner, batches, lookahead=2)  # 3 batches in flight and the next: at most 24 slots
+    assert pool.slot_map.num_waits == 0
+    assert pool.stats().num_victims > 60
+
+
+def test_rows_pass_through_staging_while_there_are_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(6):
+        die = random.Random(seed)
+        monkeypatch.setattr(HostTable, "has_snapshots", property(lambda _, die=die: die.random() < 0.4))
+        pool, device, runner = make_simulation(seed)
+        batches = random_rows(num_batches=60, ids_per_batch=6, seed=seed)
+        expected = expected_parts(pool, batches)
+        simulate(pool, device, runner, batches, lookahead=2)
+        assert max_diff(expected, pool.host_table.parts) == 0.0
+        assert pool.stats().num_victims > 60
+
+
+@pytest.mark.parametrize("runner_class", RUNNERS)
+def test_bad_id_stops_its_batch_alone(runner_class: type[StageRunner]) -> None:
+    pool = make_device_pool(TwinOps(), num_slots=40)
+    runner = runner_class(CPU)
+    batches = random_rows(num_batches=20, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches[:10], runner, lookahead=2)
+    bad, good = planned(pool, torch.tensor([3, 60, 4]), runner), planned(pool, batches[10], runner)
+    bad.may_plan = False
+    runner.submit(bad)
+    runner.settle()
+    assert bad.is_seen
+    runner.allow(bad)
+    runner.submit(good)
+    with pytest.raises(IdOutOfRangeError, match=r"table t0: feature f0 has id 60, there are rows \[0, 60\)"):
+        bad.wait()
+    with pytest.raises(IdOutOfRangeError):
+        bad.wait()
+    train(pool.scratchpad.parts, good.wait())
+    good.hold.release(is_updated=True)
+    run(pool, batches[11:], runner, lookahead=2)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    pool.slot_map.check_integrity()  # no row waits for the bad batch any more
+
+
+@pytest.mark.parametrize("runner_class", RUNNERS)
+def test_one_batch_too_large_is_an_error_and_nothing_is_lost(runner_class: type[StageRunner]) -> None:
+    pool = make_device_pool(TwinOps(), num_slots=10)
+    runner = runner_class(CPU)
+    batches = random_rows(num_batches=10, ids_per_batch=6)
+    expected = expected_parts(pool, batches + batches)
+    run(pool, batches, runner, lookahead=1)
+    batch = planned(pool, torch.arange(30), runner)
+    runner.submit(batch)
+    with pytest.raises(ScratchpadFullError, match="one batch needs 30 slots, the scratchpad has 10"):
+        batch.wait()
+    run(pool, batches, runner, lookahead=1)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    pool.slot_map.check_integrity()
+
+
+def test_a_move_that_fails_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_device_pool(TwinOps())
+    runner = OverlappedStageRunner(CPU)
+    run(pool, random_rows(num_batches=5, ids_per_batch=6), runner, lookahead=1)
+
+    def torn(*_args: object) -> None:
+        raise RuntimeError("torn")
+
+    monkeypatch.setattr(pool.slot_map.ops, "move", torn)
+    batch = planned(pool, torch.arange(40, 50), runner)
+    runner.submit(batch)
+    with pytest.raises(StageFailedError, match="torn"):
+        batch.wait()
+    with pytest.raises(StageFailedError):
+        pool.flush()
+
+
+def test_nothing_is_allocated_once_buffers_fit() -> None:
+    pool = make_device_pool(TwinOps(), num_rows=3000, num_slots=1000)
+    runner = StageRunner(CPU)
+    run(pool, random_rows(num_batches=10, ids_per_batch=200, num_rows=3000), runner, lookahead=2)
+    num_bytes = pool.slot_map.metadata_bytes
+    run(pool, random_rows(num_batches=30, ids_per_batch=200, num_rows=3000, seed=1), runner, lookahead=2)
+    assert pool.slot_map.metadata_bytes == num_bytes
+    run(pool, [torch.arange(900).repeat(3)], runner, lookahead=0)
+    assert pool.slot_map.metadata_bytes > num_bytes
+    assert len(pool.slot_map._free_buffers) <= 2  # the smaller ones are gone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_by_kind(kind: str) -> None:
+    assert make_ops(kind).find is not None

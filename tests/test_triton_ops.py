@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Each Triton kernel does what its torch twin does, on the same state; interpreted, unless there is a GPU."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchrec_scratchpipe import triton_ops
+from torchrec_scratchpipe.device_ops import (
+    BEING_PLACED,
+    FREQUENCY_BINS,
+    NUM_BINS,
+    Aging,
+    Count,
+    DeviceMaps,
+    DeviceOps,
+    FeatureIds,
+    FeatureRows,
+    PlanBuffers,
+    ScratchBuffers,
+    State,
+    TableCounts,
+    make_maps,
+)
+from torchrec_scratchpipe.device_slot_map import _make_buffers, _make_scratch
+from torchrec_scratchpipe.eviction import NUM_NOTES, WINDOW_BITS
+from torchrec_scratchpipe.triton_ops import TritonOps
+from torchrec_scratchpipe.twin_ops import TwinOps, _bins, _frequencies, _notes
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TABLE_ROWS = [500, 1, 2000]
+OTHER_POOL_ROWS = 50
+NUM_SLOTS = 300
+CAPACITY = 2048
+NOW = 40  # the batch that is planned
+FIRST_HELD = 38
+
+
+@dataclasses.dataclass
+class Case:
+    """A scratchpad in mid-run, a batch, and room for its plan."""
+
+    maps: DeviceMaps
+    buffers: PlanBuffers
+    scratch: ScratchBuffers
+    tables: TableCounts
+    ids: FeatureIds
+    features: FeatureRows
+
+    def clone(self) -> "Case":
+        def copied(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return type(value)(*(part.clone() for part in value))
+            return type(value)(**{name: part.clone() for name, part in vars(value).items()})
+
+        return Case(**{name: copied(value) for name, value in vars(self).items()})
+
+
+def make_case(
+    seed: int,
+    ids_per_feature: tuple[int, ...] = (300, 40, 0, 20, 500),
+    num_resident: int = 280,
+    num_listed: int = 60,
+    id_dtype: torch.dtype = torch.int64,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    num_rows = sum(TABLE_ROWS)
+    offsets = torch.tensor([0, *torch.tensor(TABLE_ROWS).cumsum(0).tolist()])
+
+    def integers(low: int, high: int, size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.randint(low, high, (size,), generator=generator).to(dtype)
+
+    known = integers(0, 1 << WINDOW_BITS, num_rows) | (integers(0, NUM_NOTES + 1, num_rows) << WINDOW_BITS)
+    row_to_slot = -1 - known
+    slot_to_row = torch.full((NUM_SLOTS,), -1)
+    last_use = torch.full((NUM_SLOTS,), -1, dtype=torch.int32)
+    slots = torch.randperm(NUM_SLOTS, generator=generator)
+    resident = slots[:num_resident]
+    rows = torch.randperm(num_rows, generator=generator)[:num_resident]
+    row_to_slot[rows] = resident.int()
+    slot_to_row[resident] = rows
+    last_use[resident] = integers(1, NOW, num_resident)
+    uses_ahead = torch.zeros(NUM_SLOTS + 1, dtype=torch.int32)
+    uses_ahead[resident] = integers(0, 1 << WINDOW_BITS, num_resident) * integers(0, 2, num_resident)
+    maps = make_maps(row_to_slot, slot_to_row, last_use, uses_ahead, CAPACITY)
+    # In the middle of bins and of notes, where a rounding of the logarithm does not matter.
+    maps.frequency[resident] = torch.exp2(integers(-40, 40, num_resident).float() / 2 + 0.03)
+    free = slots[num_resident:]
+    maps.free_slots[: free.numel()] = free.int()
+    maps.state[State.NUM_FREE] = free.numel()
+    listed = resident[torch.randperm(num_resident, generator=generator)[:num_listed]]
+    maps.listed[:num_listed] = listed.int()
+    maps.listed_last_use[:num_listed] = last_use[listed]
+    maps.state[State.LIST_LENGTH] = num_listed
+
+    table = [0, 2, 1, -1, 2]  # of each feature; the fourth is another pool's
+    sizes = [OTHER_POOL_ROWS if index < 0 else TABLE_ROWS[index] for index in table]
+    ids = [integers(0, size, count, id_dtype) for size, count in zip(sizes, ids_per_feature, strict=True)]
+    bounds = torch.tensor([0, *ids_per_feature]).cumsum(0).to(id_dtype)
+    case = Case(
+        maps=maps,
+        buffers=_make_buffers(CAPACITY, torch.device("cpu")),
+        scratch=_make_scratch(CAPACITY, torch.device("cpu")),
+        tables=TableCounts(offsets, *torch.zeros(4, len(TABLE_ROWS), dtype=torch.int64), torch.zeros(1).long()),
+        ids=FeatureIds(torch.cat(ids), bounds),
+        features=FeatureRows(offsets[table], torch.tensor(sizes), torch.tensor(table, dtype=torch.int32)),
+    )
+    case.buffers.counts.random_(generator=generator)  # whatever an earlier batch left
+    for buffer in (case.buffers.rows, case.buffers.slots, case.buffers.miss_rows, case.buffers.victim_rows):
+        buffer.fill_(-7)
+    return case
+
+
+def both(case: Case, *operations: Callable[[DeviceOps, Case], None]) -> tuple[Case, Case]:
+    """What the twin makes of a case, and what the kernels make of it."""
+    cases = case.clone(), case.clone()
+    for ops, copy in zip((TwinOps(), TritonOps()), cases, strict=True):
+        moved = Case(**{name: _to_device(value) for name, value in vars(copy).items()})
+        for operation in operations:
+            operation(ops, moved)
+        for name, value in vars(moved).items():
+            setattr(copy, name, _to_device(value, torch.device("cpu")))
+    return cases
+
+
+def _to_device(value: Any, device: torch.device = DEVICE) -> Any:
+    if isinstance(value, tuple):
+        return type(value)(*(part.to(device) for part in value))
+    return type(value)(
+        **{name: part if name == "host_counts" else part.to(device) for name, part in vars(value).items()}
+    )
+
+
+def find(ops: DeviceOps, case: Case) -> None:
+    ops.find(case.ids, case.features, case.maps, case.buffers, case.scratch, NOW)
+
+
+def take(ops: DeviceOps, case: Case) -> None:
+    ops.take(case.maps, case.buffers, case.scratch, NOW, FIRST_HELD, True)
+
+
+def take_all(ops: DeviceOps, case: Case) -> None:
+    ops.take(case.maps, case.buffers, case.scratch, NOW, FIRST_HELD, False)
+
+
+def scan(ops: DeviceOps, case: Case) -> None:
+    ops.scan(case.maps, case.buffers, FIRST_HELD, 3, NUM_SLOTS // 16)
+
+
+def commit(ops: DeviceOps, case: Case) -> None:
+    ops.commit(case.maps, case.buffers, case.scratch, case.tables, NOW, ~(1 << 5), Aging(2.0**1.5, 700.0))
+
+
+def translate(ops: DeviceOps, case: Case) -> None:
+    ops.translate(case.maps, case.buffers, case.tables, case.buffers.slots, case.ids.ids.numel())
+
+
+def pairs(*columns: Tensor) -> list[tuple[int, ...]]:
+    return sorted(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def assert_same_maps(twin: DeviceMaps, triton: DeviceMaps, *names: str) -> None:
+    for name in names:
+        assert torch.equal(getattr(twin, name), getattr(triton, name)), name
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("seed", range(3))
+def test_find(seed: int, id_dtype: torch.dtype) -> None:
+    twin, triton = both(make_case(seed, id_dtype=id_dtype), find)
+    assert torch.equal(twin.buffers.counts, triton.buffers.counts)
+    num_ids, counts = twin.ids.ids.numel(), twin.buffers.counts
+    assert counts[Count.HITS] > 50
+    assert counts[Count.MISSES] > 100
+    assert torch.equal(twin.buffers.rows[:num_ids], triton.buffers.rows[:num_ids])
+    assert int((twin.buffers.rows[:num_ids] == -1).sum()) == 20
+    hits, misses = int(counts[Count.HITS]), int(counts[Count.MISSES])
+    for case in (twin, triton):
+        assert case.scratch.hit_slots[:hits].unique().numel() == hits
+    assert pairs(twin.scratch.hit_slots[:hits], twin.scratch.hit_last_use[:hits]) == pairs(
+        triton.scratch.hit_slots[:hits], triton.scratch.hit_last_use[:hits]
+    )
+    assert pairs(twin.buffers.miss_rows[:misses], twin.scratch.miss_known[:misses]) == pairs(
+        triton.buffers.miss_rows[:misses], triton.scratch.miss_known[:misses]
+    )
+    assert_same_maps(twin.maps, triton.maps, "row_to_slot", "last_use", "slot_to_row", "uses_ahead")
+    assert int((twin.maps.row_to_slot == BEING_PLACED).sum()) == misses
+
+
+def test_find_names_an_id_out_of_range() -> None:
+    for position, bad in ((5, -1), (320, 2000), (859, 1 << 40)):
+        case = make_case(0)
+        case.ids.ids[position] = bad
+        twin, triton = both(case, find, take, scan, take_all, commit, translate)
+        for outcome in (twin, triton):
+            assert outcome.buffers.counts[Count.BAD_POSITION] == position + 1
+            assert outcome.buffers.counts[Count.IS_REFUSED] == 1
+            assert outcome.buffers.counts[Count.FILLS] == outcome.buffers.counts[Count.WRITEBACKS] == 0
+            assert_same_maps(case.maps, outcome.maps, "row_to_slot", "slot_to_row", "uses_ahead", "last_use")
+            assert torch.equal(case.maps.frequency, outcome.maps.frequency)
+            assert int(outcome.tables.num_unique.sum()) == 0
+    case.ids.ids[350] = 1 << 40  # another pool's feature: not ours to judge
+    case.ids.ids[859] = 0
+    assert both(case, find)[1].buffers.counts[Count.BAD_POSITION] == 0
+
+
+@pytest.mark.parametrize("num_listed", [0, 60, 280])
+@pytest.mark.parametrize("operation", [take, take_all])
+def test_take(operation: Callable[[DeviceOps, Case], None], num_listed: int) -> None:
+    twin, triton = both(make_case(1, num_listed=num_listed), find, operation)
+    assert torch.equal(twin.buffers.counts, triton.buffers.counts)
+    assert_same_maps(twin.maps, triton.maps, "last_use", "state")
+    victims = int(twin.buffers.counts[Count.VICTIMS])
+    assert (victims > 0) == (num_listed > 0)
+    assert torch.equal(twin.buffers.miss_slots[:victims], triton.buffers.miss_slots[:victims])
+    assert torch.equal(twin.scratch.victim_last_use[:victims], triton.scratch.victim_last_use[:victims])
+
+
+def test_take_in_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "LISTED_PER_ROUND", 16)
+    case = make_case(1, ids_per_feature=(5, 40, 0, 20, 20), num_resident=300, num_listed=280)
+    twin, triton = both(case, find, take)
+    assert 16 < twin.maps.state[State.LIST_HEAD] < 280
+    assert_same_maps(twin.maps, triton.maps, "last_use", "state")
+    assert torch.equal(twin.buffers.counts, triton.buffers.counts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scan(seed: int) -> None:
+    case = make_case(seed, num_listed=0)
+    twin, triton = both(case, find, take, scan)
+    length = int(twin.maps.state[State.LIST_LENGTH])
+    assert 0 < length < NUM_SLOTS
+    fields = [State.LIST_HEAD, State.LIST_LENGTH, State.THRESHOLD, State.NUM_BELOW]
+    assert torch.equal(twin.maps.state[fields], triton.maps.state[fields])
+    assert pairs(twin.maps.listed[:length], twin.maps.listed_last_use[:length]) == pairs(
+        triton.maps.listed[:length], triton.maps.listed_last_use[:length]
+    )
+    assert int(triton.maps.histogram.sum()) == 0  # ready for the next scan
+
+
+def test_scan_lists_the_best_and_no_more_than_there_is_room_for() -> None:
+    case = make_case(3, ids_per_feature=(5, 0, 0, 0, 20), num_resident=300, num_listed=0)
+    case.maps.frequency.fill_(1.0)  # one bin
+    case.maps.uses_ahead.zero_()
+    case.maps = dataclasses.replace(case.maps, listed=torch.zeros(40).int(), listed_last_use=torch.zeros(40).int())
+    for outcome in both(case, find, take, scan):
+        assert outcome.maps.state[State.LIST_LENGTH] == 40
+        assert outcome.maps.listed.unique().numel() == 40
+    case.maps.frequency[100:110] = 2.0**-8
+    for outcome in both(case, find, take, scan):
+        is_held = outcome.maps.last_use[100:110] >= FIRST_HELD
+        first = outcome.maps.listed[: int((~is_held).sum())]
+        assert set(first.tolist()) == {slot for slot in range(100, 110) if not is_held[slot - 100]}
+
+
+def test_scan_does_nothing_where_no_slot_is_missing() -> None:
+    case = make_case(4, ids_per_feature=(3, 0, 0, 0, 2), num_resident=200)
+    for outcome in both(case, find, take, scan):
+        assert_same_maps(case.maps, outcome.maps, "listed", "listed_last_use", "state", "histogram")
+
+
+def test_rows_used_ahead_are_listed_last_and_the_nearest_last_of_all() -> None:
+    bins = _bins(make_case(0).maps, FIRST_HELD, 3)
+    assert int(bins.max()) < NUM_BINS
+    maps = make_case(0).maps
+    maps.last_use.fill_(1)
+    for distance in range(WINDOW_BITS):
+        maps.uses_ahead.fill_(1 << ((3 + distance) % WINDOW_BITS))
+        assert set(_bins(maps, FIRST_HELD, 3).tolist()) == {FREQUENCY_BINS + WINDOW_BITS - 1 - distance}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("ids_per_feature", "is_refused"), [((60, 20, 0, 20, 50), False), ((300, 40, 0, 20, 500), True)]
+)
+def test_whole_plan(ids_per_feature: tuple[int, ...], is_refused: bool, seed: int) -> None:
+    case = make_case(seed, ids_per_feature)
+    case.buffers.counts.zero_()
+    twin, triton = both(case, find, take, scan, take_all, commit, translate)
+    assert torch.equal(twin.buffers.counts, triton.buffers.counts)
+    assert bool(twin.buffers.counts[Count.IS_REFUSED]) == is_refused
+    num_ids = case.ids.ids.numel()
+    for outcome in (twin, triton):
+        maps, counts, buffers = outcome.maps, outcome.buffers.counts, outcome.buffers
+        if is_refused:
+            assert_same_maps(case.maps, maps, "row_to_slot", "slot_to_row", "last_use", "uses_ahead")
+            assert int(maps.state[State.NUM_FREE]) == int(case.maps.state[State.NUM_FREE])
+            continue
+        assert counts[Count.WRITEBACKS] > 0
+        assert counts[Count.FROM_FREE] == 20
+        rows = buffers.rows[:num_ids]
+        is_mine = rows >= 0
+        slots = buffers.slots[:num_ids]
+        assert torch.equal(maps.slot_to_row[slots[is_mine]], rows[is_mine])
+        assert set(slots[~is_mine].tolist()) == {-7}  # the other pool writes them
+        resident = (maps.slot_to_row >= 0).nonzero().view(-1)
+        assert torch.equal(maps.row_to_slot[maps.slot_to_row[resident]].long(), resident)
+        assert int((maps.row_to_slot >= 0).sum()) == resident.numel()
+        assert int((maps.row_to_slot == BEING_PLACED).sum()) == 0
+        victims = buffers.victim_rows[: int(counts[Count.WRITEBACKS])]
+        old_slots = case.maps.row_to_slot[victims].long()
+        assert torch.equal(old_slots, buffers.miss_slots[: victims.numel()].long())
+        assert int((case.maps.last_use[old_slots] >= FIRST_HELD).sum()) == 0
+        known = -1 - maps.row_to_slot[victims]
+        assert torch.equal(known & ((1 << WINDOW_BITS) - 1), case.maps.uses_ahead[old_slots])
+        assert torch.equal(known >> WINDOW_BITS, _notes(case.maps.frequency[old_slots], 700.0))
+        misses = buffers.miss_rows[: int(counts[Count.FILLS])]
+        known = -1 - case.maps.row_to_slot[misses]
+        new_slots = maps.row_to_slot[misses].long()
+        assert torch.equal(maps.uses_ahead[new_slots], known & ((1 << WINDOW_BITS) - 1) & ~(1 << 5))
+        expected = _frequencies(known >> WINDOW_BITS, 700.0) + 2.0**1.5
+        torch.testing.assert_close(maps.frequency[new_slots], expected)
+        assert torch.equal(maps.last_use[slots[is_mine]], torch.full_like(slots[is_mine], NOW).int())
+    for name, counts in vars(twin.tables).items():
+        assert torch.equal(counts, getattr(triton.tables, name)), name
+    assert (int(twin.tables.num_ids.sum()) == 130) == (not is_refused)
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_mark(is_used: bool) -> None:
+    case = make_case(2)
+    case.ids.ids[3] = -5  # left alone
+    twin, triton = both(case, lambda ops, c: ops.mark(c.ids, c.features, c.maps, 1 << 7, is_used))
+    assert_same_maps(twin.maps, triton.maps, "row_to_slot", "uses_ahead", "slot_to_row")
+    assert not torch.equal(case.maps.row_to_slot, twin.maps.row_to_slot)
+    assert not torch.equal(case.maps.uses_ahead, twin.maps.uses_ahead)
+
+
+@pytest.mark.parametrize(
+    "shape_and_dtype",
+    [
+        ((40, 128), torch.float32),
+        ((40, 12), torch.float32),
+        ((40, 2500), torch.float32),
+        ((40,), torch.float32),
+        ((40, 4), torch.float16),
+        ((40,), torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_rows", [0, 1, 17])
+def test_move(shape_and_dtype: tuple[tuple[int, ...], torch.dtype], num_rows: int) -> None:
+    shape, dtype = shape_and_dtype
+    generator = torch.Generator().manual_seed(1)
+    source = torch.rand(shape, generator=generator).to(dtype)
+    source_index = torch.randperm(40, generator=generator)[:20]
+    target_index = torch.randperm(40, generator=generator)[:20].int()
+    counts = torch.zeros(len(Count), dtype=torch.int64)
+    counts[Count.FILLS], counts[Count.WRITEBACKS] = num_rows, 20
+    targets = []
+    for ops in (TwinOps(), TritonOps()):
+        target = torch.zeros(shape, dtype=dtype, device=DEVICE)
+        version = target._version
+        ops.move(
+            source.to(DEVICE),
+            source_index.to(DEVICE),
+            target,
+            target_index.to(DEVICE),
+            counts.to(DEVICE),
+            Count.FILLS,
+        )
+        assert target._version == version  # the tables' versions tell who else has written them
+        targets.append(target.cpu())
+    expected = torch.zeros(shape, dtype=dtype)
+    expected[target_index[:num_rows].long()] = source[source_index[:num_rows]]
+    assert torch.equal(expected, targets[0])
+    assert torch.equal(expected, targets[1])
+
+
+def test_count_misses() -> None:
+    case = make_case(5, (60, 20, 0, 20, 50))
+    case.buffers.counts.zero_()
+    outcomes = both(case, find, take, scan, take_all, commit, translate)
+    for outcome in outcomes:
+        rows = outcome.buffers.rows[:150]
+        for expected in (0, int((rows == rows[0]).sum())):  # repeated ids miss as often as they are looked up
+            for ops in (TwinOps(), TritonOps()):
+                num_misses = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+                buffers = _to_device(outcome.buffers)
+                ops.count_misses(_to_device(outcome.maps), buffers.rows, buffers.slots, 150, num_misses)
+                assert int(num_misses) == expected
+            outcome.maps.slot_to_row[outcome.buffers.slots[0]] = -1
+
+
+def test_kernels_compile_for_a_gpu_and_move_rows_16_bytes_at_a_time() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    instructions = json.loads(result.stdout)
+    kernels = {name for name in vars(triton_ops) if name.endswith("_kernel")}
+    assert instructions.keys() == kernels
+    for of_wide_rows in instructions["_move_kernel"][:2]:
+        assert of_wide_rows["ld.global.v4.b32"] == of_wide_rows["st.global.v4.b32"] == 4
+    for found in (found for variants in instructions.values() for found in variants):
+        assert not any("acq_rel" in name for name in found), found

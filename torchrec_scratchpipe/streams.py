@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The streams on which stages run beside Train; a CPU has none.
+
+Three, so that rows travel in both directions at once and integers do not wait for rows: Plan; writeback, from the
+scratchpad to the tables; fill, from the tables to the scratchpad.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["StageStreams"]
+
+
+class StageStreams:
+    """Streams of one device, and the few things that are done with them.
+
+    Args:
+        device: Where they are; nothing has a stream on a CPU.
+        is_overlapped: False has everything run on the caller's stream.
+    """
+
+    plan: torch.Stream | None = None
+    writeback: torch.Stream | None = None
+    fill: torch.Stream | None = None
+
+    def __init__(self, device: torch.device, *, is_overlapped: bool) -> None:
+        self.device = device
+        self._module = torch.get_device_module(device) if device.type == "cuda" else None
+        if self._module is not None and is_overlapped:
+            self.plan, self.writeback, self.fill = (self._module.Stream(device) for _ in range(3))
+
+    @property
+    def all(self) -> list[torch.Stream]:
+        """Plan, writeback and fill; empty if everything runs on the caller's stream."""
+        return [stream for stream in (self.plan, self.writeback, self.fill) if stream is not None]
+
+    def current(self) -> torch.Stream | None:
+        """The caller's stream; None on a CPU."""
+        return None if self._module is None else self._module.current_stream(self.device)
+
+    @contextmanager
+    def on(self, stream: torch.Stream | None) -> Iterator[None]:
+        """Enqueue on this stream.
+
+        Args:
+            stream: Which one; None stays where the caller is.
+        """
+        if stream is None or self._module is None:
+            yield
+        else:
+            with self._module.stream(stream):
+                yield
+
+    def record(self, stream: torch.Stream | None) -> torch.Event | None:
+        """An event that comes after all that has been enqueued on a stream.
+
+        Args:
+            stream: Which one; None means the caller's.
+
+        Returns:
+            The event; None on a CPU, where everything has happened.
+        """
+        if self._module is None:
+            return None
+        event: torch.Event = self._module.Event()
+        event.record(stream or self.current())
+        return event
+
+    def wait(self, stream: torch.Stream | None, event: torch.Event | None) -> None:
+        """Let what is enqueued on a stream from now on come after an event.
+
+        Args:
+            stream: Which one; None means the caller's.
+            event: From :meth:`record`; None has happened.
+        """
+        stream = stream or self.current()
+        if event is not None and stream is not None:
+            stream.wait_event(event)
+
+    def record_use(self, tensor: Tensor) -> None:
+        """Tell the allocator that a tensor is used on all these streams.
+
+        Args:
+            tensor: On the device, or on the host, which has no allocator to tell.
+        """
+        if tensor.device.type != "cpu":
+            for stream in self.all:
+                tensor.record_stream(stream)
+
+    def record_use_by_caller(self, tensor: Tensor) -> None:
+        """Tell the allocator that a tensor is used on the caller's stream.
+
+        Args:
+            tensor: As for :meth:`record_use`.
+        """
+        stream = self.current()
+        if tensor.device.type != "cpu" and stream is not None:
+            tensor.record_stream(stream)
+
+    def synchronize(self) -> None:
+        """Wait until these streams have done all that was enqueued."""
+        for stream in self.all:
+            stream.synchronize()
