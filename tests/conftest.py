@@ -19,6 +19,7 @@ import device_path  # noqa: F401  acts when imported
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(1)  # tensors are tiny; several threads only wait for each other
     store: Path = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

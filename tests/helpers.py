@@ -36,6 +36,7 @@ from torchrec_scratchpipe import (
 )
 
 CPU = torch.device("cpu")
+DEVICE = CPU  # where models train; test_gpu.py changes it
 NUM_DENSE = 3
 
 
@@ -224,7 +225,7 @@ class Trainer:
             apply_optimizer_in_backward(setting.optimizer, tables, dict(setting.optimizer_kwargs))
         planner = ScratchPipeShardingPlanner(
             topology=Topology(
-                world_size=dist.get_world_size(), local_world_size=setting.local_size, compute_device="cpu"
+                world_size=dist.get_world_size(), local_world_size=setting.local_size, compute_device=DEVICE.type
             ),
             batch_size=setting.batch_size,
             constraints=constraints if constraints is not None else scratchpad_constraints(setting),
@@ -237,7 +238,7 @@ class Trainer:
                 if table.compute_kernel == "fused_uvm_caching":
                     table.compute_kernel, table.cache_params = "fused", None
         self.model = DistributedModelParallel(
-            model, device=CPU, plan=plan, sharders=sharders or make_sharders(setting, is_stock=True)
+            model, device=DEVICE, plan=plan, sharders=sharders or make_sharders(setting, is_stock=True)
         )
         dense = KeyedOptimizerWrapper(
             {name: p for name, p in self.model.named_parameters() if not is_embedding(name)},
@@ -256,12 +257,12 @@ class Trainer:
         return cls(setting, make_sharders(setting, is_stock=False, **sharder_kwargs), constraints, make_model)
 
     def pipeline(self, lookahead: int = 2, **kwargs: Any) -> ScratchPipeTrainPipeline[Any, Any]:
-        return ScratchPipeTrainPipeline(self.model, self.optimizer, CPU, lookahead=lookahead, **kwargs)
+        return ScratchPipeTrainPipeline(self.model, self.optimizer, DEVICE, lookahead=lookahead, **kwargs)
 
     def step(self, batch: Batch) -> torch.Tensor:
         """One plain step, no pipeline; returns the logits."""
         self.optimizer.zero_grad()
-        loss, logits = self.model(batch)
+        loss, logits = self.model(batch.to(DEVICE))
         loss.backward()
         self.optimizer.step()
         return logits
@@ -299,9 +300,9 @@ def full_state(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     state: dict[str, list[torch.Tensor]] = {}
     for parameter, states in trainer.optimizer.state_dict()["state"].items():
         for name, value in states.items():
-            state[f"{parameter}/{name}"] = [tensor.clone() for tensor in local_tensors(value)]
+            state[f"{parameter}/{name}"] = [tensor.to(CPU, copy=True) for tensor in local_tensors(value)]
     for name, value in trainer.model.state_dict().items():
-        state[name] = [tensor.clone() for tensor in local_tensors(value)]
+        state[name] = [tensor.to(CPU, copy=True) for tensor in local_tensors(value)]
     return state
 
 

@@ -145,15 +145,62 @@ def test_swap_sharder_is_short_and_runs() -> None:
 
 
 def test_train_step_benchmark(tmp_path: Path) -> None:
-    run_example(
+    output = run_example(
         str(EXAMPLES / "benchmark" / "train_step.py"), "--num_tables", "3", "--num_embeddings", "5000",
-        "--embedding_dim", "8", "--batch_size", "64", "--steps", "6", "--load_factor", "0.1",
-        "--json", str(tmp_path / "out.json"),
+        "--embedding_dim", "8", "--batch_size", "64", "--ids_per_bag", "2", "--steps", "6", "--load_factor", "0.2",
+        "--lookahead", "1,3", "--zipf", "0.8", "--profile_trace", str(tmp_path / "traces"), "--out", str(tmp_path),
     )  # fmt: skip
-    figures = read_figures(tmp_path / "out.json")
-    assert figures["ratio_to_fused"] > 0
-    assert len(figures["step_ms"]["fused"]) == len(figures["step_ms"]["scratchpipe"]) == 6
-    assert figures["scratchpad"][0]["num_victims"] > 0
+    assert "ratio_to_fused" in output
+    results = read_figures(tmp_path / "results.json")
+    rows = {(row["cache"], row["lookahead"]): row for row in results["rows"]}
+    assert {cache for cache, _ in rows} == {"fused", "static", "sequential", "scratchpipe"}
+    for lookahead in (1, 3):
+        ours = rows["scratchpipe", lookahead]
+        assert ours["victims"] > 0
+        assert ours["misses_at_train"] == 0
+        assert ours["last_loss"] == rows["sequential", lookahead]["last_loss"]
+        assert ours["floor_ms"] > 0
+        assert ours["traced_ms"].keys() >= {"plan", "collect", "insert", "forward", "backward"}
+    assert rows["scratchpipe", 3]["last_loss"] == rows["fused", None]["last_loss"]  # the later of two points
+    assert rows["static", None]["last_loss"] == pytest.approx(rows["fused", None]["last_loss"], rel=1e-4)
+    assert results["gb_per_s"]["plain copy"] > 0
+    assert "| `scratchpipe` |" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "criteo.png").stat().st_size > 0
+    assert len(list((tmp_path / "traces").glob("*.png"))) == 4
+
+
+def test_train_step_benchmark_names_what_a_cpu_has_not() -> None:
+    script = str(EXAMPLES / "benchmark" / "train_step.py")
+    for flags, message in (
+        (["--caches", "uvm_caching"], "uvm_caching exists on CUDA only"),
+        (["--optimizer", "adam"], "adam has no kernel on a CPU; choose from sgd, rowwise_adagrad, adagrad"),
+        (["--caches", "fusd"], "fusd: choose from fused, fused_uvm"),
+    ):
+        result = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2
+        assert message in result.stderr
+
+
+def test_bandwidth_benchmark(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "benchmark" / "bandwidth.py")
+    run_example(script, "--rows_per_batch", "500", "--num_rows", "3000", "--json", str(tmp_path / "out.json"))
+    assert all(speed > 0 for speed in read_figures(tmp_path / "out.json")["gb_per_s"].values())
+
+
+def test_example_writes_a_trace_of_stages_beside_training(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    run_example(
+        str(EXAMPLES / "criteo_dlrm" / "main.py"), "--batch_size", "32", "--limit_train_batches", "16",
+        "--limit_val_batches", "2", "--max_num_embeddings", "500", "--embedding_dim", "8",
+        "--dense_arch_layer_sizes", "16,8", "--over_arch_layer_sizes", "16,1", "--profile_trace", str(trace),
+    )  # fmt: skip
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
+    threads = {part: {event["tid"] for event in events if part in event["name"]} for part in ("plan", "## forward")}
+    assert threads["plan"]
+    assert threads["## forward"]
+    stages = [event["name"] for event in events if event["name"].startswith("## scratchpipe collect")]
+    assert len(stages) >= 4  # with the number of their batch
+    assert len(set(stages)) == len(stages)
 
 
 def test_tsv_is_split_in_time_order_and_shared_between_ranks(tsv: Path) -> None:

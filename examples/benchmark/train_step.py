@@ -1,270 +1,293 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Times a DLRM training step with each way to hold the tables, interleaved in one process.
+"""Times a training step with each way to hold the tables, interleaved in one process, over a grid of settings.
 
+    python examples/benchmark/train_step.py --quick --out DIR
+    python examples/benchmark/train_step.py --model paper --zipf 0,0.8,1.05,1.2 --load_factor 0.01,0.02,0.05,0.1 \
+        --optimizer sgd,rowwise_adagrad,adagrad,adam --lookahead 1,2,4 --out DIR
     python examples/benchmark/train_step.py --caches fused,scratchpipe --num_tables 26 --num_embeddings 1000000 \
-        --embedding_dim 64 --batch_size 4096 --zipf 1.05 --load_factor 0.05 --steps 30 --json result.json
+        --embedding_dim 64 --ids_per_bag 1 --batch_size 4096 --optimizer rowwise_adagrad --load_factor 0.05 --steps 30
 
-`fused` is stock TorchRec with all tables in memory. Both train on the same batches. Steps alternate in short blocks; a
-block's last step also waits for the stages of coming batches, so none of their work is left to the other's time.
-Before the first step the scratchpad is filled, so that every measured batch evicts.
+`--caches` chooses among the ways of rivals.py; by default all that exist on this machine's device. All train on the same
+samples. Blocks of steps alternate, whoever went first goes last in the next round; a block ends when all of its work is
+done, the stages of coming batches included. Slots are filled before the first step, so that every measured batch evicts.
+Batches are made before the clock starts. `--out` gets results.json, results.md and plots.
 """
 
 import argparse
-import json
-import platform
+import dataclasses
+import gc
+import itertools
+import shlex
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
-from torchrec.datasets.utils import Batch
-from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import ParameterConstraints, Topology
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import CacheParams
-from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from bandwidth import measure_bandwidth
+from results import Figures, machine, write_report
+from rivals import CPU_OPTIMIZERS, OPTIMIZERS, RIVALS, Contender, Shape
+from torch._C._profiler import _ExperimentalConfig
 from tqdm import tqdm
+from trace_plot import plot_trace, stage_times
+from workloads import WORKLOADS, Workload, describe
 
-from torchrec_scratchpipe import (
-    ScratchPipeEmbeddingBagCollectionSharder,
-    ScratchPipeShardingPlanner,
-    ScratchPipeTrainPipeline,
-    scratchpad_stats,
-    stage_spans,
-)
+from torchrec_scratchpipe import PoolStats, scratchpad_stats, stage_spans
 
-NUM_DENSE = 13
-BLOCK_STEPS = 5
 NUM_WARMUP_STEPS = 5
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
+NUM_PROFILED_STEPS = 4
+PIPELINE_DEPTH = 8  # batches that a pipeline may draw ahead of the one that trains
+
+# What fits in 8 minutes: 2 cores of a CPU, or one GPU.
+QUICK_ON_CPU = [
+    "--model paper --num_embeddings 400000 --batch_size 256 --zipf 0.8,1.05,1.2 --load_factor 0.05 "
+    "--optimizer sgd --lookahead 2 --steps 15",
+    "--model paper --num_embeddings 200000 --batch_size 256 --zipf 1.05 --load_factor 0.1 "
+    "--optimizer adagrad --lookahead 2 --steps 15",
+    "--model criteo --num_embeddings 200000 --embedding_dim 64 --batch_size 2048 --zipf 0,1.05 --load_factor 0.05 "
+    "--optimizer rowwise_adagrad --lookahead 1,2 --steps 15",
+]
+QUICK_ON_GPU = [
+    "--model paper --num_embeddings 1000000 --zipf 0.8,1.05 --load_factor 0.05 --optimizer sgd --lookahead 2",
+    "--model paper --num_embeddings 1000000 --zipf 1.05 --load_factor 0.05 --optimizer rowwise_adagrad,adam "
+    "--lookahead 2",
+    "--model criteo --num_embeddings 1000000 --zipf 1.05 --load_factor 0.05 --optimizer rowwise_adagrad --lookahead 2",
+]
 
 
-class ZipfBatches:
-    """Endless batches whose ids follow a bounded Zipf law, one id per feature and sample."""
-
-    def __init__(self, args: argparse.Namespace, seed: int) -> None:
-        self._args = args
-        self._rng = np.random.default_rng(seed)
-        weights = np.arange(1, args.num_embeddings + 1, dtype=np.float64) ** -args.zipf
-        self._cdf = np.cumsum(weights) / weights.sum()
-        self._spread = np.random.default_rng(args.seed).permutation(args.num_embeddings)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        num_tables, batch_size = self._args.num_tables, self._args.batch_size
-        ranks = np.searchsorted(self._cdf, self._rng.random(num_tables * batch_size))
-        ids = torch.from_numpy(self._spread[np.minimum(ranks, self._args.num_embeddings - 1)])
-        return Batch(
-            dense_features=torch.from_numpy(self._rng.random((batch_size, NUM_DENSE), dtype=np.float32)),
-            sparse_features=KeyedJaggedTensor.from_lengths_sync(
-                keys=[f"f{i}" for i in range(num_tables)],
-                values=ids,
-                lengths=torch.ones(num_tables * batch_size, dtype=torch.int32),
-            ),
-            labels=torch.from_numpy(self._rng.integers(0, 2, batch_size)),
-        )
-
-
-@dataclass
-class Contender:
-    """One way to hold the tables, ready to train."""
-
-    name: str
-    model: DistributedModelParallel
-    pipeline: TrainPipelineSparseDist[Any, Any]
-    step_ms: list[float]
-
-    def settle(self) -> None:
-        """Wait until the stages of all batches in flight have run."""
-        for context in self.pipeline.contexts:
-            for module_context in context.module_contexts.values():
-                for batches in getattr(module_context, "planned_batches", {}).values():
-                    for batch in batches:
-                        batch.done.wait()
-
-
-def make_contender(name: str, args: argparse.Namespace, device: torch.device) -> Contender:
-    torch.manual_seed(args.seed)
-    tables = [
-        EmbeddingBagConfig(
-            name=f"t{i}",
-            embedding_dim=args.embedding_dim,
-            num_embeddings=args.num_embeddings,
-            feature_names=[f"f{i}"],
-        )
-        for i in range(args.num_tables)
-    ]
-    model = DLRMTrain(
-        DLRM(
-            embedding_bag_collection=EmbeddingBagCollection(tables=tables, device=torch.device("meta")),
-            dense_in_features=NUM_DENSE,
-            dense_arch_layer_sizes=[512, 256, args.embedding_dim],
-            over_arch_layer_sizes=[512, 512, 256, 1],
-        )
+def run_grid(args: argparse.Namespace, device: torch.device) -> Iterator[Figures]:
+    """Measure every point of the grid; contenders are built once per optimizer and load factor."""
+    workload = workload_of(args)
+    caches = args.caches or [name for name, rival in RIVALS.items() if device.type == "cuda" or not rival.is_cuda_only]
+    bandwidth = measure_bandwidth(
+        device, workload.embedding_dim, min(100_000, workload.num_embeddings // 4), workload.num_embeddings
     )
-    apply_optimizer_in_backward(OPTIMIZERS[args.optimizer], model.model.sparse_arch.parameters(), {"lr": 0.01})
-    kernel = {"fused": "fused", "scratchpipe": "fused_uvm_caching"}[name]
-    planner = ScratchPipeShardingPlanner(
-        topology=Topology(world_size=1, compute_device=device.type, ddr_cap=1 << 40),
-        batch_size=args.batch_size,
-        constraints={
-            table.name: ParameterConstraints(
-                sharding_types=["table_wise"],
-                compute_kernels=[kernel],
-                cache_params=CacheParams(load_factor=args.load_factor) if name == "scratchpipe" else None,
+    for optimizer, load_factor in itertools.product(args.optimizer, args.load_factor):
+        shape = Shape(workload, optimizer, load_factor)
+        contenders = [Contender(name, shape, device, args.table_dir, args.seed) for name in caches]
+        num_batches = NUM_WARMUP_STEPS + args.steps + PIPELINE_DEPTH
+        if args.profile_trace:
+            num_batches += NUM_PROFILED_STEPS
+        for point, (exponent, lookahead) in enumerate(itertools.product(args.zipf, args.lookahead)):
+            for contender in contenders:
+                if point == 0:
+                    contender.fill(exponent, args.seed)
+                contender.start(exponent, lookahead, args.seed + 1 + point, num_batches)
+            yield from measure(contenders, exponent, lookahead, bandwidth, args)
+        for contender in contenders:
+            contender.finish()
+        del contenders
+        gc.collect()
+
+
+def measure(
+    contenders: Sequence[Contender],
+    exponent: float,
+    lookahead: int,
+    bandwidth: dict[str, Any],
+    args: argparse.Namespace,
+) -> list[Figures]:
+    """One point of the grid: blocks of steps, interleaved."""
+    for contender in contenders:
+        contender.run(NUM_WARMUP_STEPS)
+    block_ms: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    peak_bytes = dict.fromkeys(block_ms, 0)
+    stats_before = {contender.name: scratchpad_stats(contender.model) for contender in contenders}
+    order = list(contenders)
+    shape = contenders[0].shape
+    name = f"{shape.workload.name} zipf {exponent:g}, {shape.load_factor:.0%}, {shape.optimizer}, lookahead {lookahead}"
+    for _ in tqdm(range(max(1, args.steps // args.block_steps)), desc=name):
+        for contender in order:
+            assert contender.batches is not None
+            contender.batches.prepare(
+                args.block_steps + PIPELINE_DEPTH if not contender.batches._ready else args.block_steps
             )
-            for table in tables
-        },
-        debug=False,
+            if contender.device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated() if contender.device.type == "cuda" else 0
+            start = time.perf_counter()
+            contender.run(args.block_steps)
+            block_ms[contender.name].append(1e3 * (time.perf_counter() - start) / args.block_steps)
+            if contender.device.type == "cuda":
+                peak = contender.built_bytes + torch.cuda.max_memory_allocated() - held
+                peak_bytes[contender.name] = max(peak_bytes[contender.name], peak)
+        order.reverse()
+    fused_ms = statistics.median(block_ms["fused"]) if "fused" in block_ms else None
+    return [
+        figures_of(
+            contender,
+            exponent,
+            lookahead,
+            block_ms[contender.name],
+            fused_ms,
+            stats_before[contender.name],
+            bandwidth,
+            peak_bytes[contender.name],
+            args,
+        )
+        for contender in contenders
+    ]
+
+
+def figures_of(
+    contender: Contender,
+    exponent: float,
+    lookahead: int,
+    block_ms: list[float],
+    fused_ms: float | None,
+    stats_before: list[PoolStats],
+    bandwidth: dict[str, Any],
+    peak_bytes: int,
+    args: argparse.Namespace,
+) -> Figures:
+    """What is reported of one contender at one point of the grid."""
+    median = statistics.median(block_ms)
+    figures = Figures(
+        cache=contender.name,
+        title=contender.rival.title,
+        workload=describe(contender.shape.workload),
+        zipf=exponent,
+        load_factor=contender.shape.load_factor,
+        optimizer=contender.shape.optimizer,
+        lookahead=lookahead if contender.rival.is_scratchpad else None,
+        step_ms=median,
+        step_ms_of_blocks=block_ms,
+        ratio_to_fused=median / fused_ms if fused_ms else None,
+        last_loss=contender.last_loss.item(),
+        peak_device_bytes=peak_bytes or None,
     )
-    sharder = (
-        EmbeddingBagCollectionSharder()
-        if name == "fused"
-        else ScratchPipeEmbeddingBagCollectionSharder(table_dir=args.table_dir, overlap=not args.no_overlap)
-    )
-    plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
-    model = DistributedModelParallel(model, device=device, plan=plan, sharders=[sharder])
-    dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(model.named_parameters())), lambda params: torch.optim.SGD(params, lr=0.01)
-    )
-    optimizer = CombinedOptimizer([model.fused_optimizer, dense])
-    pipeline = (
-        TrainPipelineSparseDist(model, optimizer, device)
-        if name == "fused"
-        else ScratchPipeTrainPipeline(model, optimizer, device, lookahead=args.lookahead)
-    )
-    return Contender(name, model, pipeline, [])
+    if contender.rival.is_scratchpad:
+        stats = scratchpad_stats(contender.model)
+        num_batches = stats[0].num_batches - stats_before[0].num_batches
+
+        def per_batch(name: str) -> float:
+            counts = (getattr(now, name) - getattr(then, name) for now, then in zip(stats, stats_before, strict=True))
+            return sum(counts) / num_batches
+
+        figures.unique_rows, figures.misses = per_batch("num_unique_ids"), per_batch("num_unique_misses")
+        figures.fill_bytes, figures.writeback_bytes = per_batch("fill_bytes"), per_batch("writeback_bytes")
+        figures.victims = per_batch("num_victims")
+        figures.misses_at_train = sum(pool.num_misses_at_train for pool in stats)
+        figures.stalls = per_batch("num_stalls")
+        figures.stage_ms = median_stage_ms(contender)
+        bus = min(
+            speed
+            for way, speed in bandwidth.items()
+            if way in ("plain copy", "plain copy to device", "plain copy to host")
+        )
+        figures.bus_ms = 1e3 * max(figures.fill_bytes, figures.writeback_bytes) / (bus * 1e9)
+        figures.floor_ms = max(fused_ms, figures.bus_ms) if fused_ms else None
+    if args.profile_trace:
+        trace = Path(args.profile_trace) / f"{contender.name}_{contender.shape.optimizer}_zipf_{exponent:g}.json"
+        profile(contender, trace)
+        figures.traced_ms = stage_times(trace)
+        plot_trace(trace, trace.with_suffix(".png"))
+    return figures
 
 
-def fill_scratchpads(contender: Contender, batches: ZipfBatches) -> None:
-    """Look batches up without training until every slot is taken."""
-    ebc = contender.model.module.model.sparse_arch.embedding_bag_collection
-    with torch.no_grad(), tqdm(desc="filling the scratchpad", unit="slots", unit_scale=True) as bar:
-        while any(stats.num_resident_rows < stats.num_slots for stats in scratchpad_stats(contender.model)):
-            ebc(next(batches).sparse_features).wait()
-            bar.n = sum(stats.num_resident_rows for stats in scratchpad_stats(contender.model))
-            bar.refresh()
-
-
-def run_block(contender: Contender, batches: Iterator[Batch], num_steps: int) -> None:
-    for step in range(num_steps):
-        start = time.perf_counter()
-        contender.pipeline.progress(batches)
-        if step == num_steps - 1:
-            contender.settle()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        contender.step_ms.append(1e3 * (time.perf_counter() - start))
-
-
-def stage_ms(contender: Contender) -> dict[str, float]:
-    """Median time of each stage over the last 50 batches of the first pool."""
+def median_stage_ms(contender: Contender) -> dict[str, float]:
+    """By the host's clock, of the first pool's last 50 batches; on a GPU the time to enqueue, not to run."""
     times: dict[str, list[float]] = {}
     for span in stage_spans(contender.model)[0]:
         times.setdefault(span.stage.value, []).append(1e3 * (span.end_s - span.start_s))
     return {stage: statistics.median(values[-50:]) for stage, values in times.items()}
 
 
-def report(contenders: list[Contender], args: argparse.Namespace) -> dict[str, Any]:
-    medians = {c.name: statistics.median(c.step_ms) for c in contenders}
-    result: dict[str, Any] = {
-        "args": vars(args),
-        "torch": torch.__version__,
-        "machine": {"cpu": platform.processor() or platform.machine(), "num_threads": torch.get_num_threads()},
-        "date": time.strftime("%Y-%m-%d"),
-        "step_ms_p50": medians,
-        "step_ms_p90": {c.name: float(np.percentile(c.step_ms, 90)) for c in contenders},
-        "step_ms": {c.name: c.step_ms for c in contenders},
+def profile(contender: Contender, path: Path) -> None:
+    """A trace of a few steady steps, for Perfetto."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    all_threads = _ExperimentalConfig(profile_all_threads=True)  # the stages have one of their own
+    with torch.profiler.profile(experimental_config=all_threads) as profiler:
+        contender.run(NUM_PROFILED_STEPS)
+    profiler.export_chrome_trace(str(path))
+
+
+def workload_of(args: argparse.Namespace) -> Workload:
+    """The model's shape, with what the command line changes."""
+    changes = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(Workload)
+        if getattr(args, field.name, None) is not None
     }
-    if "fused" in medians:
-        result["ratio_to_fused"] = {name: ms / medians["fused"] for name, ms in medians.items() if name != "fused"}
-        if len(result["ratio_to_fused"]) == 1:
-            result["ratio_to_fused"] = next(iter(result["ratio_to_fused"].values()))
-    for contender in contenders:
-        if contender.name == "scratchpipe":
-            result["scratchpad"] = [asdict(stats) for stats in scratchpad_stats(contender.model)]
-            result["stage_ms"] = stage_ms(contender)
-            lookups = args.num_tables * args.batch_size
-            result["plan_lookups_per_second"] = 1e3 * lookups / result["stage_ms"]["plan"]
-    return result
+    return dataclasses.replace(WORKLOADS[args.model], **changes)
 
 
-def print_report(result: dict[str, Any]) -> None:
-    for name, median in result["step_ms_p50"].items():
-        print(f"{name:12s} step {median:8.1f} ms (P90 {result['step_ms_p90'][name]:.1f})")
-    for stats in result.get("scratchpad", []):
-        per_batch = 1 / max(1, stats["num_batches"])
-        print(
-            f"scratchpad   {stats['num_slots']:,} slots of {stats['num_rows']:,} rows; per batch "
-            f"{stats['num_unique_ids'] * per_batch:,.0f} unique rows, {stats['num_unique_misses'] * per_batch:,.0f} "
-            f"misses, {stats['num_victims'] * per_batch:,.0f} victims; misses at Train {stats['num_misses_at_train']}"
-        )
-        stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in result["stage_ms"].items())
-        print(f"stages (ms)  {stages}; Plan {result['plan_lookups_per_second'] / 1e6:.1f} M lookups/s")
-    if "ratio_to_fused" in result:
-        print(f"ratio_to_fused {result['ratio_to_fused']}")
+def make_parser() -> argparse.ArgumentParser:
+    def numbers(text: str) -> list[float]:
+        return [float(number) for number in text.split(",")]
 
+    def integers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
 
-def parse_args() -> argparse.Namespace:
+    def names_of(known: Any) -> Any:
+        def names(text: str) -> list[str]:
+            unknown = [name for name in text.split(",") if name not in known]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(known)}")
+            return text.split(",")
+
+        return names
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--caches", default="fused,scratchpipe", help="which contenders, comma-separated")
-    parser.add_argument("--num_tables", type=int, default=26)
-    parser.add_argument("--num_embeddings", type=int, default=1_000_000, help="rows of each table")
-    parser.add_argument("--embedding_dim", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=4096)
-    parser.add_argument("--zipf", type=float, default=1.05, help="exponent of the id distribution; 0 is uniform")
-    parser.add_argument("--load_factor", type=float, default=0.05)
-    parser.add_argument("--lookahead", type=int, default=2)
-    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="rowwise_adagrad")
+    parser.add_argument("--quick", action="store_true", help="a grid that takes less than 8 minutes; for this device")
+    parser.add_argument("--caches", type=names_of(RIVALS), help=f"comma-separated: {', '.join(RIVALS)}")
+    parser.add_argument("--model", choices=sorted(WORKLOADS), default="criteo")
+    parser.add_argument("--num_tables", type=int, help="instead of the model's; so are the next four")
+    parser.add_argument("--num_embeddings", type=int, help="rows of each table")
+    parser.add_argument("--embedding_dim", type=int)
+    parser.add_argument("--ids_per_bag", type=int)
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--zipf", type=numbers, default=[1.05], help="exponents of the ids' law; 0 is uniform")
+    parser.add_argument("--load_factor", type=numbers, default=[0.05])
+    parser.add_argument("--lookahead", type=integers, default=[2])
+    parser.add_argument("--optimizer", type=names_of(OPTIMIZERS), default=["rowwise_adagrad"])
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each contender")
-    parser.add_argument("--table_dir", help="existing directory for memory-mapped tables; default: RAM")
-    parser.add_argument("--no_overlap", action="store_true", help="run the stages on the training thread")
+    parser.add_argument("--block_steps", type=int, default=3, help="steps before it is another contender's turn")
+    parser.add_argument("--table_dir", help="existing directory for memory-mapped tables of scratchpads; default: RAM")
+    parser.add_argument("--profile_trace", help="write traces and their plots into this directory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write all figures there")
-    return parser.parse_args()
+    parser.add_argument("--out", help="write results.json, results.md and plots into this directory")
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    grids = [args]
+    if args.quick:
+        quick = QUICK_ON_GPU if device.type == "cuda" else QUICK_ON_CPU
+        rest = [arg for arg in sys.argv[1:] if arg != "--quick"]
+        grids = [parser.parse_args([*grid.split(), *rest]) for grid in quick]
+    for grid in grids:
+        for optimizer in grid.optimizer if device.type == "cpu" else []:
+            if optimizer not in CPU_OPTIMIZERS:
+                parser.error(f"{optimizer} has no kernel on a CPU; choose from {', '.join(CPU_OPTIMIZERS)}")
+        for name in grid.caches or [] if device.type == "cpu" else []:
+            if RIVALS[name].is_cuda_only:
+                parser.error(f"{name} exists on CUDA only")
+    start = time.perf_counter()
+    figures: list[Figures] = []
     with tempfile.NamedTemporaryFile() as store:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{store.name}", rank=0, world_size=1
         )
-        contenders = [make_contender(name, args, device) for name in args.caches.split(",")]
-        batches = {c.name: ZipfBatches(args, seed=args.seed + 1) for c in contenders}
-        for contender in contenders:
-            fill_scratchpads(contender, ZipfBatches(args, seed=args.seed + 2))
-        for contender in contenders:
-            run_block(contender, batches[contender.name], NUM_WARMUP_STEPS)
-            contender.step_ms.clear()
-        with tqdm(total=args.steps, desc="steps") as bar:
-            while len(contenders[0].step_ms) < args.steps:
-                num_steps = min(BLOCK_STEPS, args.steps - len(contenders[0].step_ms))
-                for contender in contenders:
-                    run_block(contender, batches[contender.name], num_steps)
-                contenders.reverse()  # whoever went second goes first
-                bar.update(num_steps)
-        result = report(sorted(contenders, key=lambda c: args.caches.index(c.name)), args)
+        for grid in grids:
+            for row in run_grid(grid, device):
+                print(row.line(), flush=True)
+                figures.append(row)
         dist.destroy_process_group()
-    print_report(result)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=2)
+    bandwidth = measure_bandwidth(device, 128, 100_000, 1_000_000)
+    command = shlex.join(["python", "examples/benchmark/train_step.py", *sys.argv[1:]])
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
+    if args.out:
+        write_report(Path(args.out), figures, machine(device), command, bandwidth)
+        print(f"written: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from data import (
     GeneratedCriteo,
     Share,
 )
-from report import Measurements, plot, print_plan, summary_line
+from report import Measurements, Trace, plot, print_plan, summary_line
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.datasets.utils import Batch
@@ -107,6 +107,7 @@ def parse_args() -> argparse.Namespace:
         "--lookahead", type=int, help="batches planned ahead of Train; default: 2, or what the budget allows"
     )
     cache.add_argument("--num_batches_seen_ahead", type=int, default=0, help="known beyond those, to evict less")
+    cache.add_argument("--host_access", choices=["direct", "staged"], default="direct", help="how a GPU reaches tables")
     cache.add_argument("--table_dir", help="existing directory for memory-mapped tables; default: RAM")
     saving = parser.add_argument_group("checkpoints")
     saving.add_argument(
@@ -123,6 +124,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--print_sharding_plan", action="store_true", help="also print the planner's own report")
     output.add_argument("--verify", action="store_true", help="train a stock twin and compare every bit")
     output.add_argument("--evaluate_stock", action="store_true", help="evaluate plain TorchRec modules in the end, too")
+    output.add_argument("--profile_trace", help="write a trace of a few steps there, a JSON file for Perfetto")
     output.add_argument("--json", help="write all figures there")
     output.add_argument("--plot", help="write a picture of the stages there (needs matplotlib)")
     args = parser.parse_args()
@@ -285,7 +287,7 @@ def shard(
     is_cached = args.embedding_cache == "scratchpipe"
     planner = make_planner(args, source, model, device)
     sharders = [
-        ScratchPipeEmbeddingBagCollectionSharder(table_dir=args.table_dir)
+        ScratchPipeEmbeddingBagCollectionSharder(table_dir=args.table_dir, host_access=args.host_access)
         if is_cached
         else EmbeddingBagCollectionSharder()
     ]
@@ -339,6 +341,8 @@ class Trainer:
             signal.signal(signal.SIGTERM, self._note_sigterm)
         self._device = device
         self.measurements = Measurements()
+        num_steps = args.epochs * self._source.num_train_batches - self._num_steps
+        self._trace = Trace(args.profile_trace if self._is_main else None, num_steps)
         self._misses_at: dict[int, int] = {}  # after so many training batches
         if self._is_main:
             if self._report is not None:
@@ -351,6 +355,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         for epoch in range(first_epoch, self._args.epochs):
             metrics = self._train_epoch(epoch)
+        self._trace.stop()
         if first_epoch >= self._args.epochs:  # the checkpoint was the end
             metrics = self._validate()
         if self._args.evaluate_stock:
@@ -400,6 +405,7 @@ class Trainer:
                 self._twin.step(own[step], loss)
             if self._args.print_lr and self._is_main:
                 bar.write(f"learning rate {self._optimizer.param_groups[0]['lr']:.6f}")
+            self._trace.step()
             bar.update()
             self._num_steps += 1
             self._save_if_due()

@@ -11,15 +11,54 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torchrec.distributed.types import ParameterSharding
 
 from torchrec_scratchpipe import PoolStats, Stage, StageSpan
 
 NUM_WARMUP_STEPS = 5  # not timed: first batches build the input dist and fill an empty scratchpad
+NUM_STEPS_BEFORE_TRACE = 50
+NUM_TRACED_STEPS = 6
 NUM_PLOTTED_BATCHES = 60
 NUM_TIMELINE_BATCHES = 8
 STAGES = [Stage.PLAN, Stage.COLLECT, Stage.EXCHANGE, Stage.INSERT, Stage.TRAIN]
 COLOURS = ["#4477aa", "#66ccee", "#bbbbbb", "#ccbb44", "#228833"]
+
+
+class Trace:
+    """A few steady training steps as a trace for Perfetto: stages, kernels, and what ran beside what.
+
+    Args:
+        path: JSON file to write; None for no trace.
+        num_steps: That will be trained; a short run is traced from its middle.
+    """
+
+    def __init__(self, path: str | None, num_steps: int) -> None:
+        self._path = path
+        self._profiler: torch.profiler.profile | None = None
+        if path is not None:
+            wait = min(NUM_STEPS_BEFORE_TRACE, max(0, num_steps // 2 - 1))
+            self._profiler = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=wait, warmup=1, active=NUM_TRACED_STEPS, repeat=1),
+                on_trace_ready=self._export,
+                experimental_config=_ExperimentalConfig(profile_all_threads=True),  # the stages have one of their own
+            )
+            self._profiler.start()
+
+    def step(self) -> None:
+        """A training step has ended."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def stop(self) -> None:
+        """Training has ended; what has been traced is written, if it was not before."""
+        if self._profiler is not None:
+            self._profiler.stop()
+
+    def _export(self, profiler: "torch.profiler.profile") -> None:
+        assert self._path is not None
+        Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(self._path)
 
 
 class Measurements:
@@ -33,9 +72,7 @@ class Measurements:
     def step(self) -> Iterator[None]:
         """Time one training step."""
         start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        yield  # no wait for the device: the next step follows at once, and in the long run no step is ahead
         self._step_ms.append(1e3 * (time.perf_counter() - start))
         self._peak_anonymous_bytes = max(self._peak_anonymous_bytes, anonymous_bytes())
 
