@@ -11,7 +11,7 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO_ARGS := --batch_size 256 --limit_train_batches 400 --limit_val_batches 40 --max_num_embeddings 100000 \
              --embedding_dim 32 --load_factor 0.02 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
 
-.PHONY: setup demo test test-oldest conformance faults fuzz soak check format clean
+.PHONY: setup demo test test-oldest test-device-path benchmark conformance faults fuzz soak check format clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,14 @@ test-oldest: setup
 	test -d $(OLDEST) || $(PIP) --no-deps --target $(OLDEST) torchrec==1.6.1
 	PYTHONPATH=$(OLDEST) $(RUN) -c "from importlib.metadata import version; assert version('torchrec') == '1.6.1'"
 	PYTHONPATH=$(OLDEST) $(RUN) -m pytest $(ARGS)
+
+# Scratchpads on the CPU planned and filled as a GPU's are; what is about the host's own way is left out.
+test-device-path: setup
+	TEST_DEVICE_PATH=twin $(RUN) -m pytest $(ARGS)
+
+# Every way to hold the tables, side by side, in less than 8 minutes; results in benchmark_out
+benchmark: setup
+	$(RUN) examples/benchmark/train_step.py --quick --out benchmark_out $(ARGS)
 
 # Configurations drawn at random, for 30 minutes; ARGS="--minutes 5 --first_seed 100"
 fuzz: setup

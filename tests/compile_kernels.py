@@ -58,7 +58,7 @@ def compile_all() -> dict[str, list[dict[str, int]]]:
 
     slot_map = DeviceSlotMap(5000, 300, [0, 1000, 5000], TritonOps(), CPU)
     slot_map._make_room(1000)
-    buffers, _ = slot_map._take_buffers()
+    buffers = slot_map._take_buffers()
     ops, maps, scratch, tables = slot_map.ops, slot_map.maps, slot_map._scratch, slot_map.table_counts
     table = torch.tensor([0, 1], dtype=torch.int32)
     features = FeatureRows(torch.tensor([0, 1000]), torch.tensor([1000, 4000]), table)

@@ -87,8 +87,11 @@ class DeviceSlotMapOfRows(DeviceSlotMap):
         super().forget(seen, self.ids_of(rows))
 
     def plan(self, rows: Tensor, seen: int | None = None) -> CachePlan:  # type: ignore[override]
-        self.note_releases()
-        plan = super().plan(self.ids_of(rows), seen)
+        is_confirmed = False
+        while not is_confirmed:
+            self.note_releases()
+            plan = super().plan(self.ids_of(rows), seen)
+            is_confirmed = self.confirm(plan)
         self.plans = {plan.batch_index: plan}
         cache_plan = self.cache_plan(plan)
         return CachePlan(*(value.clone() if isinstance(value, Tensor) else value for value in cache_plan))._replace(

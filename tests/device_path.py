@@ -7,7 +7,7 @@ kernels; with ``staged``, planned by torch operations, and rows moved through st
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,9 +53,11 @@ def make_ops(kind: str) -> DeviceOps:
     return TwinOps()
 
 
-@contextmanager
-def device_path(kind: str) -> Iterator[None]:
-    """Sharders made meanwhile use device operations, except with an eviction order that those do not know."""
+def use_device_path(kind: str) -> Callable[[], None]:
+    """Have sharders use device operations from now on, except with an eviction order that those do not know.
+
+    Returns what ends it.
+    """
     originals = ScratchpadOptions.find_device_ops, ScratchpadOptions.make_storage
     ops = make_ops(kind)
 
@@ -66,14 +68,22 @@ def device_path(kind: str) -> Iterator[None]:
         is_reachable = self.table_dir is None and kind != "staged"
         return ReachableRam() if is_reachable else originals[1](self, device)
 
+    def end() -> None:
+        ScratchpadOptions.find_device_ops, ScratchpadOptions.make_storage = originals  # type: ignore[method-assign]
+
     ScratchpadOptions.find_device_ops = find_device_ops  # type: ignore[method-assign]
     ScratchpadOptions.make_storage = make_storage  # type: ignore[method-assign]
+    return end
+
+
+@contextmanager
+def device_path(kind: str) -> Iterator[None]:
+    end = use_device_path(kind)
     try:
         yield
     finally:
-        ScratchpadOptions.find_device_ops, ScratchpadOptions.make_storage = originals  # type: ignore[method-assign]
+        end()
 
 
 if os.environ.get("TEST_DEVICE_PATH"):
-    for_all_tests = device_path(os.environ["TEST_DEVICE_PATH"])
-    for_all_tests.__enter__()
+    use_device_path(os.environ["TEST_DEVICE_PATH"])

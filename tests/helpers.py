@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import device_path  # noqa: F401  acts when imported, in processes that tests start too
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

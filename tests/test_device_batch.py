@@ -4,6 +4,8 @@
 import random
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +20,12 @@ from core_helpers import (
     train,
 )
 from device_path import KINDS, device_path, make_ops
-from helpers import Setting, check_equal, with_optimizer
+from helpers import Setting, Trainer, check_equal, drain, make_batches, max_abs_diff, with_optimizer
 from simulated_streams import DeferredOps, Device, InlineRunner, RandomVictims, SimulatedStreams
 from torch import Tensor
 
-from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
+from torchrec_scratchpipe.device_ops import Count
+from torchrec_scratchpipe.device_slot_map import DevicePlan, DeviceSlotMap
 from torchrec_scratchpipe.errors import IdOutOfRangeError, ScratchpadFullError, StageFailedError
 from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.planned_batch import PlannedBatch
@@ -43,6 +46,29 @@ def test_same_bits_as_stock(optimizer: type[torch.optim.Optimizer], overlap: boo
         ours = check_equal(with_optimizer(setting, optimizer), overlap=overlap)
     assert ours.num_victims > 100
     assert all(isinstance(pool.slot_map, DeviceSlotMap) for pool in ours.model.module.ebc.pools)
+
+
+@pytest.mark.parametrize("left_out", [None, "state", "writeback"])
+def test_control_what_is_not_moved_is_noticed(left_out: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = TwinOps.move
+
+    def move_some(self: TwinOps, source: Tensor, *args: Any) -> None:
+        is_state, is_writeback = len(moved) % 2 == 1, args[-1] == Count.WRITEBACKS
+        moved.append(source)
+        if not ((left_out == "state" and is_state) or (left_out == "writeback" and is_writeback)):
+            move(self, source, *args)
+
+    moved: list[Tensor] = []
+    monkeypatch.setattr(TwinOps, "move", move_some)
+    setting = Setting(num_rows=(200,), dims=(8,))
+    batches = make_batches(setting)
+    with device_path("twin"):
+        stock, ours = Trainer(setting), Trainer.scratchpipe(setting, overlap=False)
+    ours.copy_from(stock)
+    stock.train_plain(batches)
+    drain(ours.pipeline(), batches)
+    assert (max_abs_diff(stock, ours) == 0.0) == (left_out is None)
+    assert ours.num_victims > 100
 
 
 @pytest.mark.parametrize("runner_class", RUNNERS)
@@ -90,7 +116,7 @@ def simulate(
             continue
         batch, rows = in_flight.popleft()
         slots = batch.wait()
-        device.train.work.append(lambda slots=slots: train(pool.scratchpad.parts, slots))  # type: ignore[misc]
+        device.train.work.append(partial(train, pool.scratchpad.parts, slots))
         batch.hold.release(is_updated=True)
         trained.append(rows)
         device.run_some()
@@ -173,6 +199,44 @@ def test_buffers_of_a_dropped_batch_are_used_again_when_its_rows_have_moved(
             train(table, rows)
         num_wrong += max_diff(table, pool.host_table.parts) > 0.0 or pool.stats().num_misses_at_train > 0
     assert (num_wrong > 0) == bool(missing_edges)
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+@pytest.mark.parametrize("what", ["larger batch", "newest first"])
+def test_slots_of_dropped_batches_are_given_away_when_their_rows_have_moved(
+    what: str, is_guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_guarded:
+        monkeypatch.setattr(DeviceSlotMap, "_recycle", _recycle_without_event)
+    num_wrong = 0
+    for seed in range(8):
+        pool, device, runner = make_simulation(seed, slow=("fill", "writeback"), num_slots=12)
+        table = [part.clone() for part in pool.host_table.parts]
+        batches = random_rows(num_batches=30, ids_per_batch=4, seed=seed)
+        for index, rows in enumerate(batches):
+            dropped = [planned(pool, rows + offset, runner) for offset in range(2)]
+            for batch in dropped:
+                runner.submit(batch)
+            for batch in reversed(dropped) if what == "newest first" else dropped:
+                batch.hold.release()
+            num_ids = 1500 + 100 * index if what == "larger batch" else 4  # more than there is room for
+            trained = torch.arange(40, 44).repeat(num_ids)[:num_ids] + index % 10
+            batch = planned(pool, trained, runner)
+            runner.submit(batch)
+            slots = batch.wait()
+            device.train.work.append(partial(train, pool.scratchpad.parts, slots))
+            batch.hold.release(is_updated=True)
+            train(table, trained)
+        with runner.between_batches():
+            pool.flush()
+        device.drain()
+        num_wrong += max_diff(table, pool.host_table.parts) > 0.0
+    assert (num_wrong == 0) == is_guarded
+
+
+def _recycle_without_event(self: DeviceSlotMap, plan: DevicePlan) -> None:
+    if plan.buffers.rows.numel() == self._capacity:
+        self._free_buffers.append(plan.buffers)
 
 
 @pytest.mark.parametrize("lookahead", [1, 4])

@@ -131,6 +131,7 @@ def test_sharder_alone_is_correct(pipeline_class: type | None, overlap: bool) ->
     assert ours.num_victims > 100
 
 
+@pytest.mark.host_path
 @pytest.mark.parametrize("num_parts_kept", [1, 2])
 def test_control_state_that_stays_behind_is_noticed(num_parts_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without optimizer state on the way, the comparison must fail; with it, it must not."""

@@ -286,6 +286,7 @@ EVICTING = Config(
 )
 
 
+@pytest.mark.host_path
 def test_control_a_lost_writeback_is_found_by_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(EVICTING).num_victims > 50
     monkeypatch.setattr(

@@ -19,6 +19,7 @@ from helpers import (
     assert_same_bits,
     assert_same_outputs,
     drain,
+    is_embedding,
     make_batches,
     scratchpad_constraints,
 )
@@ -393,6 +394,7 @@ def test_a_result_that_is_kept_holds_its_own_rows_and_no_others() -> None:
     del kept
 
 
+@pytest.mark.host_path
 def test_statistics_per_pool_and_table() -> None:
     setting = replace(SETTING, dims=(8, 16, 8))
     ours = Trainer.scratchpipe(setting)
@@ -423,3 +425,23 @@ def test_module_context_is_the_stock_one_for_stock_modules() -> None:
     assert dist.get_world_size() == 1
     assert type(Trainer(SETTING).model.module.ebc) is ShardedEmbeddingBagCollection
     assert scratchpad_constraints(SETTING)["t0"].compute_kernels == ["fused_uvm_caching"]
+
+
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_tables_stay_where_they_are_when_the_model_is_moved(is_pooled: bool) -> None:
+    """As DistributedModelParallel moves it to a GPU: every parameter that is copied would be another than the table."""
+    setting = Setting(is_pooled=is_pooled, fused_tables=("t2",))
+    batches = make_batches(setting)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    ours.copy_from(stock)
+    ours.model.module._apply(torch.clone)
+    collection = ours.model.module.ebc if is_pooled else ours.model.module.ec
+    host = [part for pool in collection.pools for part in pool.host_table.parts]
+    storages = {part.untyped_storage().data_ptr() for part in host}
+    tables = [parameter for name, parameter in ours.model.named_parameters() if is_embedding(name) and "t2" not in name]
+    assert len(tables) == 2
+    assert all(parameter.untyped_storage().data_ptr() in storages for parameter in tables)
+    ours.model.load_state_dict(stock.model.state_dict())
+    stock.train_plain(batches)
+    drain(ours.pipeline(), batches)
+    assert_same_bits(stock, ours)

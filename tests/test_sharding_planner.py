@@ -114,6 +114,7 @@ def test_more_memory_never_misses_more_and_in_the_end_everything_is_kept_whole()
     assert set(kernels(plan).values()) == {"fused"}
 
 
+@pytest.mark.host_path
 @pytest.mark.parametrize("table_sizes", [(40_000, 10_000, 500, 3), (20_000, 20_000)])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
 @pytest.mark.parametrize("ahead", [0, 6])

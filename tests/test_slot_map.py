@@ -239,3 +239,26 @@ def test_release_is_idempotent_and_takes_any_order() -> None:
     slot_map.release(plans[2].batch_index)
     assert slot_map.num_batches_in_flight == 0
     assert not slot_map._released_early
+
+
+@pytest.mark.parametrize("num_seen_ahead", [0, 8])
+@pytest.mark.parametrize("exponent", [0.8, 1.2])
+def test_the_device_chooses_victims_as_well_as_the_host(exponent: float, num_seen_ahead: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    num_rows, num_slots, num_batches = 20_000, 3_000, 400
+    weights = torch.arange(1, num_rows + 1).float() ** -exponent
+    rows = torch.randperm(num_rows, generator=generator)
+    batches = [rows[torch.multinomial(weights, 500, replacement=True, generator=generator)] for _ in range(num_batches)]
+    num_misses = []
+    for slot_map in (SlotMap(num_rows, num_slots), DeviceSlotMapOfRows(num_rows, num_slots, TwinOps())):
+        misses, seen = 0, [slot_map.see(ids) for ids in batches[:num_seen_ahead]]
+        for index, ids in enumerate(batches):
+            ahead = index + num_seen_ahead
+            if num_seen_ahead and ahead < num_batches:
+                seen.append(slot_map.see(batches[ahead]))
+            plan = slot_map.plan(ids, seen[index] if num_seen_ahead else None)
+            slot_map.release(plan.batch_index)
+            misses += plan.miss_rows.numel() if index >= num_batches // 2 else 0
+        num_misses.append(misses)
+    assert num_misses[1] == pytest.approx(num_misses[0], rel=0.02)
+    assert num_misses[0] > 5_000

@@ -56,6 +56,17 @@ class PlannedBatches:
         self.planned_batches.clear()
 
 
+class _HostTableModule(nn.Module):
+    """Has the parameter of a table that stays on the host, wherever its model is moved.
+
+    DistributedModelParallel moves what it wraps to the device. A copy of the table would be made there, and whoever
+    loads or reads the parameter would have that copy instead of the table.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "_HostTableModule":
+        return self
+
+
 class ScratchpadCollection:
     """Planning ahead, for a sharded collection of TorchRec whose `fused_uvm_caching` tables use the scratchpad.
 
@@ -64,6 +75,8 @@ class ScratchpadCollection:
 
     # From TorchRec's sharded collections.
     module_sharding_plan: Any
+    embedding_bags: nn.ModuleDict
+    embeddings: nn.ModuleDict
     _lookups: list[nn.Module]
 
     def _set_up_stages(self, options: ScratchpadOptions, device: torch.device | None) -> None:
@@ -80,9 +93,17 @@ class ScratchpadCollection:
             if sharding.sharding_type in _ROW_WISE and sharding.compute_kernel == SCRATCHPAD_KERNEL.value:
                 for feature in config.feature_names:
                     self._row_wise_features.setdefault(feature, []).append(config)
+            if sharding.compute_kernel == SCRATCHPAD_KERNEL.value and self.pools:
+                self._holder_of(config.name).__class__ = _HostTableModule
         # Gigabytes of initial weights would otherwise be written out during the first minutes of training.
         for pool in self.pools:
             pool.host_table.persist()
+
+    def _holder_of(self, table_name: str) -> nn.Module:
+        """The module that has a table's parameter."""
+        holders = self.embedding_bags if hasattr(self, "embedding_bags") else self.embeddings
+        holder: nn.Module = holders[table_name]
+        return holder
 
     @property
     def pools(self) -> list[Pool]:

@@ -124,20 +124,24 @@ class DeviceBatch(PlannedBatch):
             self._runner.streams.synchronize()  # kernels may be at the tables that are read now
         self._refresh(pool)
         slot_map = pool.slot_map
-        slot_map.note_releases()
-        self._runner.order_after_trains()
-        with record_function("## scratchpipe plan ##"):
-            plan = slot_map.plan(
-                self._ids_of_pool(pool_index),
-                self._seen_by_pool.get(pool_index),
-                self._plans[0].slots if self._plans else None,
-            )
-        enqueued = [_Enqueued(Stage.PLAN, plan_start_s, time.perf_counter(), None)]
+        is_reached = pool.host_table.is_host_mapped and not pool.host_table.has_snapshots
+        is_confirmed = False
+        while not is_confirmed:
+            slot_map.note_releases()
+            self._runner.order_after_trains()
+            with record_function(f"## scratchpipe plan {slot_map.next_batch} ##"):
+                plan = slot_map.plan(
+                    self._ids_of_pool(pool_index),
+                    self._seen_by_pool.get(pool_index),
+                    self._plans[0].slots if self._plans else None,
+                )
+            enqueued = [_Enqueued(Stage.PLAN, plan_start_s, time.perf_counter(), None)]
+            if is_reached:  # before it is known whether there are slots: without them, nothing moves
+                self._move(pool, plan, enqueued)
+            is_confirmed = slot_map.confirm(plan)
         self.hold.add(pool, plan.batch_index)
         pool.counters.num_batches += 1
-        if pool.host_table.is_host_mapped and not pool.host_table.has_snapshots:
-            self._move(pool, plan, enqueued)
-        else:
+        if not is_reached:
             self._move_through_staging(pool, plan)
         self._plans.append(plan)
         self._enqueued.append(enqueued)

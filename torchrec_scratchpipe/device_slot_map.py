@@ -51,6 +51,7 @@ class DevicePlan:
     num_ids: int
     buffers: PlanBuffers
     slots: Tensor  # [C] int64, of all pools of the kernel group
+    seen: int | None
     planned: torch.Event | None
     moved: torch.Event | None = None  # when its rows are in their slots; None if none has moved
     is_counted: bool = False  # whether the slot map has taken in how many slots it holds
@@ -79,7 +80,7 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
     are scanned when the list of coming victims is spent, which only the device knows.
 
     A plan is certain to find its slots if what batches in flight use, together with this one's ids, is no more than there are. Where
-    it is not certain, :meth:`plan` waits to see, because whoever asks must try again after the next Train.
+    it is not certain, :meth:`confirm` waits to see, because whoever asks must try again after the next Train.
 
     All methods but :meth:`release` and :meth:`forget` enqueue on the current stream, and must be called between the stages of
     two batches.
@@ -119,7 +120,10 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
             self._row_to_slot, self._slot_to_row, self._last_use, self._uses_ahead, max(1, self._num_listed)
         )
         self._scratch = _make_scratch(0, device)
-        self._free_buffers: list[tuple[PlanBuffers, torch.Event | None]] = []
+        for tensor in (*vars(self.maps).values(), *vars(self.table_counts).values()):
+            self._streams.record_use(tensor)
+        self._free_buffers: list[PlanBuffers] = []
+        self._moved_of_released: list[torch.Event] = []  # of batches that may have been dropped while their rows moved
         self._in_flight: dict[int, DevicePlan] = {}
         self._slots_held_by: dict[int, int] = {}  # at most, for each batch since the first held
         self._half_life = half_life
@@ -135,7 +139,9 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
             del self._slots_held_by[batch_index]
 
     def plan(self, batch: PoolIds, seen: int | None = None, slots: Tensor | None = None) -> DevicePlan:
-        """Give every row of the next batch a slot, as of the last :meth:`note_releases`.
+        """Enqueue what gives every row of the next batch a slot, as of the last :meth:`note_releases`.
+
+        Moves may be enqueued at once: if there are too few slots they move nothing. The plan stands after :meth:`confirm`.
 
         Args:
             batch: Its ids.
@@ -143,35 +149,43 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
             slots: [>= I] int64, to be written, if the batch has them from another pool.
 
         Returns:
-            Where its rows will be. If :meth:`DevicePlan.wait` says that it was refused, an id is bad.
-
-        Raises:
-            SlotsHeldError: Too few slots are free; the maps are unchanged and the call may be repeated.
+            Where its rows will be. If :meth:`DevicePlan.wait` says that it was refused, and :meth:`confirm` did not, an id is bad.
         """
         self._forget()
         self._forget_failed()
-        num_ids = batch.ids.ids.numel()
-        self._make_room(num_ids)
-        plan = self._enqueue(batch, seen, slots)
-        if not self._is_certain(num_ids):
+        self._make_room(batch.ids.ids.numel())
+        return self._enqueue(batch, seen, slots)
+
+    def confirm(self, plan: DevicePlan) -> bool:
+        """Let a plan stand; waits for it where it is not certain to have found its slots.
+
+        Args:
+            plan: From the last :meth:`plan`.
+
+        Returns:
+            False if it found too few slots, and some have been let go since: plan again, at once.
+
+        Raises:
+            SlotsHeldError: It found too few slots; the maps are unchanged, and planning may be repeated after a Train.
+        """
+        if not self._is_certain(plan.num_ids):
             self.num_waits += 1
             counts = plan.wait()
-            if _is_held(counts) and self._let_go_of_released(plan):
+            if counts[Count.IS_REFUSED] and not counts[Count.BAD_POSITION]:
+                has_let_go = self._let_go_of_released(plan)
                 self._recycle(plan)
-                plan = self._enqueue(batch, seen, slots)
-                counts = plan.wait()
-            if _is_held(counts):
-                self._recycle(plan)
+                if has_let_go:
+                    return False
                 raise SlotsHeldError(
                     counts[Count.HITS] + counts[Count.MISSES],
                     self.num_slots - int((self._last_use >= self._first_held).sum()),
                 )
-        if seen is not None and seen in self._seen:
-            self._seen.remove(seen)
+        if plan.seen is not None and plan.seen in self._seen:
+            self._seen.remove(plan.seen)
         self._in_flight[plan.batch_index] = self._newest = plan
-        self._slots_held_by[plan.batch_index] = min(num_ids, self.num_rows)
+        self._slots_held_by[plan.batch_index] = min(plan.num_ids, self.num_rows)
         self._next_batch += 1
-        return plan
+        return True
 
     def forget_failed(self, seen: int, batch: PoolIds) -> None:
         """Take back :meth:`see` of a batch whose plan was refused for a bad id; from any thread.
@@ -235,14 +249,17 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         """Device memory of maps and buffers of all kinds, without rows."""
         tensors = [*vars(self.maps).values(), *vars(self._scratch).values(), *vars(self.table_counts).values()]
         in_flight = [plan.buffers for plan in self._in_flight.values()]
-        for buffers in [*in_flight, *(buffers for buffers, _ in self._free_buffers)]:
+        for buffers in [*in_flight, *self._free_buffers]:
             tensors += vars(buffers).values()
         return sum(tensor.nbytes for tensor in tensors)
 
     def _enqueue(self, batch: PoolIds, seen: int | None, slots: Tensor | None) -> DevicePlan:
-        buffers, moved = self._take_buffers()
-        if moved is not None:  # its batch may have been dropped while its rows moved
+        buffers = self._take_buffers()
+        for moved in (
+            self._moved_of_released
+        ):  # they hold nothing any more: their slots may go, and their buffers are used again
             self._streams.wait(self._streams.plan, moved)
+        self._moved_of_released.clear()
         slots = buffers.slots if slots is None else slots
         ops, maps, scratch = self.ops, self.maps, self._scratch
         batch_index, first_held, num_ids = self._next_batch, self._first_held, batch.ids.ids.numel()
@@ -256,7 +273,7 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         ops.commit(maps, buffers, scratch, self.table_counts, batch_index, keep_bits, aging)
         ops.translate(maps, buffers, self.table_counts, slots, num_ids)
         ops.report(buffers)
-        return DevicePlan(batch_index, num_ids, buffers, slots, self._streams.record(self._streams.plan))
+        return DevicePlan(batch_index, num_ids, buffers, slots, seen, self._streams.record(self._streams.plan))
 
     def _age(self, batch_index: int) -> Aging:
         half_lives = (batch_index - self._origin) / self._half_life
@@ -279,22 +296,26 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         self._capacity = max(SMALLEST_CAPACITY, math.ceil(BUFFER_HEADROOM * num_ids))
         self._free_buffers.clear()
         self._scratch = _make_scratch(self._capacity, self.device)
+        for tensor in vars(self._scratch).values():
+            self._streams.record_use(tensor)
         num_listed = self._num_listed + self._capacity  # a whole batch may be missing
         listed = torch.zeros(num_listed, dtype=torch.int32, device=self.device)
         self.ops.unlist(self.maps)
         self.maps = replace(self.maps, listed=listed, listed_last_use=torch.zeros_like(listed))
 
-    def _take_buffers(self) -> tuple[PlanBuffers, torch.Event | None]:
+    def _take_buffers(self) -> PlanBuffers:
         if self._free_buffers:
             return self._free_buffers.pop()
         buffers = _make_buffers(self._capacity, self.device)
         for tensor in vars(buffers).values():
             self._streams.record_use(tensor)
-        return buffers, None
+        return buffers
 
     def _recycle(self, plan: DevicePlan) -> None:
+        if plan.moved is not None:
+            self._moved_of_released.append(plan.moved)
         if plan.buffers.rows.numel() == self._capacity:
-            self._free_buffers.append((plan.buffers, plan.moved))
+            self._free_buffers.append(plan.buffers)
 
     def _forget_failed(self) -> None:
         while self._newly_failed:
@@ -345,10 +366,6 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         hits = self._scratch.hit_slots[: counts[Count.HITS]].long()
         self._last_use[hits] = self._scratch.hit_last_use[: hits.numel()]
         self.ops.unlist(self.maps)
-
-
-def _is_held(counts: list[int]) -> bool:
-    return bool(counts[Count.IS_REFUSED]) and not counts[Count.BAD_POSITION]
 
 
 def _make_scratch(capacity: int, device: torch.device) -> ScratchBuffers:

@@ -95,7 +95,10 @@ class PinnedStorage:
         Raises:
             TableStorageError: The system does not lock so much.
         """
-        memory = mmap.mmap(-1, max(1, num_values) * dtype.itemsize)  # zeros; whole pages of its own
+        # Zeros, in whole pages of its own; private, because shared memory gets no huge pages.
+        num_bytes = max(1, num_values) * dtype.itemsize
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_DONTFORK)  # a data loader's worker would make locked pages be copied
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         tensor = torch.frombuffer(memory, dtype=dtype, count=max(1, num_values))
@@ -120,6 +123,8 @@ def _lock_pages(tensor: Tensor) -> str:
 
 
 def _unlock(locked: list[Tensor]) -> None:
+    if locked:
+        torch.cuda.synchronize()  # kernels of batches that were dropped may still be at these tables
     for tensor in locked:
         torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
     locked.clear()

@@ -278,6 +278,8 @@ class ScratchpadKernel(FusedOptimizerModule):
             Pool(host_table, scratchpad, self._make_slot_map(host_table, scratchpad.num_slots, options, device_ops))
             for host_table, scratchpad in zip(host_tables, memory.scratchpads, strict=True)
         ]
+        for tensor in memory.flat_parts:
+            self._runner.streams.record_use(tensor)
         for pool in pools:
             logger.info(
                 "%s: %s slots for %s rows, %.1f MB of %.1f MB",

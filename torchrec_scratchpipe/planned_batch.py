@@ -299,7 +299,7 @@ class PlannedBatch:
         pool = self._pools[pool_index]
         pool.check_usable()
         self._refresh(pool)
-        with record_function("## scratchpipe plan ##"):
+        with record_function(f"## scratchpipe plan {pool.slot_map.next_batch} ##"):
             cache_plan = stages.plan(
                 pool,
                 self._ids_of_pool(pool_index),

@@ -73,6 +73,11 @@ class BaseSlotMap(Generic[Ids]):
         return self.num_slots - self._free().numel()
 
     @property
+    def next_batch(self) -> int:
+        """The number that the next batch gets when it is planned."""
+        return self._next_batch
+
+    @property
     def first_held(self) -> int:
         """The oldest batch in flight; equal to the next batch to be planned when none is."""
         while self._newly_released:

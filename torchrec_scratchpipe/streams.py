@@ -30,7 +30,8 @@ class StageStreams:
         self.device = device
         self._module = torch.get_device_module(device) if device.type == "cuda" else None
         if self._module is not None and is_overlapped:
-            self.plan, self.writeback, self.fill = (self._module.Stream(device) for _ in range(3))
+            # Before Train's: its kernels fill the device, and these are small.
+            self.plan, self.writeback, self.fill = (self._module.Stream(device, priority=-1) for _ in range(3))
 
     @property
     def all(self) -> list[torch.Stream]:

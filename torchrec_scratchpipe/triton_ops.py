@@ -311,7 +311,10 @@ def _add_per_table(counts_ptr, row_offsets_ptr, rows, inside, num_tables, SEARCH
         tl.atomic_add(counts_ptr + table, tl.full(table.shape, 1, tl.int64), mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_ids", "num_features", "bounds_stride", "bit"])
+@triton.jit(
+    do_not_specialize=["num_ids", "num_features", "bounds_stride", "bit"],
+    do_not_specialize_on_alignment=["ids_ptr", "bounds_ptr"],
+)
 def _mark_kernel(
     ids_ptr,
     bounds_ptr,
@@ -345,7 +348,10 @@ def _mark_kernel(
     tl.store(row_to_slot_ptr + rows, -1 - uses, mask=inside & (slots < 0))
 
 
-@triton.jit(do_not_specialize=["num_ids", "num_features", "bounds_stride", "batch_index"])
+@triton.jit(
+    do_not_specialize=["num_ids", "num_features", "bounds_stride", "batch_index"],
+    do_not_specialize_on_alignment=["ids_ptr", "bounds_ptr"],
+)
 def _find_kernel(
     ids_ptr,
     bounds_ptr,
@@ -461,7 +467,7 @@ def _bins_of(last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots, firs
     return tl.where(is_usable, bins, -1), last_use
 
 
-@triton.jit(do_not_specialize=["first_held", "next_bit"])
+@triton.jit(do_not_specialize=["num_slots", "first_held", "next_bit"])
 def _histogram_kernel(
     counts_ptr,
     histogram_ptr,
@@ -479,7 +485,7 @@ def _histogram_kernel(
         tl.atomic_add(histogram_ptr + bins, tl.full(bins.shape, 1, tl.int32), mask=bins >= 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_wanted", "capacity"])
 def _threshold_kernel(counts_ptr, state_ptr, histogram_ptr, num_wanted, capacity):
     missing = _num_missing(counts_ptr)
     if missing > 0:
@@ -502,7 +508,7 @@ def _threshold_kernel(counts_ptr, state_ptr, histogram_ptr, num_wanted, capacity
         tl.store(histogram_ptr + bins, tl.zeros_like(sizes))
 
 
-@triton.jit(do_not_specialize=["first_held", "next_bit"])
+@triton.jit(do_not_specialize=["capacity", "num_slots", "first_held", "next_bit"])
 def _list_kernel(
     counts_ptr,
     state_ptr,

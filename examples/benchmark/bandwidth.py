@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -99,10 +100,10 @@ def _measure_cuda(table: Tensor, slots: Tensor, rows: Tensor, places: Tensor, nu
         "staged fill": _gb_per_s(staged_fill, num_bytes),
     }
     for num_programs in (8, 16, 32, 64, 132):
-        triton_ops.NUM_MOVE_PROGRAMS = num_programs
-        speeds[f"fill, {num_programs} programs"] = _gb_per_s(fill, num_bytes)
-        speeds[f"writeback, {num_programs} programs"] = _gb_per_s(write_back, num_bytes)
-        speeds[f"both, {num_programs} programs"] = _gb_per_s(on_both(fill, write_back), 2 * num_bytes)
+        with patch.object(triton_ops, "NUM_MOVE_PROGRAMS", num_programs):
+            speeds[f"fill, {num_programs} programs"] = _gb_per_s(fill, num_bytes)
+            speeds[f"writeback, {num_programs} programs"] = _gb_per_s(write_back, num_bytes)
+            speeds[f"both, {num_programs} programs"] = _gb_per_s(on_both(fill, write_back), 2 * num_bytes)
     return speeds
 
 

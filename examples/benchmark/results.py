@@ -152,10 +152,28 @@ def _markdown(figures: list[Figures], where: dict[str, Any], command: str, bandw
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_markdown_row(row) for row in rows]
-        lines.append("")
+        lines += ["", *(line for row in rows for line in _stages_of(row)), ""]
     lines += ["## Bandwidth", "", "| way | GB/s |", "|---|---|"]
     lines += [f"| {name} | {speed:.1f} |" for name, speed in bandwidth.items()]
     return "\n".join(lines) + "\n"
+
+
+def _stages_of(row: Figures) -> list[str]:
+    """How a scratchpad's step splits, how fast rows moved, and what device memory it took."""
+    text = []
+    if row.stage_ms is not None and row.fill_bytes is not None and row.writeback_bytes is not None:
+        stages = ", ".join(f"{stage} {milliseconds:.1f}" for stage, milliseconds in row.stage_ms.items())
+        text.append(f"median of stages, by the host's clock (ms): {stages}")
+        moving = sum(row.stage_ms.get(stage, 0.0) for stage in ("collect", "exchange", "insert"))
+        if moving > 0 and row.peak_device_bytes is None:  # on a GPU the host's clock does not see rows move
+            text.append(f"{(row.fill_bytes + row.writeback_bytes) / moving / 1e6:.1f} GB/s both ways")
+    if row.traced_ms is not None:
+        traced = ", ".join(f"{kind} {milliseconds:.1f}" for kind, milliseconds in row.traced_ms.items())
+        text.append(f"traced steps together (ms): {traced}")
+    if row.peak_device_bytes is not None:
+        text.append(f"peak device memory {row.peak_device_bytes / 1e9:.2f} GB")
+    lookahead = "" if row.lookahead is None else f", lookahead {row.lookahead}"
+    return [f"* `{row.cache}`{lookahead}: {'; '.join(text)}."] if text else []
 
 
 def _markdown_row(row: Figures) -> str:

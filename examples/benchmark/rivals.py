@@ -29,7 +29,13 @@ from torchrec_scratchpipe import (
     ScratchPipeTrainPipeline,
     scratchpad_stats,
 )
-from torchrec_scratchpipe.memory import ROW_BYTES_OF_MAPS, SLOT_BYTES_OF_DEVICE_MAPS
+from torchrec_scratchpipe.memory import (
+    BUFFER_HEADROOM,
+    ID_BYTES_OF_DEVICE_PLAN,
+    ID_BYTES_OF_DEVICE_SCRATCH,
+    ROW_BYTES_OF_MAPS,
+    SLOT_BYTES_OF_DEVICE_MAPS,
+)
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -39,7 +45,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 CPU_OPTIMIZERS = ("sgd", "rowwise_adagrad", "adagrad")
 STATES_PER_WEIGHT = {"sgd": 0, "rowwise_adagrad": 0, "adagrad": 1, "adam": 2}  # 4 bytes each
-FBGEMM_CACHE_BYTES_PER_SLOT = 8 + 8  # lxu_cache_state, lru_state
+FBGEMM_CACHE_BYTES_PER_SLOT = 8 + 8  # lxu_cache_state, lru_state; the prefetching one's lock counter is not charged
 FBGEMM_MAP_BYTES_PER_ROW = 4  # cache_index_table_map
 
 
@@ -85,6 +91,7 @@ class Shape:
     workload: Workload
     optimizer: str
     load_factor: float
+    lookahead: int  # the largest that will be run
 
     @property
     def row_bytes(self) -> int:
@@ -94,9 +101,20 @@ class Shape:
 
     @property
     def cache_bytes(self) -> float:
-        """Device memory of our slots, with their maps: what every cache gets."""
+        """Device memory of our slots, with their maps and the buffers of batches in flight: what every cache gets."""
         slots = self.load_factor * self.workload.num_rows
-        return slots * (self.row_bytes + SLOT_BYTES_OF_DEVICE_MAPS) + ROW_BYTES_OF_MAPS * self.workload.num_rows
+        of_plans = (self.lookahead + 1) * ID_BYTES_OF_DEVICE_PLAN + ID_BYTES_OF_DEVICE_SCRATCH
+        return (
+            slots * (self.row_bytes + SLOT_BYTES_OF_DEVICE_MAPS)
+            + ROW_BYTES_OF_MAPS * self.workload.num_rows
+            + BUFFER_HEADROOM * of_plans * self.workload.ids_per_batch
+        )
+
+    def host_bytes(self, rival: Rival) -> int:
+        """Host memory of one rival's tables."""
+        if rival.kernel == "fused" and not rival.is_static:
+            return 0
+        return self.workload.num_rows * self.row_bytes
 
     @property
     def fbgemm_load_factor(self) -> float:
@@ -168,6 +186,8 @@ class Contender:
     def fill(self, exponent: float, seed: int) -> None:
         """Look up other batches without training, until all slots are taken; FBGEMM's caches see about as many.
 
+        The one that prefetches trains them: it lets go of cache lines in backward only.
+
         Args:
             exponent: Of the ids.
             seed: Of the batches.
@@ -175,6 +195,10 @@ class Contender:
         slots = self.shape.load_factor * self.shape.workload.num_rows
         # Every batch brings fewer new rows than the one before; twice what a new one of unique ids would take.
         num_batches = max(4, int(2 * slots / self.shape.workload.ids_per_batch))
+        if self.rival.prefetches:
+            self.start(exponent, 0, seed, num_batches)
+            self.finish()
+            return
         batches = PowerLawBatches(self.shape.workload, exponent, seed, self.device, num_batches, self.num_hot)
         with torch.no_grad():
             for batch in batches:

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import gc
 import itertools
+import os
 import shlex
 import statistics
 import sys
@@ -67,7 +68,8 @@ def run_grid(args: argparse.Namespace, device: torch.device) -> Iterator[Figures
         device, workload.embedding_dim, min(100_000, workload.num_embeddings // 4), workload.num_embeddings
     )
     for optimizer, load_factor in itertools.product(args.optimizer, args.load_factor):
-        shape = Shape(workload, optimizer, load_factor)
+        shape = Shape(workload, optimizer, load_factor, max(args.lookahead))
+        check_host_memory(shape, caches, device)
         contenders = [Contender(name, shape, device, args.table_dir, args.seed) for name in caches]
         num_batches = NUM_WARMUP_STEPS + args.steps + PIPELINE_DEPTH
         if args.profile_trace:
@@ -80,8 +82,21 @@ def run_grid(args: argparse.Namespace, device: torch.device) -> Iterator[Figures
             yield from measure(contenders, exponent, lookahead, bandwidth, args)
         for contender in contenders:
             contender.finish()
-        del contenders
+        del contender, contenders
         gc.collect()
+
+
+def check_host_memory(shape: Shape, caches: Sequence[str], device: torch.device) -> None:
+    """All contenders are there at once; stop before the system does."""
+    needed = sum(shape.host_bytes(RIVALS[name]) for name in caches)
+    if device.type == "cpu":
+        needed = len(caches) * shape.workload.num_rows * shape.row_bytes
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.85 * installed:
+        raise SystemExit(
+            f"{shape.workload.name} with {shape.optimizer}: the tables of {len(caches)} contenders take {needed / 1e9:.0f} GB of "
+            f"host memory, there are {installed / 1e9:.0f} GB. Give fewer --caches, or a smaller --num_embeddings."
+        )
 
 
 def measure(

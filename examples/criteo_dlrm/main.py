@@ -36,6 +36,7 @@ from data import (
 )
 from report import Measurements, Trace, plot, print_plan, summary_line
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.func import functional_call
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel
@@ -443,9 +444,10 @@ class Trainer:
         return bool(flag)
 
     def _validate_stock(self) -> dict[str, float]:
-        """With plain TorchRec modules in place of sharded ones, over the same tables."""
+        """With plain TorchRec modules in place of sharded ones, over the same tables; on the host, where tables are."""
         plain = to_stock(self.model)
-        return self._measure(plain(batch)[1] for batch in self._source.validate())
+        state = {name: value.cpu() for name, value in [*plain.named_parameters(), *plain.named_buffers()]}
+        return self._measure(functional_call(plain, state, (batch,))[1] for batch in self._source.validate())
 
     def _validate(self) -> dict[str, float]:
         self.model.eval()
@@ -457,8 +459,8 @@ class Trainer:
         log_loss = torchmetrics.MeanMetric().to(self._device)
         with torch.no_grad():
             for loss, logits, labels in outputs:
-                auroc.update(torch.sigmoid(logits), labels)
-                log_loss.update(loss, weight=labels.numel())
+                auroc.update(torch.sigmoid(logits).to(self._device), labels.to(self._device))
+                log_loss.update(loss.to(self._device), weight=labels.numel())
         if self._source.num_val_batches == 0:
             return {"auroc": float("nan"), "logloss": float("nan")}
         return {"auroc": float(auroc.compute()), "logloss": float(log_loss.compute())}
@@ -480,7 +482,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         by_torchrun = "RANK" in os.environ
         dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             init_method="env://" if by_torchrun else f"file://{directory}/store",
             rank=int(os.environ.get("RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),

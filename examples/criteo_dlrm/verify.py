@@ -92,8 +92,8 @@ class Twin:
             _tensors(self._optimizer.state_dict()["state"]), _tensors(optimizer.state_dict()["state"])
         )
         weight_diff, num_weights = _largest_difference(_tensors(self._model.state_dict()), _tensors(model.state_dict()))
-        largest = torch.tensor([self._max_loss_diff, weight_diff, state_diff], dtype=torch.float64)
-        counts = torch.tensor([num_weights, num_states])
+        largest = torch.tensor([self._max_loss_diff, weight_diff, state_diff], dtype=torch.float64, device=self._device)
+        counts = torch.tensor([num_weights, num_states], device=self._device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         dist.all_reduce(counts)
         loss_diff, weight_diff, state_diff = largest.tolist()
@@ -131,7 +131,7 @@ def _largest_difference(expected: dict[str, Tensor], actual: dict[str, Tensor]) 
             tensor.reshape(-1).split(1 << 24), actual[name].reshape(-1).split(1 << 24), strict=True
         ):
             if ours.numel():
-                difference = float((ours.double() - theirs.double()).abs().max())
+                difference = float((ours.double() - theirs.to(ours.device).double()).abs().max())
                 largest = max(largest, difference if difference == difference else float("inf"))
         num_values += tensor.numel()
     return largest, num_values
