@@ -288,9 +288,9 @@ def main() -> None:
                 parser.error(f"{name} exists on CUDA only")
     start = time.perf_counter()
     figures: list[Figures] = []
-    with tempfile.NamedTemporaryFile() as store:
+    with tempfile.TemporaryDirectory() as directory:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{store.name}", rank=0, world_size=1
+            "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{directory}/store", rank=0, world_size=1
         )
         for grid in grids:
             for row in run_grid(grid, device):
