@@ -46,11 +46,11 @@ PIPELINE_DEPTH = 8  # batches that a pipeline may draw ahead of the one that tra
 # What fits in 8 minutes: 2 cores of a CPU, or one GPU.
 QUICK_ON_CPU = [
     "--model paper --num_embeddings 400000 --batch_size 256 --zipf 0.8,1.05,1.2 --load_factor 0.05 "
-    "--optimizer sgd --lookahead 2 --steps 15",
+    "--optimizer sgd --lookahead 2 --steps 60",
     "--model paper --num_embeddings 200000 --batch_size 256 --zipf 1.05 --load_factor 0.1 "
-    "--optimizer adagrad --lookahead 2 --steps 15",
+    "--optimizer adagrad --lookahead 2 --steps 60",
     "--model criteo --num_embeddings 200000 --embedding_dim 64 --batch_size 2048 --zipf 0,1.05 --load_factor 0.05 "
-    "--optimizer rowwise_adagrad --lookahead 1,2 --steps 15",
+    "--optimizer rowwise_adagrad --lookahead 1,2 --steps 60",
 ]
 QUICK_ON_GPU = [
     "--model paper --num_embeddings 1000000 --zipf 0.8,1.05 --load_factor 0.05 --optimizer sgd --lookahead 2",
