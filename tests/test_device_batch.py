@@ -2,6 +2,7 @@
 """Rows that the device plans and moves itself arrive in any order of the streams, and every event is needed."""
 
 import random
+import sys
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -19,18 +20,21 @@ from core_helpers import (
     run,
     train,
 )
-from device_path import KINDS, device_path, make_ops
+from device_path import KINDS, device_path
 from helpers import Setting, Trainer, check_equal, drain, make_batches, max_abs_diff, with_optimizer
 from simulated_streams import DeferredOps, Device, InlineRunner, RandomVictims, SimulatedStreams
 from torch import Tensor
 
 from torchrec_scratchpipe.device_ops import Count
 from torchrec_scratchpipe.device_slot_map import DevicePlan, DeviceSlotMap
-from torchrec_scratchpipe.errors import IdOutOfRangeError, ScratchpadFullError, StageFailedError
-from torchrec_scratchpipe.host_table import HostTable
+from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, ScratchpadFullError, StageFailedError
+from torchrec_scratchpipe.eviction import LeastRecentlyUsed
+from torchrec_scratchpipe.host_table import HostTable, PinnedStorage
+from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.triton_ops import TritonOps
 from torchrec_scratchpipe.twin_ops import TwinOps
 from torchrec_scratchpipe.types import Stage
 
@@ -341,6 +345,16 @@ def test_nothing_is_allocated_once_buffers_fit() -> None:
     assert len(pool.slot_map._free_buffers) <= 2  # the smaller ones are gone
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_operations_by_kind(kind: str) -> None:
-    assert make_ops(kind).find is not None
+def test_how_a_device_is_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    cuda = torch.device("cuda")
+    assert isinstance(ScratchpadOptions().find_device_ops(cuda), TritonOps)
+    assert isinstance(ScratchpadOptions().make_storage(cuda), PinnedStorage)
+    assert not ScratchpadOptions(host_access="staged").make_storage(cuda).is_host_mapped
+    assert ScratchpadOptions().find_device_ops(CPU) is None
+    assert ScratchpadOptions(make_eviction_order=LeastRecentlyUsed).find_device_ops(cuda) is None
+    assert "is not known to the device" in caplog.text
+    monkeypatch.setitem(sys.modules, "torchrec_scratchpipe.triton_ops", None)
+    assert ScratchpadOptions().find_device_ops(cuda) is None
+    assert "Triton cannot be imported" in caplog.text
+    with pytest.raises(ConfigError, match="host_access is 'magic', it must be one of direct, staged"):
+        ScratchpadOptions(host_access="magic")

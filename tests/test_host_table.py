@@ -2,6 +2,7 @@
 """Host tables keep what is written, in RAM and memory-mapped, and say why they cannot be made."""
 
 import functools
+import gc
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 
 from torchrec_scratchpipe import host_table
 from torchrec_scratchpipe.errors import TableStorageError
-from torchrec_scratchpipe.host_table import HostTable, MappedStorage, RamStorage, TableStorage, WriteBuffer
+from torchrec_scratchpipe.host_table import (
+    HostTable,
+    MappedStorage,
+    PinnedStorage,
+    RamStorage,
+    TableStorage,
+    WriteBuffer,
+)
 from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.runner import OverlappedStageRunner
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
@@ -113,3 +121,29 @@ def test_disk_without_room_names_table_and_numbers(tmp_path: Path) -> None:
     ):
         HostTable([TableSpec("big", 10**12, 0.5)], LAYOUT, storage)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_page_locked_memory_is_exact_zero_and_unlocked_when_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[int] = []
+    unlocked: list[int] = []
+    monkeypatch.setattr(host_table, "_lock_pages", lambda tensor: locked.append(tensor.data_ptr()) or "")
+    monkeypatch.setattr(host_table, "_unlock", lambda tensors: unlocked.extend(t.data_ptr() for t in tensors))
+    storage = PinnedStorage()
+    table = HostTable([TableSpec("t0", 1000, 0.1)], LAYOUT, storage)
+    assert table.is_host_mapped
+    assert [part.data_ptr() for part in table.parts] == locked
+    assert all(float(part.abs().sum()) == 0.0 and part.data_ptr() % 4096 == 0 for part in table.parts)
+    weights = table.table_parts(0)[0]
+    table.write(torch.tensor([5]), [torch.ones(1, 4), torch.ones(1)])
+    assert not unlocked
+    del storage, table
+    gc.collect()
+    assert unlocked == locked
+    assert float(weights.sum()) == 4.0  # a view outlives its table
+
+
+def test_memory_that_cannot_be_page_locked_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_table, "_lock_pages", lambda tensor: "out of memory")
+    message = r"16,000 bytes cannot be page-locked \(out of memory\)\. .* host_access='staged'"
+    with pytest.raises(TableStorageError, match=message):
+        HostTable([TableSpec("t0", 1000, 0.1)], LAYOUT, PinnedStorage())

@@ -255,9 +255,8 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
 
     def _enqueue(self, batch: PoolIds, seen: int | None, slots: Tensor | None) -> DevicePlan:
         buffers = self._take_buffers()
-        for moved in (
-            self._moved_of_released
-        ):  # they hold nothing any more: their slots may go, and their buffers are used again
+        # Their slots may be given away now, and their buffers are used again.
+        for moved in self._moved_of_released:
             self._streams.wait(self._streams.plan, moved)
         self._moved_of_released.clear()
         slots = buffers.slots if slots is None else slots

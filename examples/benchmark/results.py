@@ -11,12 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from trace_plot import import_pyplot
 
 
 @dataclass
@@ -203,6 +200,9 @@ def _markdown_row(row: Figures) -> str:
 
 def _plot(figures: list[Figures], path: Path) -> None:
     """Step times of all contenders at every point of the grid, with their spread."""
+    plt = import_pyplot()
+    if plt is None:
+        return
     points = list(dict.fromkeys((*row.point, row.lookahead) for row in figures if row.lookahead is not None))
     points = points or list(dict.fromkeys((*row.point, None) for row in figures))
     caches = list(dict.fromkeys(row.cache for row in figures))

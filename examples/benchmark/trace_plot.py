@@ -13,11 +13,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
 # By what a kernel's or range's name contains; the first that fits.
 KINDS = {
     "scratchpipe plan": "plan",
@@ -39,7 +34,19 @@ KINDS = {
     "embedding": "embedding",
     "Memcpy": "copy",
 }
-COLOURS = dict(zip(dict.fromkeys([*KINDS.values(), "other"]), plt.get_cmap("tab20").colors, strict=False))
+
+
+def import_pyplot() -> Any:
+    """Matplotlib's, for files; None, with a word about it, where it is not installed."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print("no plots: matplotlib is not installed")
+        return None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 class Span(NamedTuple):
@@ -94,17 +101,21 @@ def plot_trace(path: Path, picture: Path, window_ms: float | None = None) -> Non
         picture: PNG to write.
         window_ms: How much of it; by default a third.
     """
+    plt = import_pyplot()
+    if plt is None:
+        return
+    colours = dict(zip(dict.fromkeys([*KINDS.values(), "other"]), plt.get_cmap("tab20").colors, strict=False))
     spans = read_spans(path)
     end = max((span.start_ms + span.duration_ms for span in spans), default=1.0)
     window = window_ms or end / 3
     left = (end - window) / 2
     rows = sorted({span.row for span in spans})
     fig, ax = plt.subplots(figsize=(12, 1.2 + 0.6 * len(rows)), layout="constrained")
-    for kind in COLOURS:
+    for kind in colours:
         for index, row in enumerate(rows):
             bars = [(span.start_ms, span.duration_ms) for span in spans if (span.row, span.kind) == (row, kind)]
             if bars:
-                ax.broken_barh(bars, (index - 0.4, 0.8), color=COLOURS[kind], label=kind)
+                ax.broken_barh(bars, (index - 0.4, 0.8), color=colours[kind], label=kind)
     labels = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     ax.legend(
         labels.values(), labels.keys(), ncol=len(labels), loc="upper center", bbox_to_anchor=(0.5, 1.3), fontsize=8
