@@ -40,7 +40,7 @@ test-oldest: setup
 test-device-path: setup
 	TEST_DEVICE_PATH=twin $(RUN) -m pytest $(ARGS)
 
-# Every way to hold the tables, side by side, in less than 8 minutes; results in benchmark_out
+# Every way to hold the tables that this device has, side by side; results in benchmark_out
 benchmark: setup
 	$(RUN) examples/benchmark/train_step.py --quick --out benchmark_out $(ARGS)
 

@@ -25,7 +25,7 @@ KINDS = ("twin", "triton", "staged")
 class ReachableRam(RamStorage):
     """RAM that "kernels" of a CPU read and write in place."""
 
-    is_host_mapped = True
+    is_device_accessible = True
 
 
 class OneAtATime:

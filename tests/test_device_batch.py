@@ -25,11 +25,12 @@ from helpers import Setting, Trainer, check_equal, drain, make_batches, max_abs_
 from simulated_streams import DeferredOps, Device, InlineRunner, RandomVictims, SimulatedStreams
 from torch import Tensor
 
+from torchrec_scratchpipe import device_slot_map
 from torchrec_scratchpipe.device_ops import Count
 from torchrec_scratchpipe.device_slot_map import DevicePlan, DeviceSlotMap
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, ScratchpadFullError, StageFailedError
 from torchrec_scratchpipe.eviction import LeastRecentlyUsed
-from torchrec_scratchpipe.host_table import HostTable, PinnedStorage
+from torchrec_scratchpipe.host_table import HostTable, PageLockedStorage
 from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.pool import Pool
@@ -333,26 +334,31 @@ def test_a_move_that_fails_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPat
         pool.flush()
 
 
-def test_nothing_is_allocated_once_buffers_fit() -> None:
+def test_nothing_is_allocated_once_buffers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_device_pool(TwinOps(), num_rows=3000, num_slots=1000)
     runner = StageRunner(CPU)
     run(pool, random_rows(num_batches=10, ids_per_batch=200, num_rows=3000), runner, lookahead=2)
     num_bytes = pool.slot_map.metadata_bytes
+    made: list[int] = []
+    make_buffers = device_slot_map._make_buffers
+    monkeypatch.setattr(device_slot_map, "_make_buffers", lambda *args: made.append(1) or make_buffers(*args))
     run(pool, random_rows(num_batches=30, ids_per_batch=200, num_rows=3000, seed=1), runner, lookahead=2)
+    assert not made
     assert pool.slot_map.metadata_bytes == num_bytes
     run(pool, [torch.arange(900).repeat(3)], runner, lookahead=0)
     assert pool.slot_map.metadata_bytes > num_bytes
+    assert made
     assert len(pool.slot_map._free_buffers) <= 2  # the smaller ones are gone
 
 
 def test_how_a_device_is_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cuda = torch.device("cuda")
     assert isinstance(ScratchpadOptions().find_device_ops(cuda), TritonOps)
-    assert isinstance(ScratchpadOptions().make_storage(cuda), PinnedStorage)
-    assert not ScratchpadOptions(host_access="staged").make_storage(cuda).is_host_mapped
+    assert isinstance(ScratchpadOptions().make_storage(cuda), PageLockedStorage)
+    assert not ScratchpadOptions(host_access="staged").make_storage(cuda).is_device_accessible
     assert ScratchpadOptions().find_device_ops(CPU) is None
     assert ScratchpadOptions(make_eviction_order=LeastRecentlyUsed).find_device_ops(cuda) is None
-    assert "is not known to the device" in caplog.text
+    assert "cannot run on the device" in caplog.text
     monkeypatch.setitem(sys.modules, "torchrec_scratchpipe.triton_ops", None)
     assert ScratchpadOptions().find_device_ops(cuda) is None
     assert "Triton cannot be imported" in caplog.text

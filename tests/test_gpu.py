@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What only a CUDA device can show: the same bits as stock there, with kernels that run at any time, and no wait for the host."""
 
-import dataclasses
 import os
 import random
 import shutil
@@ -29,7 +28,7 @@ from torchrec_scratchpipe import scratchpad_stats
 from torchrec_scratchpipe.device_batch import DeviceBatch, feature_rows
 from torchrec_scratchpipe.device_ops import DeviceOps, FeatureIds
 from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
-from torchrec_scratchpipe.host_table import HostTable, PinnedStorage
+from torchrec_scratchpipe.host_table import HostTable, PageLockedStorage
 from torchrec_scratchpipe.planned_batch import FeatureSource
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
@@ -50,9 +49,6 @@ FBGEMM_OPTIMIZERS = [EmbOptimType.LARS_SGD, EmbOptimType.PARTIAL_ROWWISE_ADAM, E
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(helpers, "DEVICE", CUDA)
-
-
-# ---- equality with fused -------------------------------------------------------------------------------------------
 
 
 def check_as_equal_as_stock(setting: Setting, **kwargs: Any) -> Trainer:
@@ -78,7 +74,7 @@ def test_optimizers(optimizer: type[torch.optim.Optimizer], overlap: bool, host_
     ours = check_as_equal_as_stock(with_optimizer(Setting(), optimizer), overlap=overlap, host_access=host_access)
     pools = ours.model.module.ebc.pools
     assert all(isinstance(pool.slot_map, DeviceSlotMap) for pool in pools)
-    assert all(pool.host_table.is_host_mapped == (host_access == "direct") for pool in pools)
+    assert all(pool.host_table.is_device_accessible == (host_access == "direct") for pool in pools)
 
 
 @pytest.mark.parametrize("optimizer", FBGEMM_OPTIMIZERS)
@@ -115,9 +111,6 @@ def test_where_fbgemm_is_deterministic_the_difference_is_zero() -> None:
     check_equal(with_optimizer(Setting(max_ids_per_bag=1), torch.optim.SGD))
 
 
-# ---- hazards -------------------------------------------------------------------------------------------------------
-
-
 class LateOps:
     """Operations before which their stream sleeps for a random time; victims are random, and listed anew each time."""
 
@@ -142,7 +135,7 @@ class LateOps:
 
 
 def make_gpu_pool(ops: DeviceOps, runner: StageRunner, num_rows: int = 60, num_slots: int = 30) -> Pool:
-    host_table = HostTable([TableSpec("t0", num_rows, num_slots / num_rows)], LAYOUT, PinnedStorage())
+    host_table = HostTable([TableSpec("t0", num_rows, num_slots / num_rows)], LAYOUT, PageLockedStorage())
     for part in host_table.parts:
         part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(7)))
     host_table.accept_overwrite()
@@ -247,11 +240,8 @@ def test_twin_on_the_gpu_gives_the_same_tables() -> None:
     assert max_diff(*tables) == 0.0
 
 
-# ---- no wait, no allocation ----------------------------------------------------------------------------------------
-
-
 def count_waits(run: Any) -> int:
-    """How often the host waited for the device, as torch counts it."""
+    """How often the host waited for the device, as torch counts it: operations, but not events."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -261,6 +251,20 @@ def count_waits(run: Any) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+class CountedEvents:
+    """Counts waits of the host for events that had not happened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_waits = 0
+        synchronize = torch.cuda.Event.synchronize
+
+        def count(event: torch.cuda.Event) -> None:
+            self.num_waits += not event.query()
+            synchronize(event)
+
+        monkeypatch.setattr(torch.cuda.Event, "synchronize", count)
 
 
 def test_stages_never_wait_for_the_device() -> None:
@@ -288,7 +292,7 @@ def test_stages_never_wait_for_the_device() -> None:
     assert pool.stats().num_victims > 1000
 
 
-def test_training_waits_no_more_often_than_stock() -> None:
+def test_training_waits_no_more_often_than_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(num_rows=(20_000, 10_000, 300), batch_size=64, num_batches=60, load_factor=0.2)
     batches = make_batches(setting)
     waits = []
@@ -302,10 +306,13 @@ def test_training_waits_no_more_often_than_stock() -> None:
         iterator = iter(batches)
         for _ in range(20):
             pipeline.progress(iterator)
+        events = CountedEvents(monkeypatch)
         waits.append(
             count_waits(lambda pipeline=pipeline, iterator=iterator: [pipeline.progress(iterator) for _ in range(20)])
         )
     assert waits[1] <= waits[0]
+    # Of 20 batches, some may find the host a whole lookahead ahead of the device, and their plan not run yet.
+    assert events.num_waits <= 20
 
 
 def test_stages_allocate_nothing_per_batch() -> None:
@@ -345,7 +352,7 @@ def test_training_grows_no_memory() -> None:
 
 
 def test_page_locked_tables_are_as_large_as_asked_for_and_reached_by_kernels() -> None:
-    storage = PinnedStorage()
+    storage = PageLockedStorage()
     table = storage.allocate(3 * 1000 * 1000, torch.float32, "table").view(-1, 4)
     assert table.is_pinned()
     assert not table.is_cuda
@@ -357,9 +364,6 @@ def test_page_locked_tables_are_as_large_as_asked_for_and_reached_by_kernels() -
     TritonOps().move(slots, index, table, index * 70_000, counts, 0)  # type: ignore[arg-type]
     torch.cuda.synchronize()
     assert torch.equal(table[torch.arange(10) * 70_000], slots.cpu())
-
-
-# ---- other ---------------------------------------------------------------------------------------------------------
 
 
 def test_memcheck() -> None:
@@ -384,4 +388,4 @@ def test_two_ranks(sharding_type: str) -> None:
 def _train_on_rank(rank: int, setting: Setting) -> None:
     torch.cuda.set_device(rank)
     helpers.DEVICE = torch.device("cuda", rank)
-    check_as_equal_as_stock(dataclasses.replace(setting))
+    check_as_equal_as_stock(setting)

@@ -16,7 +16,7 @@ from torchrec_scratchpipe.errors import TableStorageError
 from torchrec_scratchpipe.host_table import (
     HostTable,
     MappedStorage,
-    PinnedStorage,
+    PageLockedStorage,
     RamStorage,
     TableStorage,
     WriteBuffer,
@@ -128,9 +128,9 @@ def test_page_locked_memory_is_exact_zero_and_unlocked_when_nobody_holds_it(monk
     unlocked: list[int] = []
     monkeypatch.setattr(host_table, "_lock_pages", lambda tensor: locked.append(tensor.data_ptr()) or "")
     monkeypatch.setattr(host_table, "_unlock", lambda tensors: unlocked.extend(t.data_ptr() for t in tensors))
-    storage = PinnedStorage()
+    storage = PageLockedStorage()
     table = HostTable([TableSpec("t0", 1000, 0.1)], LAYOUT, storage)
-    assert table.is_host_mapped
+    assert table.is_device_accessible
     assert [part.data_ptr() for part in table.parts] == locked
     assert all(float(part.abs().sum()) == 0.0 and part.data_ptr() % 4096 == 0 for part in table.parts)
     weights = table.table_parts(0)[0]
@@ -146,4 +146,4 @@ def test_memory_that_cannot_be_page_locked_is_an_error_that_says_what_to_do(monk
     monkeypatch.setattr(host_table, "_lock_pages", lambda tensor: "out of memory")
     message = r"16,000 bytes cannot be page-locked \(out of memory\)\. .* host_access='staged'"
     with pytest.raises(TableStorageError, match=message):
-        HostTable([TableSpec("t0", 1000, 0.1)], LAYOUT, PinnedStorage())
+        HostTable([TableSpec("t0", 1000, 0.1)], LAYOUT, PageLockedStorage())

@@ -63,12 +63,14 @@ OVERRIDDEN = {
     "PipelinedForward.__call__": "self, input, kwargs",
     "ShardedEmbeddingBagCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, device, qcomm_codecs_registry, module_fqn, sharded_module_order_overwrite",
     "ShardedEmbeddingBagCollection._create_lookups": "self",
+    "ShardedEmbeddingBagCollection._initialize_torch_state": "self, skip_registering",
     "ShardedEmbeddingBagCollection.compute_and_output_dist": "self, ctx, input",
     "ShardedEmbeddingBagCollection.create_context": "self",
     "ShardedEmbeddingBagCollection.input_dist": "self, ctx, features",
     "ShardedEmbeddingBagCollection.update_shards": "self, changed_sharding_params, env, device",
     "ShardedEmbeddingCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, device, qcomm_codecs_registry, use_index_dedup, module_fqn",
     "ShardedEmbeddingCollection._create_lookups": "self",
+    "ShardedEmbeddingCollection._initialize_torch_state": "self, skip_registering",
     "ShardedEmbeddingCollection.compute_and_output_dist": "self, ctx, input",
     "ShardedEmbeddingCollection.create_context": "self",
     "ShardedEmbeddingCollection.input_dist": "self, ctx, features",
@@ -96,6 +98,7 @@ CALLED = {
 }
 # Where an older version differs, torchrec 1.6.1.
 OLDER = {
+    "ShardedEmbeddingCollection._initialize_torch_state": "self",
     "TrainPipelineSparseDist.__init__": (
         "self, model, optimizer, device, execute_all_batches, apply_jit, context_type, pipeline_postproc, "
         "custom_model_fwd, dmp_collection_sync_interval_batches, enqueue_batch_after_forward, enable_inplace_copy_batch"

@@ -99,7 +99,7 @@ def check_laws(slot_map: SlotMap | DeviceSlotMapOfRows, stream: list[tuple[str, 
             newest_plan = None
         elif kind == "purge" and not in_flight:
             slot_map.purge()
-            assert slot_map.num_resident_rows == 0
+            assert slot_map.count_resident_rows() == 0
             newest_plan = None
         slot_map.check_integrity()
         if isinstance(slot_map, SlotMap):

@@ -75,8 +75,6 @@ class ScratchpadCollection:
 
     # From TorchRec's sharded collections.
     module_sharding_plan: Any
-    embedding_bags: nn.ModuleDict
-    embeddings: nn.ModuleDict
     _lookups: list[nn.Module]
 
     def _set_up_stages(self, options: ScratchpadOptions, device: torch.device | None) -> None:
@@ -93,17 +91,17 @@ class ScratchpadCollection:
             if sharding.sharding_type in _ROW_WISE and sharding.compute_kernel == SCRATCHPAD_KERNEL.value:
                 for feature in config.feature_names:
                     self._row_wise_features.setdefault(feature, []).append(config)
-            if sharding.compute_kernel == SCRATCHPAD_KERNEL.value and self.pools:
-                self._holder_of(config.name).__class__ = _HostTableModule
         # Gigabytes of initial weights would otherwise be written out during the first minutes of training.
         for pool in self.pools:
             pool.host_table.persist()
 
-    def _holder_of(self, table_name: str) -> nn.Module:
-        """The module that has a table's parameter."""
-        holders = self.embedding_bags if hasattr(self, "embedding_bags") else self.embeddings
-        holder: nn.Module = holders[table_name]
-        return holder
+    def _initialize_torch_state(self, *args: Any, **kwargs: Any) -> None:
+        """As stock: make parameters and their names; those of host tables then stay on the host."""
+        super()._initialize_torch_state(*args, **kwargs)  # type: ignore[misc]
+        holders: nn.ModuleDict = getattr(self, "embedding_bags", None) or getattr(self, "embeddings", nn.ModuleDict())
+        for name, holder in holders.items() if self.pools else ():
+            if self.module_sharding_plan[name].compute_kernel == SCRATCHPAD_KERNEL.value:
+                holder.__class__ = _HostTableModule
 
     @property
     def pools(self) -> list[Pool]:

@@ -124,7 +124,7 @@ class DeviceBatch(PlannedBatch):
             self._runner.streams.synchronize()  # kernels may be at the tables that are read now
         self._refresh(pool)
         slot_map = pool.slot_map
-        is_reached = pool.host_table.is_host_mapped and not pool.host_table.has_snapshots
+        moves_in_place = pool.host_table.is_device_accessible and not pool.host_table.has_snapshots
         is_confirmed = False
         while not is_confirmed:
             slot_map.note_releases()
@@ -136,12 +136,12 @@ class DeviceBatch(PlannedBatch):
                     self._plans[0].slots if self._plans else None,
                 )
             enqueued = [_Enqueued(Stage.PLAN, plan_start_s, time.perf_counter(), None)]
-            if is_reached:  # before it is known whether there are slots: without them, nothing moves
+            if moves_in_place:  # before it is known whether there are slots: without them, nothing moves
                 self._move(pool, plan, enqueued)
             is_confirmed = slot_map.confirm(plan)
         self.hold.add(pool, plan.batch_index)
         pool.counters.num_batches += 1
-        if not is_reached:
+        if not moves_in_place:
             self._move_through_staging(pool, plan)
         self._plans.append(plan)
         self._enqueued.append(enqueued)
@@ -207,8 +207,9 @@ class DeviceBatch(PlannedBatch):
     def _refused_error(self, pool: Pool, plan: DevicePlan, bad_position: int) -> Exception:
         if bad_position == 0:
             return ScratchPipeError(
-                f"{pool.name}: batch {plan.batch_index} found no slots although there should be enough. This is a fault "
-                "of the scratchpad, please report it; overlap=False may avoid it."
+                f"{pool.name}: batch {plan.batch_index} found too few of {pool.scratchpad.num_slots:,} slots for up to "
+                f"{plan.num_ids:,} ids, although there should have been enough. This is a fault of this package, please report "
+                "it; a larger load_factor may avoid it."
             )
         bounds = self._feature_ids.bounds.tolist()
         for feature, first, last in zip(self._features, bounds[:-1], bounds[1:], strict=True):
@@ -219,7 +220,8 @@ class DeviceBatch(PlannedBatch):
                 except IdOutOfRangeError as error:
                     return error
         return ScratchPipeError(
-            f"{pool.name}: an id of batch {plan.batch_index} was out of range, and has changed since."
+            f"{pool.name}: an id of batch {plan.batch_index} was out of range when it was planned, and is not now. Do not change "
+            "the ids of a batch that was given to the pipeline."
         )
 
     def _count_misses_at_train(self) -> None:

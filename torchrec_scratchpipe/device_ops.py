@@ -102,7 +102,7 @@ class DeviceMaps:
     uses_ahead: Tensor  # [S + 1] int32
     frequency: Tensor  # [S] float32
     free_slots: Tensor  # [S] int32, of which the first NUM_FREE count
-    listed: Tensor  # [max(C, S / 16)] int32, coming victims
+    listed: Tensor  # [S // 16 + C] int32, coming victims
     listed_last_use: Tensor  # the same shape, int32: as it was when they were listed
     histogram: Tensor  # [NUM_BINS] int32, zero between scans
     state: Tensor  # [len(State)] int64
@@ -147,7 +147,10 @@ class DeviceOps(Protocol):
     """The operations, in the order in which Plan enqueues them."""
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: DeviceMaps, bit: int, is_used: bool) -> None:
-        """Note that a batch seen ahead will use these rows, or take that back; ids out of range are left alone."""
+        """Note that a batch seen ahead will use these rows, or take that back; ids out of range are left alone.
+
+        `bit` is ``1 << (seen % WINDOW_BITS)``.
+        """
 
     def find(
         self,
@@ -169,10 +172,17 @@ class DeviceOps(Protocol):
         first_held: int,
         skips_used_ahead: bool,
     ) -> None:
-        """Take listed slots until there is one for every miss, or the list is spent."""
+        """Take listed slots until there is one for every miss, or the list is spent.
+
+        Slots with ``last_use >= first_held`` stay; with `skips_used_ahead`, so do rows that a batch seen ahead will use.
+        """
 
     def scan(self, maps: DeviceMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
-        """List those slots that should go first, if slots are missing after :meth:`take`; else nothing."""
+        """List those slots that should go first, if slots are missing after :meth:`take`; else nothing.
+
+        About `num_wanted` of them, or as many as are missing. `next_bit`, in ``[0, WINDOW_BITS)``, is that of the oldest batch
+        that was seen and not planned.
+        """
 
     def commit(
         self,
@@ -184,7 +194,10 @@ class DeviceOps(Protocol):
         keep_bits: int,
         aging: Aging,
     ) -> None:
-        """Place every miss, if there is a slot for each and no id is bad; else put the maps back as they were."""
+        """Place every miss, if there is a slot for each and no id is bad; else put the maps back as they were.
+
+        `keep_bits` clears the batch's own bit in `uses_ahead`, if it was seen; -1 keeps all.
+        """
 
     def translate(
         self, maps: DeviceMaps, buffers: PlanBuffers, tables: TableCounts, slots: Tensor, num_ids: int
@@ -197,7 +210,11 @@ class DeviceOps(Protocol):
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
     ) -> None:
-        """``target[target_index[i]] = source[source_index[i]]`` for the first ``counts[count]`` rows."""
+        """``target[target_index[i]] = source[source_index[i]]`` for the first ``counts[count]`` rows.
+
+        Both [N, D] or [N], contiguous, of one dtype, with an even number of bytes per row; on the device or in page-locked host
+        memory. Indices are [C] int32 or int64.
+        """
 
     def count_misses(self, maps: DeviceMaps, rows: Tensor, slots: Tensor, num_ids: int, num_misses: Tensor) -> None:
         """Add how many ids would not find their row in their slot."""

@@ -82,7 +82,7 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
     A plan is certain to find its slots if what batches in flight use, together with this one's ids, is no more than there are. Where
     it is not certain, :meth:`confirm` waits to see, because whoever asks must try again after the next Train.
 
-    All methods but :meth:`release` and :meth:`forget` enqueue on the current stream, and must be called between the stages of
+    All methods but :meth:`release`, :meth:`forget` and :meth:`forget_failed` enqueue on the current stream, and must be called between the stages of
     two batches.
 
     Args:
@@ -116,9 +116,7 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         )
         self._num_listed = max(1, num_slots // 16)
         self._capacity = 0
-        self.maps = make_maps(
-            self._row_to_slot, self._slot_to_row, self._last_use, self._uses_ahead, max(1, self._num_listed)
-        )
+        self.maps = make_maps(self._row_to_slot, self._slot_to_row, self._last_use, self._uses_ahead, self._num_listed)
         self._scratch = _make_scratch(0, device)
         for tensor in (*vars(self.maps).values(), *vars(self.table_counts).values()):
             self._streams.record_use(tensor)

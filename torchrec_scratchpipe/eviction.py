@@ -18,9 +18,8 @@ HALF_LIFE = 256.0  # batches after which a use counts half
 WINDOW_BITS = 20  # batches that can be seen ahead of Plan, one bit each
 NOTE_BITS = 11  # what the eviction order remembers of it
 
-NUM_NOTES = (
-    1 << NOTE_BITS
-) - 2  # with all 31 bits set, a row would say the smallest int32, which marks one that is being placed
+# One less than there could be: with all 31 bits set, a row would say the smallest int32, which marks one that is being placed.
+NUM_NOTES = (1 << NOTE_BITS) - 2
 NOTES_PER_OCTAVE = 16
 SAMPLE_SIZE = 8192  # exact order up to twice this many slots; beyond, a threshold from a sample: 10 times faster
 

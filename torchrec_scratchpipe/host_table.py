@@ -23,7 +23,7 @@ from torchrec_scratchpipe.row_parts import read_rows, write_rows
 from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
 from torchrec_scratchpipe.types import RowLayout, TableSpec
 
-__all__ = ["HostTable", "MappedStorage", "PinnedStorage", "RamStorage", "TableStorage"]
+__all__ = ["HostTable", "MappedStorage", "PageLockedStorage", "RamStorage", "TableStorage"]
 
 
 WRITE_BUFFER_BYTES = 512 * 1024 * 1024
@@ -35,7 +35,7 @@ class TableStorage(Protocol):
     """Where a host table's memory comes from."""
 
     is_slow_to_write: bool  # whether single rows should be gathered in RAM before they are written
-    is_host_mapped: bool  # whether kernels on the device may read and write it in place
+    is_device_accessible: bool  # whether kernels on the device may read and write it in place
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """Allocate zero-filled memory.
@@ -57,7 +57,7 @@ class RamStorage:
     """Anonymous memory; pages are taken from the system when they are first written."""
 
     is_slow_to_write = False
-    is_host_mapped = False
+    is_device_accessible = False
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """See :class:`TableStorage`."""
@@ -67,7 +67,7 @@ class RamStorage:
         """Does nothing."""
 
 
-class PinnedStorage:
+class PageLockedStorage:
     """Page-locked memory that kernels of every CUDA device read and write in place.
 
     Exactly as much as is asked for: the caching allocator for page-locked memory rounds up to a power of two, which for a table
@@ -75,7 +75,7 @@ class PinnedStorage:
     """
 
     is_slow_to_write = False
-    is_host_mapped = True
+    is_device_accessible = True
 
     def __init__(self) -> None:
         self._locked: list[Tensor] = []
@@ -145,7 +145,7 @@ class MappedStorage:
     """
 
     is_slow_to_write = True
-    is_host_mapped = False
+    is_device_accessible = False
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)
@@ -238,9 +238,9 @@ class HostTable:
         return self.num_rows * self.layout.row_bytes
 
     @property
-    def is_host_mapped(self) -> bool:
+    def is_device_accessible(self) -> bool:
         """Whether kernels on the device may read and write `parts` in place."""
-        return self._storage.is_host_mapped
+        return self._storage.is_device_accessible
 
     @property
     def has_snapshots(self) -> bool:

@@ -18,7 +18,7 @@ from torchrec_scratchpipe.compat import WeightDecayMode
 from torchrec_scratchpipe.device_ops import DeviceOps
 from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed
-from torchrec_scratchpipe.host_table import MappedStorage, PinnedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.host_table import MappedStorage, PageLockedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.types import TableSpec
 
 __all__ = [
@@ -102,14 +102,12 @@ class ScratchpadOptions:
         make_eviction_order: Makes a pool's eviction order, given its number of slots.
         host_access: How a CUDA device reaches tables in RAM: ``"direct"``, its kernels read and write page-locked tables in
             place; or ``"staged"``, rows are gathered on the host and copied.
-        device_ops: For tests: what plans and moves rows on the device.
     """
 
     table_dir: str | None = None
     overlap: bool = True
     make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed
     host_access: str = "direct"
-    device_ops: DeviceOps | None = None
 
     def __post_init__(self) -> None:
         if self.host_access not in HOST_ACCESSES:
@@ -126,8 +124,8 @@ class ScratchpadOptions:
         """
         if self.table_dir is not None:
             return MappedStorage(self.table_dir)
-        if device.type == "cuda" and self.host_access == "direct":
-            return PinnedStorage()
+        if self.host_access == "direct" and device.type == "cuda" and self.find_device_ops(device) is not None:
+            return PageLockedStorage()
         return RamStorage()
 
     def find_device_ops(self, device: torch.device) -> DeviceOps | None:
@@ -139,10 +137,14 @@ class ScratchpadOptions:
         Returns:
             None on a CPU, with an eviction order that the device does not know, or without Triton.
         """
-        if self.device_ops is not None or device.type == "cpu":
-            return self.device_ops
+        if device.type == "cpu":
+            return None
         if self.make_eviction_order is not LeastFrequentlyUsed:
-            logger.warning("eviction order %s is not known to the device: Plan waits for it", self.make_eviction_order)
+            logger.warning(
+                "eviction order %s cannot run on the device: Plan waits for it, and rows are staged. Leave make_eviction_order "
+                "out to avoid both.",
+                self.make_eviction_order,
+            )
             return None
         try:
             triton_ops = importlib.import_module("torchrec_scratchpipe.triton_ops")

@@ -153,7 +153,7 @@ class Pool:
 
     def stats(self) -> PoolStats:
         """All counts of this pool; waits for the device."""
-        return self.counters.stats(self.scratchpad.num_slots, self.slot_map.num_resident_rows)
+        return self.counters.stats(self.scratchpad.num_slots, self.slot_map.count_resident_rows())
 
 
 class Staging:

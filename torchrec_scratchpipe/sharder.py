@@ -216,7 +216,7 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
         make_eviction_order: Makes a pool's eviction order, given its number of slots. CUDA devices know the default only;
-            with another, Plan waits for the device.
+            with another, Plan waits for the device, and rows are staged.
         host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
     """
@@ -291,7 +291,7 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
         make_eviction_order: Makes a pool's eviction order, given its number of slots. CUDA devices know the default only;
-            with another, Plan waits for the device.
+            with another, Plan waits for the device, and rows are staged.
         host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
     """

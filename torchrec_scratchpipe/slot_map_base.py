@@ -67,9 +67,8 @@ class BaseSlotMap(Generic[Ids]):
         self._num_seen = 0
         self._newly_forgotten: deque[tuple[int, Ids]] = deque()
 
-    @property
-    def num_resident_rows(self) -> int:
-        """Rows that sit in a slot now."""
+    def count_resident_rows(self) -> int:
+        """Rows that sit in a slot now; waits for the device, if that is where they are counted."""
         return self.num_slots - self._free().numel()
 
     @property
@@ -79,7 +78,7 @@ class BaseSlotMap(Generic[Ids]):
 
     @property
     def first_held(self) -> int:
-        """The oldest batch in flight; equal to the next batch to be planned when none is."""
+        """The oldest batch in flight; equal to the next batch to be planned when none is. Takes in releases."""
         while self._newly_released:
             batch_index = self._newly_released.popleft()
             if batch_index >= self._first_held:

@@ -34,7 +34,7 @@ class StageStreams:
             self.plan, self.writeback, self.fill = (self._module.Stream(device, priority=-1) for _ in range(3))
 
     @property
-    def all(self) -> list[torch.Stream]:
+    def own(self) -> list[torch.Stream]:
         """Plan, writeback and fill; empty if everything runs on the caller's stream."""
         return [stream for stream in (self.plan, self.writeback, self.fill) if stream is not None]
 
@@ -88,7 +88,7 @@ class StageStreams:
             tensor: On the device, or on the host, which has no allocator to tell.
         """
         if tensor.device.type != "cpu":
-            for stream in self.all:
+            for stream in self.own:
                 tensor.record_stream(stream)
 
     def record_use_by_caller(self, tensor: Tensor) -> None:
@@ -103,5 +103,5 @@ class StageStreams:
 
     def synchronize(self) -> None:
         """Wait until these streams have done all that was enqueued."""
-        for stream in self.all:
+        for stream in self.own:
             stream.synchronize()

@@ -3,7 +3,7 @@
 
 Shapes: as in :mod:`torchrec_scratchpipe.device_ops`.
 
-Grids are of fixed size, or follow the number of ids, which the host knows. How many rows there are the kernels read on the device, so
+Grids follow what the host knows, ids, slots or a buffer's capacity, or are fixed. How many rows there are the kernels read on the device, so
 that nothing waits for the host. No sort: who is the first to mark a slot or a row stands for it.
 """
 
@@ -179,7 +179,7 @@ class TritonOps:
     ) -> None:
         """See :class:`DeviceOps`."""
         num_tables = tables.num_unique.numel()
-        # As many programs as the ids, which are at least as many as the unique rows, can need.
+        # As many programs as the unique rows can need, of which there are no more than a buffer has room for.
         _commit_kernel[(triton.cdiv(max(1, buffers.rows.numel()), IDS_PER_PROGRAM),)](
             buffers.counts,
             maps.state,

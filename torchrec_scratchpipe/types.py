@@ -99,7 +99,8 @@ class StagedRows(NamedTuple):
 class StageSpan(NamedTuple):
     """When one stage of one batch ran, by the host's clock, and how much it moved.
 
-    On a CUDA device Train and the copies are timed as they are issued, not as they run.
+    On a CUDA device all are timed as they are issued, not as they run; where it moves rows itself, COLLECT is the whole way of
+    the victims and INSERT that of the misses, each with its own bytes. Elsewhere bytes are those of both directions.
     """
 
     batch_index: int  # the pool's own count, which evaluation advances too

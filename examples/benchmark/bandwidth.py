@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.device_ops import Count
-from torchrec_scratchpipe.host_table import PinnedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.host_table import PageLockedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.row_parts import read_rows, write_rows
 
 NUM_REPEATS = 10
@@ -37,7 +37,7 @@ def measure_bandwidth(device: torch.device, dim: int, rows_per_batch: int, num_r
     Returns:
         GB/s, of one direction unless the name says ``both``, then of the two together.
     """
-    storage: TableStorage = PinnedStorage() if device.type == "cuda" else RamStorage()
+    storage: TableStorage = PageLockedStorage() if device.type == "cuda" else RamStorage()
     table = storage.allocate(num_rows * dim, torch.float32, "table").view(num_rows, dim)
     table.fill_(1.0)
     slots = torch.zeros(2 * rows_per_batch, dim, device=device)

@@ -56,7 +56,6 @@ class Rival:
     title: str
     is_scratchpad: bool = False
     is_cuda_only: bool = False
-    has_cache: bool = True
     kernel: str = "fused_uvm_caching"
     make_pipeline: Callable[..., TrainPipelineSparseDist[Any, Any]] = TrainPipelineSparseDist
     sharder_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -65,8 +64,8 @@ class Rival:
 
 
 RIVALS = {
-    "fused": Rival("all tables in device memory (the ceiling)", has_cache=False, kernel="fused"),
-    "fused_uvm": Rival("tables in host memory, no cache", is_cuda_only=True, has_cache=False, kernel="fused_uvm"),
+    "fused": Rival("all tables in device memory (the ceiling)", kernel="fused"),
+    "fused_uvm": Rival("tables in host memory, no cache", is_cuda_only=True, kernel="fused_uvm"),
     "uvm_caching": Rival("FBGEMM's UVM caching", is_cuda_only=True),
     "uvm_caching_prefetch": Rival(
         "FBGEMM's UVM caching, with prefetch",

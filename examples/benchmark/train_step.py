@@ -43,7 +43,7 @@ NUM_WARMUP_STEPS = 5
 NUM_PROFILED_STEPS = 4
 PIPELINE_DEPTH = 8  # batches that a pipeline may draw ahead of the one that trains
 
-# What fits in 8 minutes: 2 cores of a CPU, or one GPU.
+# Less than 4 minutes on 2 cores of a CPU; the grid for a GPU has not been timed yet.
 QUICK_ON_CPU = [
     "--model paper --num_embeddings 400000 --batch_size 256 --zipf 0.8,1.05,1.2 --load_factor 0.05 "
     "--optimizer sgd --lookahead 2 --steps 60",
@@ -118,9 +118,7 @@ def measure(
     for _ in tqdm(range(max(1, args.steps // args.block_steps)), desc=name):
         for contender in order:
             assert contender.batches is not None
-            contender.batches.prepare(
-                args.block_steps + PIPELINE_DEPTH if not contender.batches._ready else args.block_steps
-            )
+            contender.batches.prepare(args.block_steps + PIPELINE_DEPTH)
             if contender.device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -198,7 +196,9 @@ def figures_of(
         figures.bus_ms = 1e3 * max(figures.fill_bytes, figures.writeback_bytes) / (bus * 1e9)
         figures.floor_ms = max(fused_ms, figures.bus_ms) if fused_ms else None
     if args.profile_trace:
-        trace = Path(args.profile_trace) / f"{contender.name}_{contender.shape.optimizer}_zipf_{exponent:g}.json"
+        shape = contender.shape
+        point = f"{shape.workload.name}_{shape.optimizer}_{shape.load_factor:g}_zipf_{exponent:g}_lookahead_{lookahead}"
+        trace = Path(args.profile_trace) / f"{contender.name}_{point}.json"
         profile(contender, trace)
         figures.traced_ms = stage_times(trace)
         plot_trace(trace, trace.with_suffix(".png"))
@@ -249,7 +249,7 @@ def make_parser() -> argparse.ArgumentParser:
         return names
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a grid that takes less than 8 minutes; for this device")
+    parser.add_argument("--quick", action="store_true", help="a small grid for this device; minutes")
     parser.add_argument("--caches", type=names_of(RIVALS), help=f"comma-separated: {', '.join(RIVALS)}")
     parser.add_argument("--model", choices=sorted(WORKLOADS), default="criteo")
     parser.add_argument("--num_tables", type=int, help="instead of the model's; so are the next four")
@@ -301,7 +301,8 @@ def main() -> None:
     command = shlex.join(["python", "examples/benchmark/train_step.py", *sys.argv[1:]])
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
     if args.out:
-        write_report(Path(args.out), figures, machine(device), command, bandwidth)
+        where = {**machine(device), "minutes": round((time.perf_counter() - start) / 60, 1)}
+        write_report(Path(args.out), figures, where, command, bandwidth)
         print(f"written: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
 
 
