@@ -98,7 +98,7 @@ class ScratchpadCollection:
     def _initialize_torch_state(self, *args: Any, **kwargs: Any) -> None:
         """As stock: make parameters and their names; those of host tables then stay on the host."""
         super()._initialize_torch_state(*args, **kwargs)  # type: ignore[misc]
-        holders: nn.ModuleDict = getattr(self, "embedding_bags", None) or getattr(self, "embeddings", nn.ModuleDict())
+        holders: dict[str, nn.Module] = dict(getattr(self, "embedding_bags", None) or getattr(self, "embeddings", {}))
         for name, holder in holders.items() if self.pools else ():
             if self.module_sharding_plan[name].compute_kernel == SCRATCHPAD_KERNEL.value:
                 holder.__class__ = _HostTableModule

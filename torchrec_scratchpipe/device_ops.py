@@ -22,6 +22,7 @@ __all__ = [
     "FREQUENCY_BINS",
     "NUM_BINS",
     "Aging",
+    "CommonOps",
     "Count",
     "DeviceMaps",
     "DeviceOps",
@@ -224,6 +225,22 @@ class DeviceOps(Protocol):
 
     def unlist(self, maps: DeviceMaps) -> None:
         """Forget the list of coming victims."""
+
+
+class CommonOps:
+    """What needs no kernel: see :class:`DeviceOps`."""
+
+    def report(self, buffers: PlanBuffers) -> None:
+        """See :class:`DeviceOps`."""
+        buffers.host_counts.copy_(buffers.counts, non_blocking=True)
+
+    def age(self, maps: DeviceMaps, factor: float) -> None:
+        """See :class:`DeviceOps`."""
+        maps.frequency.mul_(factor)
+
+    def unlist(self, maps: DeviceMaps) -> None:
+        """See :class:`DeviceOps`."""
+        maps.state[State.LIST_LENGTH : State.LIST_LENGTH + 1].zero_()
 
 
 def make_maps(

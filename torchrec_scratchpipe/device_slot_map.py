@@ -25,7 +25,7 @@ from torchrec_scratchpipe.device_ops import (
     TableCounts,
     make_maps,
 )
-from torchrec_scratchpipe.eviction import HALF_LIFE, NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
+from torchrec_scratchpipe.eviction import HALF_LIFE, MAX_HALF_LIVES, NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
 from torchrec_scratchpipe.memory import BUFFER_HEADROOM
 from torchrec_scratchpipe.slot_map_base import WINDOW_MASK, BaseSlotMap, SlotsHeldError, all_but
 from torchrec_scratchpipe.streams import StageStreams
@@ -274,7 +274,7 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
 
     def _age(self, batch_index: int) -> Aging:
         half_lives = (batch_index - self._origin) / self._half_life
-        if half_lives > 32:  # float32 would end at 127
+        if half_lives > MAX_HALF_LIVES:
             self.ops.age(self.maps, 2.0**-half_lives)
             self._origin, half_lives = batch_index, 0.0
         return Aging(2.0**half_lives, math.fmod(self._origin / self._half_life * NOTES_PER_OCTAVE, NUM_NOTES))

@@ -21,6 +21,8 @@ NOTE_BITS = 11  # what the eviction order remembers of it
 # One less than there could be: with all 31 bits set, a row would say the smallest int32, which marks one that is being placed.
 NUM_NOTES = (1 << NOTE_BITS) - 2
 NOTES_PER_OCTAVE = 16
+MAX_HALF_LIVES = 32  # since the origin of frequencies, which float32 would end at 127
+MAX_OCTAVES = 48  # of a frequency, since the origin: a note that says more is long past
 SAMPLE_SIZE = 8192  # exact order up to twice this many slots; beyond, a threshold from a sample: 10 times faster
 
 
@@ -127,7 +129,7 @@ class LeastFrequentlyUsed:
             self._listed = self._listed.to(last_use.device)
             self._last_use_of_listed = self._last_use_of_listed.to(last_use.device)
         half_lives = (batch_index - self._origin) / self._half_life
-        if half_lives > 32:  # float32 would end at 127
+        if half_lives > MAX_HALF_LIVES:
             self._frequency *= 2.0**-half_lives
             self._origin, half_lives = batch_index, 0.0
             self._frequencies = None
@@ -148,8 +150,8 @@ class LeastFrequentlyUsed:
         if self._frequencies is None:
             origin = int(self._origin / self._half_life * NOTES_PER_OCTAVE)
             since_origin = torch.arange(NUM_NOTES, device=notes.device).sub_(origin).remainder_(NUM_NOTES)
-            # Frequencies since the origin are at most 2 ** 48; whatever would be higher is long past.
-            since_origin = torch.where(since_origin < 48 * NOTES_PER_OCTAVE, since_origin, since_origin - NUM_NOTES)
+            is_recent = since_origin < MAX_OCTAVES * NOTES_PER_OCTAVE
+            since_origin = torch.where(is_recent, since_origin, since_origin - NUM_NOTES)
             of_note = torch.exp2(since_origin.float() / NOTES_PER_OCTAVE)
             self._frequencies = torch.cat([of_note.new_zeros(1), of_note])
         return self._frequencies.index_select(0, notes)

@@ -19,6 +19,7 @@ from torchrec_scratchpipe.device_ops import (
     LOWEST_OCTAVE,
     NUM_BINS,
     Aging,
+    CommonOps,
     Count,
     DeviceMaps,
     FeatureIds,
@@ -28,9 +29,9 @@ from torchrec_scratchpipe.device_ops import (
     State,
     TableCounts,
 )
-from torchrec_scratchpipe.eviction import NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
+from torchrec_scratchpipe.eviction import MAX_OCTAVES, NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
 from torchrec_scratchpipe.slot_map_base import WINDOW_MASK
-from torchrec_scratchpipe.twin_ops import LOWEST_FREQUENCY, OCTAVES_AHEAD_OF_ORIGIN
+from torchrec_scratchpipe.twin_ops import LOWEST_FREQUENCY
 
 __all__ = ["TritonOps"]
 
@@ -66,10 +67,10 @@ _LOWEST_OCTAVE = tl.constexpr(LOWEST_OCTAVE)
 _LOWEST_FREQUENCY = tl.constexpr(LOWEST_FREQUENCY)
 _NUM_NOTES = tl.constexpr(NUM_NOTES)
 _NOTES_PER_OCTAVE = tl.constexpr(NOTES_PER_OCTAVE)
-_FIRST_NOTE_LONG_PAST = tl.constexpr(OCTAVES_AHEAD_OF_ORIGIN * NOTES_PER_OCTAVE)
+_FIRST_NOTE_LONG_PAST = tl.constexpr(MAX_OCTAVES * NOTES_PER_OCTAVE)
 
 
-class TritonOps:
+class TritonOps(CommonOps):
     """See :class:`~torchrec_scratchpipe.device_ops.DeviceOps`, which says what each operation does."""
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: DeviceMaps, bit: int, is_used: bool) -> None:
@@ -228,10 +229,6 @@ class TritonOps:
             BLOCK=IDS_PER_PROGRAM,
         )
 
-    def report(self, buffers: PlanBuffers) -> None:
-        """See :class:`DeviceOps`."""
-        buffers.host_counts.copy_(buffers.counts, non_blocking=True)
-
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
     ) -> None:
@@ -259,14 +256,6 @@ class TritonOps:
             _count_misses_kernel[(triton.cdiv(num_ids, IDS_PER_PROGRAM),)](
                 maps.slot_to_row, rows, slots, num_misses, num_ids, BLOCK=IDS_PER_PROGRAM
             )
-
-    def age(self, maps: DeviceMaps, factor: float) -> None:
-        """See :class:`DeviceOps`."""
-        maps.frequency.mul_(factor)
-
-    def unlist(self, maps: DeviceMaps) -> None:
-        """See :class:`DeviceOps`."""
-        maps.state[State.LIST_LENGTH : State.LIST_LENGTH + 1].zero_()
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torchrec_scratchpipe.device_ops import (
     LOWEST_OCTAVE,
     NUM_BINS,
     Aging,
+    CommonOps,
     Count,
     DeviceMaps,
     FeatureIds,
@@ -23,16 +24,15 @@ from torchrec_scratchpipe.device_ops import (
     State,
     TableCounts,
 )
-from torchrec_scratchpipe.eviction import NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
+from torchrec_scratchpipe.eviction import MAX_OCTAVES, NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
 from torchrec_scratchpipe.slot_map_base import WINDOW_MASK
 
 __all__ = ["TwinOps"]
 
 LOWEST_FREQUENCY = 2.0**-90
-OCTAVES_AHEAD_OF_ORIGIN = 48  # a note that says more is long past
 
 
-class TwinOps:
+class TwinOps(CommonOps):
     """See :class:`~torchrec_scratchpipe.device_ops.DeviceOps`, which says what each operation does."""
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: DeviceMaps, bit: int, is_used: bool) -> None:
@@ -179,10 +179,6 @@ class TwinOps:
         maps.state[State.NUM_FREE] -= counts[Count.FROM_FREE]
         counts[Count.FILLS], counts[Count.WRITEBACKS] = counts[Count.MISSES], counts[Count.VICTIMS]
 
-    def report(self, buffers: PlanBuffers) -> None:
-        """See :class:`DeviceOps`."""
-        buffers.host_counts.copy_(buffers.counts, non_blocking=True)
-
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
     ) -> None:
@@ -197,14 +193,6 @@ class TwinOps:
         rows = rows[:num_ids]
         is_mine = rows >= 0
         num_misses += (maps.slot_to_row[slots[:num_ids][is_mine]] != rows[is_mine]).sum()
-
-    def age(self, maps: DeviceMaps, factor: float) -> None:
-        """See :class:`DeviceOps`."""
-        maps.frequency.mul_(factor)
-
-    def unlist(self, maps: DeviceMaps) -> None:
-        """See :class:`DeviceOps`."""
-        maps.state[State.LIST_LENGTH] = 0
 
 
 def _rows_of_ids(ids: FeatureIds, features: FeatureRows) -> tuple[Tensor, int]:
@@ -255,6 +243,6 @@ def _notes(frequency: Tensor, origin: float) -> Tensor:
 def _frequencies(notes: Tensor, origin: float) -> Tensor:
     since_origin = (notes - 1).float() - origin
     since_origin = torch.where(since_origin < 0, since_origin + NUM_NOTES, since_origin)
-    long_past = since_origin >= OCTAVES_AHEAD_OF_ORIGIN * NOTES_PER_OCTAVE
+    long_past = since_origin >= MAX_OCTAVES * NOTES_PER_OCTAVE
     since_origin = torch.where(long_past, since_origin - NUM_NOTES, since_origin)
     return torch.where(notes == 0, 0.0, torch.exp2(since_origin / NOTES_PER_OCTAVE))
