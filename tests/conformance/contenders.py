@@ -28,7 +28,6 @@ from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.stages import insert
 from torchrec_scratchpipe.types import CachePlan, StagedRows
 
-from .. import device_path  # noqa: F401  acts when imported
 from .case import Case, Contender
 from .suite import ROW_FACTOR, MoreBatches, kernel_of_test, qcomms_config
 
