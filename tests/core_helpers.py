@@ -18,6 +18,7 @@ from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
 from torchrec_scratchpipe.scratchpad import allocate_scratchpads
 from torchrec_scratchpipe.slot_map import SlotMap
+from torchrec_scratchpipe.stats import PoolStats
 from torchrec_scratchpipe.streams import StageStreams
 from torchrec_scratchpipe.types import CachePlan, RowLayout, StateSpec, TableSpec
 
@@ -175,6 +176,21 @@ def run(pool: Pool, batches: Sequence[Tensor], runner: StageRunner, lookahead: i
         batch.hold.release(is_updated=True)
     with runner.between_batches():
         pool.flush()
+
+
+def check_training(pool: Pool, runner: StageRunner, lookahead: int) -> PoolStats:
+    """Train 200 batches through 20 slots: tables are exact, rows were evicted, counts agree."""
+    batches = random_rows(num_batches=200, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, runner, lookahead)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    stats = pool.stats()
+    assert stats.num_victims > 300
+    assert stats.num_misses_at_train == 0
+    assert stats.num_ids == 200 * 6
+    assert stats.num_unique_misses - stats.num_victims == stats.num_resident_rows == 20
+    pool.slot_map.check_integrity()
+    return stats
 
 
 def max_diff(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:

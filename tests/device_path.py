@@ -64,9 +64,9 @@ def use_device_path(kind: str) -> Callable[[], None]:
     def find_device_ops(self: ScratchpadOptions, device: torch.device) -> DeviceOps | None:
         return ops if self.make_eviction_order is LeastFrequentlyUsed else None
 
-    def make_storage(self: ScratchpadOptions, device: torch.device) -> TableStorage:
+    def make_storage(self: ScratchpadOptions, device_ops: DeviceOps | None) -> TableStorage:
         is_reachable = self.table_dir is None and kind != "staged"
-        return ReachableRam() if is_reachable else originals[1](self, device)
+        return ReachableRam() if is_reachable else originals[1](self, None)
 
     def end() -> None:
         ScratchpadOptions.find_device_ops, ScratchpadOptions.make_storage = originals  # type: ignore[method-assign]

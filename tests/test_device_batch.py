@@ -12,6 +12,7 @@ import pytest
 import torch
 from core_helpers import (
     CPU,
+    check_training,
     expected_parts,
     make_device_pool,
     max_diff,
@@ -82,19 +83,10 @@ def test_control_what_is_not_moved_is_noticed(left_out: str | None, monkeypatch:
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
 def test_trained_tables_are_exact(runner_class: type[StageRunner], lookahead: int) -> None:
     pool = make_device_pool(TwinOps())
-    batches = random_rows(num_batches=200, ids_per_batch=6)
-    expected = expected_parts(pool, batches)
-    run(pool, batches, runner_class(CPU), lookahead)
-    assert max_diff(expected, pool.host_table.parts) == 0.0
-    stats = pool.stats()
-    assert stats.num_victims > 300
-    assert stats.num_misses_at_train == 0
-    assert stats.num_ids == 200 * 6
-    assert stats.num_unique_misses - stats.num_victims == stats.num_resident_rows == 20
+    stats = check_training(pool, runner_class(CPU), lookahead)
     assert stats.num_batches == 200
     spans = [span for span in pool.counters.spans if span.stage in (Stage.COLLECT, Stage.INSERT)]
     assert sum(span.num_bytes for span in spans) == stats.fill_bytes + stats.writeback_bytes
-    pool.slot_map.check_integrity()
 
 
 def simulate(
@@ -355,9 +347,11 @@ def test_nothing_is_allocated_once_buffers_fit(monkeypatch: pytest.MonkeyPatch) 
 
 def test_how_a_device_is_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cuda = torch.device("cuda")
-    assert isinstance(ScratchpadOptions().find_device_ops(cuda), TritonOps)
-    assert isinstance(ScratchpadOptions().make_storage(cuda), PageLockedStorage)
-    assert not ScratchpadOptions(host_access="staged").make_storage(cuda).is_device_accessible
+    ops = ScratchpadOptions().find_device_ops(cuda)
+    assert isinstance(ops, TritonOps)
+    assert isinstance(ScratchpadOptions().make_storage(ops), PageLockedStorage)
+    assert not ScratchpadOptions(host_access="staged").make_storage(ops).is_device_accessible
+    assert not ScratchpadOptions().make_storage(None).is_device_accessible
     assert ScratchpadOptions().find_device_ops(CPU) is None
     assert ScratchpadOptions(make_eviction_order=LeastRecentlyUsed).find_device_ops(cuda) is None
     assert "cannot run on the device" in caplog.text

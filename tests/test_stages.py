@@ -12,6 +12,7 @@ from core_helpers import (
     MostRecentlyUsed,
     RandomOrder,
     UnguardedSlotMap,
+    check_training,
     expected_parts,
     make_pool,
     max_diff,
@@ -41,17 +42,7 @@ ORDERS = [LeastFrequentlyUsed, LeastRecentlyUsed, RandomOrder, MostRecentlyUsed]
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
 def test_trained_tables_are_exact(runner_class: type[StageRunner], order: type[EvictionOrder], lookahead: int) -> None:
-    pool = make_pool(eviction_order=order(20))
-    batches = random_rows(num_batches=200, ids_per_batch=6)
-    expected = expected_parts(pool, batches)
-    run(pool, batches, runner_class(CPU), lookahead)
-    assert max_diff(expected, pool.host_table.parts) == 0.0
-    stats = pool.stats()
-    assert stats.num_victims > 300
-    assert stats.num_misses_at_train == 0
-    assert stats.num_ids == 200 * 6
-    assert stats.num_unique_misses - stats.num_victims == stats.num_resident_rows == 20
-    pool.slot_map.check_integrity()
+    check_training(make_pool(eviction_order=order(20)), runner_class(CPU), lookahead)
 
 
 @pytest.mark.parametrize("order", [RandomOrder, MostRecentlyUsed])

@@ -27,7 +27,7 @@ from torchrec_scratchpipe.device_ops import (
 )
 from torchrec_scratchpipe.eviction import HALF_LIFE, MAX_HALF_LIVES, NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
 from torchrec_scratchpipe.memory import BUFFER_HEADROOM
-from torchrec_scratchpipe.slot_map_base import WINDOW_MASK, BaseSlotMap, SlotsHeldError, all_but
+from torchrec_scratchpipe.slot_map_base import BaseSlotMap, SlotsHeldError, all_but
 from torchrec_scratchpipe.streams import StageStreams
 from torchrec_scratchpipe.types import CachePlan
 
@@ -176,7 +176,7 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
                     return False
                 raise SlotsHeldError(
                     counts[Count.HITS] + counts[Count.MISSES],
-                    self.num_slots - int((self._last_use >= self._first_held).sum()),
+                    self.num_slots - self._num_held(self._first_held),
                 )
         if plan.seen is not None and plan.seen in self._seen:
             self._seen.remove(plan.seen)
@@ -228,19 +228,6 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         if not counts[Count.IS_REFUSED]:
             self._undo(plan, counts)
         self.release(plan.batch_index)
-
-    def purge(self) -> None:
-        """Empty every slot without writing anything back; no batch may be in flight."""
-        assert self.num_batches_in_flight == 0, f"{self.num_batches_in_flight} batches in flight"
-        occupied = (self._slot_to_row >= 0).nonzero().view(-1)
-        self._row_to_slot[self.rows_in(occupied)] = -1 - self._uses_ahead[occupied]
-        self._uses_ahead.zero_()
-        self._slot_to_row.fill_(-1)
-        self._last_use.fill_(-1)
-        self.maps.frequency.zero_()
-        self.maps.free_slots.copy_(torch.arange(self.num_slots - 1, -1, -1, dtype=torch.int32))
-        self.maps.state[State.NUM_FREE] = self.num_slots
-        self.ops.unlist(self.maps)
 
     @property
     def metadata_bytes(self) -> int:
@@ -322,6 +309,12 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
     def _free(self) -> Tensor:
         return self.maps.free_slots[: int(self.maps.state[State.NUM_FREE])].long()
 
+    def _free_all(self) -> None:
+        self.maps.frequency.zero_()
+        self.maps.free_slots.copy_(torch.arange(self.num_slots - 1, -1, -1, dtype=torch.int32))
+        self.maps.state[State.NUM_FREE] = self.num_slots
+        self.ops.unlist(self.maps)
+
     def _let_go(self, batch_index: int) -> None:
         plan = self._in_flight.pop(batch_index, None)
         if plan is not None:
@@ -348,17 +341,10 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         slots = plan.buffers.miss_slots[:num_misses].long()
         victims, freed = slots[:num_victims], slots[num_victims:]
         victim_rows = plan.buffers.victim_rows[:num_victims]
-        known_of_victims = -1 - self._row_to_slot[victim_rows]
-        self._row_to_slot[plan.buffers.miss_rows[:num_misses]] = -1 - self._uses_ahead[slots]
-        self._slot_to_row[freed] = -1
-        self._last_use[freed] = -1
-        self._uses_ahead[freed] = 0
-        self._uses_ahead[victims] = known_of_victims & WINDOW_MASK
+        self._take_back(plan.buffers.miss_rows[:num_misses], slots, freed, victim_rows, victims)
         num_free = int(self.maps.state[State.NUM_FREE])
         self.maps.free_slots[num_free : num_free + freed.numel()] = freed.flip(0).int()
         self.maps.state[State.NUM_FREE] = num_free + freed.numel()
-        self._row_to_slot[victim_rows] = victims.int()
-        self._slot_to_row[victims] = victim_rows
         self._last_use[victims] = self._scratch.victim_last_use[:num_victims]
         hits = self._scratch.hit_slots[: counts[Count.HITS]].long()
         self._last_use[hits] = self._scratch.hit_last_use[: hits.numel()]

@@ -259,8 +259,8 @@ class ScratchpadKernel(FusedOptimizerModule):
     def _make_pools(self, options: ScratchpadOptions) -> tuple[list[Pool], ScratchpadMemory]:
         dtype = data_type_to_dtype(self._config.data_type)
         states = tuple(StateSpec(state.buffer, state.is_rowwise, state.dtype) for state in self._states)
-        storage = options.make_storage(self._scratchpad_device)
         device_ops = options.find_device_ops(self._scratchpad_device)
+        storage = options.make_storage(device_ops)
         host_tables = []
         nums_slots: list[int] = []
         for indices in self._pool_tables:

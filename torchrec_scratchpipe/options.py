@@ -113,18 +113,18 @@ class ScratchpadOptions:
         if self.host_access not in HOST_ACCESSES:
             raise ConfigError(f"host_access is {self.host_access!r}, it must be one of {', '.join(HOST_ACCESSES)}.")
 
-    def make_storage(self, device: torch.device) -> TableStorage:
+    def make_storage(self, device_ops: DeviceOps | None) -> TableStorage:
         """Where host tables come from.
 
         Args:
-            device: Where the scratchpads are.
+            device_ops: From :meth:`find_device_ops`.
 
         Returns:
             Memory-mapped files, page-locked RAM, or RAM.
         """
         if self.table_dir is not None:
             return MappedStorage(self.table_dir)
-        if self.host_access == "direct" and device.type == "cuda" and self.find_device_ops(device) is not None:
+        if self.host_access == "direct" and device_ops is not None:
             return PageLockedStorage()
         return RamStorage()
 

@@ -84,7 +84,9 @@ class SlotMap(BaseSlotMap[Tensor]):
             self._last_use.index_copy_(0, unique_hit_slots, last_use_of_hits)
             if has_let_go:
                 self._eviction_order.rebuild(self._last_use, batch_index)
-            raise SlotsHeldError(unique_hit_slots.numel() + miss_rows.numel(), self.num_slots - self._num_held())
+            raise SlotsHeldError(
+                unique_hit_slots.numel() + miss_rows.numel(), self.num_slots - self._num_held(self.first_held)
+            )
 
         victim_rows = self._slot_to_row.index_select(0, victim_slots)
         miss_slots = torch.cat([self._free_slots[:num_free], victim_slots])
@@ -117,30 +119,12 @@ class SlotMap(BaseSlotMap[Tensor]):
         assert plan.batch_index == self._next_batch - 1, f"{plan.batch_index=} is not the newest, {self._next_batch=}"
         num_from_free = plan.miss_slots.numel() - plan.victim_slots.numel()
         freed = plan.miss_slots[:num_from_free]
-        known_of_victims = -1 - self._row_to_slot.index_select(0, plan.victim_rows)
-        self._row_to_slot.index_copy_(0, plan.miss_rows, self._absent_values(plan.miss_slots))
-        self._slot_to_row.index_fill_(0, freed, -1)
-        self._last_use.index_fill_(0, freed, -1)
-        self._uses_ahead.index_fill_(0, freed, 0)
-        self._uses_ahead.index_copy_(0, plan.victim_slots, known_of_victims & WINDOW_MASK)
+        self._take_back(plan.miss_rows, plan.miss_slots, freed, plan.victim_rows, plan.victim_slots)
         self._free_slots = torch.cat([freed, self._free_slots])
-        self._row_to_slot.index_copy_(0, plan.victim_rows, plan.victim_slots.int())
-        self._slot_to_row.index_copy_(0, plan.victim_slots, plan.victim_rows)
         assert self._last_use_before_newest is not None
         self._last_use.index_copy_(0, *self._last_use_before_newest)
         self._eviction_order.rebuild(self._last_use, self._next_batch)
         self.release(plan.batch_index)
-
-    def purge(self) -> None:
-        """Empty every slot without writing anything back; no batch may be in flight."""
-        assert self.num_batches_in_flight == 0, f"{self.num_batches_in_flight} batches in flight"
-        occupied = (self._slot_to_row >= 0).nonzero().view(-1)
-        self._row_to_slot.index_copy_(0, self.rows_in(occupied), self._absent_values(occupied))
-        self._uses_ahead.zero_()
-        self._slot_to_row.fill_(-1)
-        self._last_use.fill_(-1)
-        self._free_slots = torch.arange(self.num_slots, device=self.device)
-        self._eviction_order.purge()
 
     def count_mismatches(self, rows: Tensor, slots: Tensor) -> Tensor:
         """How many ids would not find their row in their slot now: misses at Train.
@@ -156,6 +140,10 @@ class SlotMap(BaseSlotMap[Tensor]):
 
     def _free(self) -> Tensor:
         return self._free_slots
+
+    def _free_all(self) -> None:
+        self._free_slots = torch.arange(self.num_slots, device=self.device)
+        self._eviction_order.purge()
 
     def _let_go(self, batch_index: int) -> None:
         self._slots_in_flight.pop(batch_index, None)

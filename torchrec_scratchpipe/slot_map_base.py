@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What both slot maps share: the two maps, and on the host the holds of batches in flight.
 
-Shapes: ``S`` slots, ``R`` rows, ``I`` ids, ``N`` any number.
+Shapes: ``S`` slots, ``R`` rows, ``I`` ids, ``M`` misses, ``V`` victims, ``N`` any number.
 """
 
 from collections import deque
@@ -129,6 +129,16 @@ class BaseSlotMap(Generic[Ids]):
         """
         self._newly_released.append(batch_index)
 
+    def purge(self) -> None:
+        """Empty every slot without writing anything back; no batch may be in flight."""
+        assert self.num_batches_in_flight == 0, f"{self.num_batches_in_flight} batches in flight"
+        occupied = (self._slot_to_row >= 0).nonzero().view(-1)
+        self._row_to_slot.index_copy_(0, self.rows_in(occupied), self._absent_values(occupied))
+        self._uses_ahead.zero_()
+        self._slot_to_row.fill_(-1)
+        self._last_use.fill_(-1)
+        self._free_all()
+
     def resident_since(self, batch_index: int) -> tuple[Tensor, Tensor]:
         """Rows in slots that this batch or a later one uses; scans all slots.
 
@@ -181,6 +191,35 @@ class BaseSlotMap(Generic[Ids]):
         """[N] int64: slots without a row."""
         raise NotImplementedError
 
+    def _free_all(self) -> None:
+        """All slots are without a row; forget what was known about them."""
+        raise NotImplementedError
+
+    def _absent_values(self, slots: Tensor) -> Tensor:
+        """[N] int32: what `row_to_slot` says of the rows in these slots once they have left."""
+        return -1 - self._uses_ahead.index_select(0, slots)
+
+    def _take_back(
+        self, miss_rows: Tensor, miss_slots: Tensor, freed: Tensor, victim_rows: Tensor, victim_slots: Tensor
+    ) -> None:
+        """Put both maps back as they were before a batch was placed; times of last use and free slots are the caller's.
+
+        Args:
+            miss_rows: [M] int64.
+            miss_slots: [M] int64.
+            freed: [M - V] int64, those of them that were free.
+            victim_rows: [V] int64.
+            victim_slots: [V] int64, the others.
+        """
+        known_of_victims = -1 - self._row_to_slot.index_select(0, victim_rows)
+        self._row_to_slot.index_copy_(0, miss_rows, self._absent_values(miss_slots))
+        self._slot_to_row.index_fill_(0, freed, -1)
+        self._last_use.index_fill_(0, freed, -1)
+        self._uses_ahead.index_fill_(0, freed, 0)
+        self._uses_ahead.index_copy_(0, victim_slots, known_of_victims & WINDOW_MASK)
+        self._row_to_slot.index_copy_(0, victim_rows, victim_slots.int())
+        self._slot_to_row.index_copy_(0, victim_slots, victim_rows)
+
     def _let_go(self, batch_index: int) -> None:
         """A batch was released."""
         raise NotImplementedError
@@ -217,8 +256,8 @@ class BaseSlotMap(Generic[Ids]):
         self.num_lowered += 1
         return True
 
-    def _num_held(self) -> int:
-        return int((self._last_use >= self.first_held).sum())
+    def _num_held(self, first_held: int) -> int:
+        return int((self._last_use >= first_held).sum())
 
 
 def all_but(seen: int) -> int:

@@ -272,6 +272,31 @@ def _segment_of(bounds_ptr, bounds_stride, positions, num_segments, inside, SEAR
 
 
 @triton.jit
+def _rows_of_ids(
+    ids_ptr,
+    bounds_ptr,
+    first_row_ptr,
+    num_rows_ptr,
+    table_ptr,
+    num_ids,
+    num_features,
+    bounds_stride,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Positions of this program's ids, their rows, whether those are this pool's, and which ids are out of range."""
+    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < num_ids
+    feature = _segment_of(bounds_ptr, bounds_stride, positions, num_features, inside, SEARCH_STEPS)
+    is_mine = inside & (tl.load(table_ptr + feature, mask=inside, other=-1) >= 0)
+    ids = tl.load(ids_ptr + positions, mask=is_mine, other=0).to(tl.int64)
+    is_bad = is_mine & ((ids < 0) | (ids >= tl.load(num_rows_ptr + feature, mask=is_mine, other=1)))
+    is_mine = is_mine & ~is_bad
+    rows = tl.load(first_row_ptr + feature, mask=is_mine, other=0) + ids
+    return positions, rows, is_mine, is_bad
+
+
+@triton.jit
 def _num_missing(counts_ptr):
     return tl.load(counts_ptr + _MISSES) - tl.load(counts_ptr + _FROM_FREE) - tl.load(counts_ptr + _VICTIMS)
 
@@ -320,13 +345,18 @@ def _mark_kernel(
     SEARCH_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = positions < num_ids
-    feature = _segment_of(bounds_ptr, bounds_stride, positions, num_features, inside, SEARCH_STEPS)
-    inside &= tl.load(table_ptr + feature, mask=inside, other=-1) >= 0
-    ids = tl.load(ids_ptr + positions, mask=inside, other=0).to(tl.int64)
-    inside &= (ids >= 0) & (ids < tl.load(num_rows_ptr + feature, mask=inside, other=0))
-    rows = tl.load(first_row_ptr + feature, mask=inside, other=0) + ids
+    _, rows, inside, _ = _rows_of_ids(
+        ids_ptr,
+        bounds_ptr,
+        first_row_ptr,
+        num_rows_ptr,
+        table_ptr,
+        num_ids,
+        num_features,
+        bounds_stride,
+        SEARCH_STEPS,
+        BLOCK,
+    )
     slots = tl.load(row_to_slot_ptr + rows, mask=inside, other=0)
     is_present = inside & (slots >= 0)
     uses_of_present = tl.load(uses_ahead_ptr + slots, mask=is_present, other=0)
@@ -362,18 +392,22 @@ def _find_kernel(
     SEARCH_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = positions < num_ids
-    feature = _segment_of(bounds_ptr, bounds_stride, positions, num_features, inside, SEARCH_STEPS)
-    is_mine = inside & (tl.load(table_ptr + feature, mask=inside, other=-1) >= 0)
-    ids = tl.load(ids_ptr + positions, mask=is_mine, other=0).to(tl.int64)
-    is_bad = is_mine & ((ids < 0) | (ids >= tl.load(num_rows_ptr + feature, mask=is_mine, other=1)))
+    positions, rows, is_mine, is_bad = _rows_of_ids(
+        ids_ptr,
+        bounds_ptr,
+        first_row_ptr,
+        num_rows_ptr,
+        table_ptr,
+        num_ids,
+        num_features,
+        bounds_stride,
+        SEARCH_STEPS,
+        BLOCK,
+    )
     last_bad = tl.max(tl.where(is_bad, positions + 1, 0), 0)
     if last_bad > 0:
         tl.atomic_max(counts_ptr + _BAD_POSITION, last_bad, sem="relaxed")
-    is_mine = is_mine & ~is_bad
-    rows = tl.load(first_row_ptr + feature, mask=is_mine, other=0) + ids
-    tl.store(rows_ptr + positions, tl.where(is_mine, rows, -1), mask=inside)
+    tl.store(rows_ptr + positions, tl.where(is_mine, rows, -1), mask=positions < num_ids)
 
     slots = tl.load(row_to_slot_ptr + rows, mask=is_mine, other=0)
     is_hit = is_mine & (slots >= 0)
