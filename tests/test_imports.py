@@ -21,7 +21,8 @@ LAYERS = [
     ["collection", "peers", "ranks"],
     ["lookup"],
     ["kernel"],
-    ["options", "fused_optimizer"],
+    ["tbe", "table_view"],
+    ["options"],
     ["compat"],
     # ---- below this line nothing imports torchrec ----
     ["runner", "sizing"],
@@ -39,11 +40,11 @@ LAYERS = [
     ["scratchpad", "host_table", "slot_map"],
     ["slot_map_base"],
     ["snapshot", "eviction", "memory"],
-    ["row_parts"],
+    ["row_parts", "lent_memory"],
     ["types"],
     ["errors", "_version"],
 ]
-CORE_STARTS_AT = 11
+CORE_STARTS_AT = 12
 
 
 def imported_modules(path: Path) -> set[str]:

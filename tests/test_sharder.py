@@ -40,12 +40,12 @@ from torchrec_scratchpipe import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     ShardedScratchPipeEmbeddingBagCollection,
-    TableOverwrittenError,
     TableStorageError,
     scratchpad_stats,
     stage_spans,
 )
 from torchrec_scratchpipe.compat import WeightDecayMode
+from torchrec_scratchpipe.table_view import shown
 
 SETTING = Setting(num_batches=10)
 
@@ -315,20 +315,6 @@ def test_fresh_state_dict_may_be_written_in_place() -> None:
     assert_same_bits(stock, ours)
 
 
-def test_old_state_dict_that_is_written_in_place_is_an_error() -> None:
-    ours = Trainer.scratchpipe(SETTING)
-    batches = make_batches(SETTING)
-    ours.train_plain(batches[:3])
-    state = ours.model.state_dict()
-    ours.train_plain(batches[3:5])
-    with torch.no_grad():
-        state["ebc.embedding_bags.t1.weight"].local_shards()[0].tensor.zero_()
-    with pytest.raises(TableOverwrittenError, match="Take a fresh"):
-        ours.step(batches[5])
-    ours.copy_from(Trainer(SETTING))
-    ours.step(batches[6])
-
-
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -414,8 +400,9 @@ def test_statistics_per_pool_and_table() -> None:
         assert pool.writeback_bytes == pool.num_victims * row_bytes
         assert pool.num_unique_misses == pool.num_victims + pool.num_resident_rows
         assert pool.num_misses_at_train == 0
-        assert pool.num_stalls == len(batches)  # nobody planned ahead
         assert pool.num_ids == sum(table.num_ids for table in pool.tables)
+    # Nobody planned ahead; pools of one kernel group wait together.
+    assert sum(pool.num_stalls for pool in pools.values()) == len(batches)
     spans = stage_spans(ours.model)
     stages_of_batch = [span.stage.value for span in spans[0] if span.batch_index == 3]
     assert stages_of_batch == ["plan", "collect", "exchange", "insert", "train"]
@@ -440,7 +427,7 @@ def test_tables_stay_where_they_are_when_the_model_is_moved(is_pooled: bool) -> 
     storages = {part.untyped_storage().data_ptr() for part in host}
     tables = [parameter for name, parameter in ours.model.named_parameters() if is_embedding(name) and "t2" not in name]
     assert len(tables) == 2
-    assert all(parameter.untyped_storage().data_ptr() in storages for parameter in tables)
+    assert all(shown(parameter).untyped_storage().data_ptr() in storages for parameter in tables)
     ours.model.load_state_dict(stock.model.state_dict())
     stock.train_plain(batches)
     drain(ours.pipeline(), batches)

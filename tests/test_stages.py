@@ -218,7 +218,7 @@ def test_hazard_6_a_table_that_is_written_in_place_is_noticed(is_batch_trained_s
     batch = planned(pool, batches[9], runner)
     runner.submit(batch)
     if is_batch_trained_since:  # its rows are newer in the scratchpad, and would be lost
-        with pytest.raises(TableOverwrittenError, match=r"written in place .* Take a fresh state_dict\(\)"):
+        with pytest.raises(TableOverwrittenError, match=r"Take a state_dict\(\) right before you write"):
             batch.wait()
         return
     expected = expected_parts(pool, batches[9:])

@@ -33,13 +33,14 @@ from torchrec_scratchpipe.checkpoint_files import (
     check_values,
     checksums_of,
 )
-from torchrec_scratchpipe.collection import scratchpad_collections
+from torchrec_scratchpipe.collection import only_read, scratchpad_collections
 from torchrec_scratchpipe.errors import CheckpointMismatchError, CheckpointSaveError, ConfigError
 from torchrec_scratchpipe.host_table import MappedStorage
 from torchrec_scratchpipe.optimizer_states import fit_states, load_wrapper_states, wrapper_states
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.ranks import Ranks
 from torchrec_scratchpipe.snapshot import TableSnapshot
+from torchrec_scratchpipe.table_view import shown
 
 __all__ = ["Checkpoint", "CheckpointManager", "load_checkpoint"]
 
@@ -124,7 +125,8 @@ class CheckpointManager:
         """
         self.wait()
         extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
-        state = _state_of(model, optimizer)
+        with only_read(model):
+            state = _state_of(model, optimizer)
         pools = _pools(model)
 
         def read(pool: int, part: int, first: int, out: Tensor) -> None:
@@ -158,7 +160,8 @@ class CheckpointManager:
         """
         self.wait()
         extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
-        state = _state_of(model, optimizer)
+        with only_read(model):
+            state = _state_of(model, optimizer)
         taken: list[tuple[Pool, TableSnapshot]] = []
 
         def read(pool: int, part: int, first: int, out: Tensor) -> None:
@@ -420,7 +423,7 @@ def _pools(model: nn.Module) -> list[Pool]:
 def _planner(pools: list[Pool], read: Callable[[int, int, int, Tensor], None]) -> RowBlockSavePlanner:
     def locate(tensor: Tensor) -> tuple[int, int, int] | None:
         for index, pool in enumerate(pools):
-            place = pool.host_table.locate(tensor)
+            place = pool.host_table.locate(shown(tensor))
             if place is not None:
                 return (index, *place)
         return None

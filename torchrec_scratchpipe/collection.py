@@ -16,7 +16,7 @@ from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
+from torchrec_scratchpipe.lookup import ScratchpadLookup
 from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.planned_batch import PlannedBatch, check_ids
 from torchrec_scratchpipe.pool import Pool
@@ -29,6 +29,7 @@ __all__ = [
     "PlannedBatches",
     "ScratchpadCollection",
     "collection_to_plan",
+    "only_read",
     "scratchpad_collections",
     "scratchpad_stats",
     "stage_spans",
@@ -88,7 +89,7 @@ class ScratchpadCollection:
         self._row_wise_features: dict[str, list[BaseEmbeddingConfig]] = {}
         for config in configs:
             sharding: ParameterSharding = self.module_sharding_plan[config.name]
-            if sharding.sharding_type in _ROW_WISE and sharding.compute_kernel == SCRATCHPAD_KERNEL.value:
+            if sharding.sharding_type in _ROW_WISE and config.name in self._options.load_factors:
                 for feature in config.feature_names:
                     self._row_wise_features.setdefault(feature, []).append(config)
         # Gigabytes of initial weights would otherwise be written out during the first minutes of training.
@@ -100,7 +101,7 @@ class ScratchpadCollection:
         super()._initialize_torch_state(*args, **kwargs)  # type: ignore[misc]
         holders: dict[str, nn.Module] = dict(getattr(self, "embedding_bags", None) or getattr(self, "embeddings", {}))
         for name, holder in holders.items() if self.pools else ():
-            if self.module_sharding_plan[name].compute_kernel == SCRATCHPAD_KERNEL.value:
+            if name in self._options.load_factors:
                 holder.__class__ = _HostTableModule
 
     @property
@@ -222,6 +223,23 @@ def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
         with collection._runner.between_batches():
             stats.extend(pool.stats() for pool in collection.pools)
     return stats
+
+
+@contextmanager
+def only_read(module: nn.Module) -> Iterator[None]:
+    """While entered, whoever takes a state_dict only reads it, so that resident rows need not be read anew afterwards.
+
+    Args:
+        module: A sharded model, or any part of one.
+    """
+    runners = [collection._runner for collection in scratchpad_collections(module)]
+    for runner in runners:
+        runner.is_only_read = True
+    try:
+        yield
+    finally:
+        for runner in runners:
+            runner.is_only_read = False
 
 
 def stage_spans(module: nn.Module) -> list[list[StageSpan]]:

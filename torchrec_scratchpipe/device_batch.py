@@ -97,6 +97,7 @@ class DeviceBatch(PlannedBatch):
         self._feature_ids = ids
         self._rows_of_features = rows_of_features
         self._plans: list[DevicePlan] = []
+        self._slots: Tensor | None = None  # of all pools and whole tables; None until the first plan has them
         self._enqueued: list[list[_Enqueued]] = []
 
     def record_stages_streams(self, streams: StageStreams) -> None:
@@ -123,6 +124,8 @@ class DeviceBatch(PlannedBatch):
         if pool.is_overwritten:
             self._runner.streams.synchronize()  # kernels may be at the tables that are read now
         self._refresh(pool)
+        if self._slots is None and any(feature.pool_index is None for feature in self._features):
+            self._slots = self._ids.to(torch.int64, copy=True)  # rows of whole tables are where their ids say
         slot_map = pool.slot_map
         moves_in_place = pool.host_table.is_device_accessible and not pool.host_table.has_snapshots
         is_confirmed = False
@@ -133,12 +136,13 @@ class DeviceBatch(PlannedBatch):
                 plan = slot_map.plan(
                     self._ids_of_pool(pool_index),
                     self._seen_by_pool.get(pool_index),
-                    self._plans[0].slots if self._plans else None,
+                    self._slots,
                 )
             enqueued = [_Enqueued(Stage.PLAN, plan_start_s, time.perf_counter(), None)]
             if moves_in_place:  # before it is known whether there are slots: without them, nothing moves
                 self._move(pool, plan, enqueued)
             is_confirmed = slot_map.confirm(plan)
+        self._slots = plan.slots
         self.hold.add(pool, plan.batch_index)
         pool.counters.num_batches += 1
         if not moves_in_place:
@@ -231,4 +235,5 @@ class DeviceBatch(PlannedBatch):
             slot_map.ops.count_misses(slot_map.maps, plan.buffers.rows, plan.slots, plan.num_ids, num_misses)
 
     def _slots_of_ids(self) -> Tensor:
-        return self._plans[0].slots[: self.num_ids]
+        assert self._slots is not None
+        return self._slots[: self.num_ids]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.errors import TableStorageError
+from torchrec_scratchpipe.lent_memory import LentMemories
 from torchrec_scratchpipe.row_parts import read_rows, write_rows
 from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
 from torchrec_scratchpipe.types import RowLayout, TableSpec
@@ -229,6 +230,7 @@ class HostTable:
         self._write_buffer = WriteBuffer(self._overwrite, self.num_rows, layout) if storage.is_slow_to_write else None
         self._own_versions = self._versions()
         self._is_overwritten = False
+        self.lent = LentMemories()
         self._snapshots: list[TableSnapshot] = []
         self._snapshots_changed = threading.Condition()
 
@@ -261,12 +263,19 @@ class HostTable:
 
     @property
     def is_overwritten(self) -> bool:
-        """Whether somebody else has written `parts`, or a view of them, since :meth:`accept_overwrite`.
-
-        In-place operations count; writes through ``.data`` or NumPy do not, they need :meth:`mark_overwritten`.
-        """
+        """Whether somebody else has written `parts`, or a view of them, since :meth:`accept_overwrite`, or may do so unseen."""
         # Views share their base's version counter, which every in-place operation of torch raises.
-        return self._is_overwritten or self._versions() != self._own_versions
+        return self._is_overwritten or self.lent.is_any_lent or self._versions() != self._own_versions
+
+    @property
+    def is_marked_overwritten(self) -> bool:
+        """Whether :meth:`mark_overwritten` was called since :meth:`accept_overwrite`."""
+        return self._is_overwritten
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether `parts` have every :meth:`write`; else :meth:`drain` brings them up to date."""
+        return self._write_buffer is None or self._write_buffer.is_empty
 
     def mark_overwritten(self) -> None:
         """Say that `parts` will be, or may have been, written by somebody else."""
@@ -386,7 +395,7 @@ class HostTable:
     def _own_writes(self) -> Iterator[None]:
         with self._snapshots_changed:
             self._lose_snapshots_of_overwritten()
-            self._is_overwritten = self.is_overwritten
+            self._is_overwritten = self._is_overwritten or self._versions() != self._own_versions
             try:
                 yield
             finally:
@@ -457,6 +466,11 @@ class WriteBuffer:
         for first in range(0, rows.numel(), self._capacity):
             last = first + self._capacity
             self._write_some(rows[first:last], [value[first:last] for value in values])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits here."""
+        return self._free_places.numel() == self._capacity
 
     def drain(self) -> None:
         """Pass everything on to the table."""

@@ -9,16 +9,18 @@ the pool's one scratchpad. Ids become slots before the lookup, and nothing else 
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
-from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbedding, BaseBatchedEmbeddingBag
+from torchrec.distributed.batched_embedding_kernel import (
+    BatchedFusedEmbedding,
+    BatchedFusedEmbeddingBag,
+    EmbeddingFusedOptimizer,
+)
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
 from torchrec.distributed.utils import append_prefix
@@ -30,13 +32,12 @@ from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, Poolin
 from torchrec_scratchpipe.device_batch import DeviceBatch, feature_rows
 from torchrec_scratchpipe.device_ops import DeviceOps, FeatureIds, FeatureRows
 from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
-from torchrec_scratchpipe.errors import BackwardTwiceError, ConfigError
-from torchrec_scratchpipe.fused_optimizer import FlushingFusedOptimizer
+from torchrec_scratchpipe.errors import BackwardTwiceError
 from torchrec_scratchpipe.host_table import HostTable
+from torchrec_scratchpipe.lent_memory import LentMemory
 from torchrec_scratchpipe.options import (
     CACHE_SETTINGS,
     ScratchpadOptions,
-    load_factor_of,
     num_slots_of,
     optimizer_states,
     tables_by_width,
@@ -45,8 +46,10 @@ from torchrec_scratchpipe.options import (
 from torchrec_scratchpipe.planned_batch import FeatureSource, PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
-from torchrec_scratchpipe.scratchpad import ScratchpadMemory, allocate_scratchpads
+from torchrec_scratchpipe.scratchpad import Scratchpad, ScratchpadMemory, allocate_scratchpads
 from torchrec_scratchpipe.slot_map import SlotMap
+from torchrec_scratchpipe.table_view import TableParameter, TableView
+from torchrec_scratchpipe.tbe import ScratchpadTbe
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
 __all__ = ["ScratchPipeEmbedding", "ScratchPipeEmbeddingBag", "ScratchpadKernel"]
@@ -55,14 +58,15 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class ScratchpadKernel(FusedOptimizerModule):
-    """What pooled and unpooled lookups of scratchpad tables share; mixed into TorchRec's base class for kernels.
+    """What pooled and unpooled lookups of a group with scratchpad tables share; mixed into TorchRec's fused kernels.
 
-    The tables of a kernel group share data type, pooling and optimizer; those of equal row width form one pool. The
-    parameters and optimizer states it shows are the host tables, under stock names; state_dict and the optimizer's
-    state flush before they are read, parameters do not.
+    The tables of a kernel group share data type, pooling and optimizer, and are grouped as TorchRec groups them if all are `fused`.
+    Scratchpad tables of equal row width form one pool. A table of the group that is kept whole has a block of device memory with
+    a place for every row. Parameters and optimizer states are shown under stock names; those of scratchpad tables are
+    :class:`TableView`.
     """
 
-    # From TorchRec's base class for kernels.
+    # From TorchRec's kernels.
     _config: GroupedEmbeddingConfig
     _pg: dist.ProcessGroup | None
     _local_rows: list[int]
@@ -78,23 +82,21 @@ class ScratchpadKernel(FusedOptimizerModule):
         options: ScratchpadOptions,
         runner: StageRunner,
     ) -> None:
-        """Allocate tables, scratchpads and TBE; what a constructor does after TorchRec's."""
+        """Allocate tables, scratchpads and TBE; what a constructor does after TorchRec's base class for kernels."""
         self._scratchpad_device = device or torch.device("cpu")
         self._runner = runner
         self._next_batch: PlannedBatch | None = None
         fused_params = dict(self._config.fused_params or {})
         warn_of_ignored_settings(self._config, fused_params, self._scratchpad_device.type)
         self._states = optimizer_states(self._config, fused_params, self._scratchpad_device.type)
-        self._pool_tables = tables_by_width(self._config)
-        self._pool_of_table = {
-            index: (pool_index, position)
-            for pool_index, indices in enumerate(self._pool_tables)
-            for position, index in enumerate(indices)
-        }
-        self.pools, memory = self._make_pools(options)
-        self._emb_module = self._make_tbe(pooling, fused_params, memory)
+        self._place_tables(options)
+        self.pools, self._memory = self._make_pools(options)
+        self._owners = [_PoolOwner(pool, runner) for pool in self.pools]
+        # With a gradient, as stock's weights have: what is cut out of it cannot be frozen.
+        self._flat_weights = [nn.Parameter(pool.host_table.parts[0].view(-1)) for pool in self.pools]
+        self._emb_module = self._make_tbe(pooling, fused_params)
         self._features = [
-            FeatureSource(feature_name, *self._pool_of_table[table_index])
+            FeatureSource(feature_name, *self._pool_of_table.get(table_index, (None, 0)))
             for table_index, table in enumerate(self._config.embedding_tables)
             for feature_name in table.feature_names
         ]
@@ -154,21 +156,27 @@ class ScratchpadKernel(FusedOptimizerModule):
         return output
 
     @property
-    def emb_module(self) -> SplitTableBatchedEmbeddingBagsCodegen:
-        """FBGEMM's TBE over the scratchpads; its weights are slots, not tables."""
+    def emb_module(self) -> ScratchpadTbe:
+        """FBGEMM's TBE over the scratchpads; it shows tables, and computes over slots."""
         return self._emb_module
 
     @property
     def fused_optimizer(self) -> FusedOptimizer:
-        """TorchRec's optimizer surface over the host tables; reading its state flushes."""
+        """TorchRec's optimizer surface over the tables."""
         return self._optim
 
     def flush(self) -> None:
-        """Bring every table up to date with its scratchpad (hazard 5); waits for the worker and the device."""
+        """Bring every table up to date with its scratchpad (hazard 5); waits for the worker and the device.
+
+        TorchRec calls this when somebody takes a state_dict. What is done to that by PyTorch's operations is noticed; for the sake
+        of what goes round them, resident rows are read anew before the next batch.
+        """
         self._runner.settle()
         with self._runner.between_batches():
             for pool in self.pools:
                 pool.flush()
+                if not self._runner.is_only_read:
+                    pool.host_table.mark_overwritten()
 
     def purge(self) -> None:
         """Flush, and make sure that no old row is used once tables are overwritten (hazard 6).
@@ -180,35 +188,28 @@ class ScratchpadKernel(FusedOptimizerModule):
             for pool in self.pools:
                 pool.purge()
 
-    def flush_to_write(self) -> None:
-        """Flush, for somebody who may write tables in place; no stage runs until the caller submits or trains a batch."""
-        self._runner.suspend()
-        self.flush()
-
     def split_embedding_weights(self) -> list[Tensor]:
-        """[local_rows, local_cols] of each table, on the host, as of the last flush."""
-        return [self._table_parts(index)[0] for index in range(len(self._local_rows))]
+        """[local_rows, local_cols] of each table: views of the host's, or of the device's memory if it is kept whole."""
+        return [parts[0] for parts in self._show_tables()]
 
     def split_optimizer_states(self) -> list[dict[str, Tensor]]:
-        """Each table's optimizer states on the host, under FBGEMM's names, as of the last flush."""
+        """Each table's optimizer states, under FBGEMM's names; views, as :meth:`split_embedding_weights`."""
         if not self._states:
             return []
-        return [
-            dict(zip((state.name for state in self._states), self._table_parts(index)[1:], strict=True))
-            for index in range(len(self._local_rows))
-        ]
+        names = [state.name for state in self._states]
+        return [dict(zip(names, parts[1:], strict=True)) for parts in self._show_tables()]
 
     def named_split_embedding_weights(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """As TorchRec's, over the host tables."""
+        """As TorchRec's, over the tables."""
         for table, weights in zip(self._config.embedding_tables, self.split_embedding_weights(), strict=True):
             yield append_prefix(prefix, f"{table.name}.weight"), weights
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As TorchRec's, over the host tables; dense optimizers are told to leave them alone."""
+        """As TorchRec's, over the tables; dense optimizers are told to leave them alone."""
         for name, weights in self.named_split_embedding_weights(prefix, recurse, remove_duplicate):
             parameter = nn.Parameter(weights)
             parameter._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
@@ -221,29 +222,31 @@ class ScratchpadKernel(FusedOptimizerModule):
         yield from ()
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, TableBatchedEmbeddingSlice]]:
-        """As TorchRec's: one slice of the host table per table name, its local column shards joined."""
+        """As TorchRec's: one slice per table name, its local column shards joined."""
         tables = self._config.embedding_tables
         for name, count in self.table_name_to_count.items():
             first = next(index for index, table in enumerate(tables) if table.name == name)
-            pool_index, position = self._pool_of_table[first]
-            host_table = self.pools[pool_index].host_table
-            dim = host_table.layout.dim
-            weight = TableBatchedEmbeddingSlice(
-                data=host_table.parts[0].view(-1),
-                start_offset=host_table.row_offsets[position] * dim,
-                end_offset=host_table.row_offsets[position + count] * dim,
-                num_embeddings=-1,
-                embedding_dim=dim,
-            )
+            weight = self._slice_of_tables(first, count)
             weight._in_backward_optimizers = [  # type: ignore[attr-defined]
                 self._make_optimizer(create_for_table=name, param_weight_for_table=weight)
             ]
             yield name, weight
 
-    def _make_optimizer(self, **kwargs: Any) -> FlushingFusedOptimizer:
-        """TorchRec's optimizer surface: settings of the TBE, weights and states of the host tables."""
-        return FlushingFusedOptimizer(
-            self,
+    def _slice_of_tables(self, first: int, count: int) -> TableBatchedEmbeddingSlice:
+        """The weights of `count` tables that lie behind each other, in one piece."""
+        dim = self._local_cols[first]
+        if first in self._pool_of_table:
+            pool_index, position = self._pool_of_table[first]
+            offsets = self.pools[pool_index].host_table.row_offsets
+            bounds = offsets[position] * dim, offsets[position + count] * dim
+            return TableParameter.of(self._flat_weights[pool_index], *bounds, dim, self._owners[pool_index])
+        start = self._memory.value_offsets[0][self._block_of_table[first]]
+        num_values = sum(self._local_rows[first : first + count]) * dim
+        return TableBatchedEmbeddingSlice(self._emb_module.flat_weights, start, start + num_values, -1, dim)
+
+    def _make_optimizer(self, **kwargs: Any) -> EmbeddingFusedOptimizer:
+        """TorchRec's optimizer surface: settings of the TBE, weights and states of the tables."""
+        return EmbeddingFusedOptimizer(
             self._config,
             self._emb_module,
             self._pg,
@@ -252,44 +255,73 @@ class ScratchpadKernel(FusedOptimizerModule):
             **kwargs,
         )
 
-    def _table_parts(self, table_index: int) -> list[Tensor]:
+    def _show_tables(self) -> list[list[Tensor]]:
+        """Each table's weights, then its optimizer states."""
+        return [self._show_table(index) for index in range(len(self._local_rows))]
+
+    def _show_table(self, table_index: int) -> list[Tensor]:
+        if table_index not in self._pool_of_table:
+            block = self._memory.scratchpads[self._block_of_table[table_index]]
+            return [part.detach() for part in block.parts]
         pool_index, position = self._pool_of_table[table_index]
-        return self.pools[pool_index].host_table.table_parts(position)
+        parts = self.pools[pool_index].host_table.table_parts(position)
+        return [TableView(part, self._owners[pool_index]) for part in parts]
+
+    def _place_tables(self, options: ScratchpadOptions) -> None:
+        """Say which pool has which table, and which block of device memory: those of the pools first, then whole tables."""
+        tables = self._config.embedding_tables
+        whole = [index for index, table in enumerate(tables) if table.name not in options.load_factors]
+        self._pool_tables = tables_by_width(self._config, set(whole))
+        self._pool_of_table = {
+            index: (pool_index, position)
+            for pool_index, indices in enumerate(self._pool_tables)
+            for position, index in enumerate(indices)
+        }
+        self._block_of_table = {index: pool_index for index, (pool_index, _) in self._pool_of_table.items()}
+        self._block_of_table |= {index: len(self._pool_tables) + position for position, index in enumerate(whole)}
 
     def _make_pools(self, options: ScratchpadOptions) -> tuple[list[Pool], ScratchpadMemory]:
-        dtype = data_type_to_dtype(self._config.data_type)
-        states = tuple(StateSpec(state.buffer, state.is_rowwise, state.dtype) for state in self._states)
         device_ops = options.find_device_ops(self._scratchpad_device)
         storage = options.make_storage(device_ops)
         host_tables = []
         nums_slots: list[int] = []
         for indices in self._pool_tables:
             specs = [
-                TableSpec(table.name, table.local_rows, load_factor_of(table))
+                TableSpec(table.name, table.local_rows, options.load_factors[table.name])
                 for table in (self._config.embedding_tables[index] for index in indices)
             ]
-            layout = RowLayout(self._local_cols[indices[0]], dtype, states)
-            host_tables.append(HostTable(specs, layout, storage))
+            host_tables.append(HostTable(specs, self._row_layout(indices[0]), storage))
             # A row-wise table shorter than the number of ranks leaves some of them without rows.
             nums_slots.append(max(1, sum(num_slots_of(spec) for spec in specs)))
-        layouts = [host_table.layout for host_table in host_tables]
+        whole = [index for index in self._block_of_table if index not in self._pool_of_table]
+        layouts = [host_table.layout for host_table in host_tables] + [self._row_layout(index) for index in whole]
+        nums_slots += [self._local_rows[index] for index in whole]
         memory = allocate_scratchpads(layouts, nums_slots, self._scratchpad_device)
         pools = [
-            Pool(host_table, scratchpad, self._make_slot_map(host_table, scratchpad.num_slots, options, device_ops))
-            for host_table, scratchpad in zip(host_tables, memory.scratchpads, strict=True)
+            self._make_pool(host_table, scratchpad, options, device_ops)
+            for host_table, scratchpad in zip(host_tables, memory.scratchpads, strict=False)
         ]
         for tensor in memory.flat_parts:
             self._runner.streams.record_use(tensor)
-        for pool in pools:
-            logger.info(
-                "%s: %s slots for %s rows, %.1f MB of %.1f MB",
-                pool.name,
-                f"{pool.scratchpad.num_slots:,}",
-                f"{pool.host_table.num_rows:,}",
-                pool.scratchpad.num_bytes / 1e6,
-                pool.host_table.num_bytes / 1e6,
-            )
         return pools, memory
+
+    def _row_layout(self, table_index: int) -> RowLayout:
+        states = tuple(StateSpec(state.buffer, state.is_rowwise, state.dtype) for state in self._states)
+        return RowLayout(self._local_cols[table_index], data_type_to_dtype(self._config.data_type), states)
+
+    def _make_pool(
+        self, host_table: HostTable, scratchpad: Scratchpad, options: ScratchpadOptions, device_ops: DeviceOps | None
+    ) -> Pool:
+        pool = Pool(host_table, scratchpad, self._make_slot_map(host_table, scratchpad.num_slots, options, device_ops))
+        logger.info(
+            "%s: %s slots for %s rows, %.1f MB of %.1f MB",
+            pool.name,
+            f"{pool.scratchpad.num_slots:,}",
+            f"{pool.host_table.num_rows:,}",
+            pool.scratchpad.num_bytes / 1e6,
+            pool.host_table.num_bytes / 1e6,
+        )
+        return pool
 
     def _make_slot_map(
         self, host_table: HostTable, num_slots: int, options: ScratchpadOptions, device_ops: DeviceOps | None
@@ -300,18 +332,14 @@ class ScratchpadKernel(FusedOptimizerModule):
         offsets = host_table.row_offsets
         return DeviceSlotMap(host_table.num_rows, num_slots, offsets, device_ops, device, self._runner.streams)
 
-    def _make_tbe(
-        self, pooling: PoolingMode, fused_params: dict[str, Any], memory: ScratchpadMemory
-    ) -> SplitTableBatchedEmbeddingBagsCodegen:
-        """A TBE of T one-row tables whose offsets are then pointed at the scratchpads.
-
-        One-row tables, because FBGEMM allocates what it is told, and T tables of S slots would be T times too much.
-        """
+    def _make_tbe(self, pooling: PoolingMode, fused_params: dict[str, Any]) -> ScratchpadTbe:
         is_cuda = self._scratchpad_device.type == "cuda"
         location = EmbeddingLocation.DEVICE if is_cuda else EmbeddingLocation.HOST
         compute_device = ComputeDevice.CUDA if is_cuda else ComputeDevice.CPU
-        tbe = SplitTableBatchedEmbeddingBagsCodegen(
-            embedding_specs=[(1, dim, location, compute_device) for dim in self._local_cols],
+        tbe = ScratchpadTbe(
+            self._show_tables,
+            ["weights", *(state.buffer for state in self._states)],
+            [(1, dim, location, compute_device) for dim in self._local_cols],
             feature_table_map=self._feature_table_map,
             pooling_mode=pooling,
             weights_precision=data_type_to_sparse_type(self._config.data_type),
@@ -319,43 +347,44 @@ class ScratchpadKernel(FusedOptimizerModule):
             table_names=[table.name for table in self._config.embedding_tables],
             **{key: value for key, value in fused_params.items() if key not in CACHE_SETTINGS},
         )
-        slots_of_table = [
-            self.pools[self._pool_of_table[index][0]].scratchpad.num_slots for index in range(len(self._local_cols))
-        ]
-        self._point_rows_at_slots(tbe, slots_of_table)
-        tbe.reset_embedding_weight_momentum = self._refuse_reset  # its rows would be taken for slots
-        suffix = "dev" if is_cuda else "host"
-        prefixes = ["weights", *(state.buffer for state in self._states)]
-        for prefix, flat, pool_offsets in zip(prefixes, memory.flat_parts, memory.value_offsets, strict=True):
-            offsets = [pool_offsets[self._pool_of_table[index][0]] for index in range(len(self._local_cols))]
-            # .data gives the TBE a version counter of its own: Insert of coming batches writes slots between this
-            # batch's forward and backward, which autograd would take for an error (the hold makes it none).
-            is_parameter = isinstance(getattr(tbe, f"{prefix}_{suffix}"), nn.Parameter)
-            setattr(tbe, f"{prefix}_{suffix}", nn.Parameter(flat.data) if is_parameter else flat.data)
-            setattr(tbe, f"{prefix}_physical_offsets", offsets)
-            getattr(tbe, f"{prefix}_offsets").copy_(torch.tensor([offsets[t] for t in self._feature_table_map]))
+        tbe.point_at(self._memory, [self._block_of_table[index] for index in range(len(self._local_cols))])
         return tbe
 
-    def _refuse_reset(self, *args: Any, **kwargs: Any) -> None:
-        names = ", ".join(table.name for table in self._config.embedding_tables)
-        raise ConfigError(
-            f"tables {names}: rows of scratchpad tables cannot be reset by managed collision or in-training pruning. Use "
-            "compute kernel fused for these tables, or a collection without them."
-        )
 
-    def _point_rows_at_slots(self, tbe: SplitTableBatchedEmbeddingBagsCodegen, slots_of_table: list[int]) -> None:
-        tbe.embedding_specs = [
-            (num_slots, *spec[1:]) for num_slots, spec in zip(slots_of_table, tbe.embedding_specs, strict=True)
-        ]
-        cumulative = [0, *accumulate(slots_of_table)]
-        tbe.total_hash_size = cumulative[-1]
-        tbe.total_hash_size_bits = int(math.log2(float(cumulative[-1])) + 1)
-        tbe.hash_size_cumsum.copy_(torch.tensor([cumulative[t] for t in self._feature_table_map] + [cumulative[-1]]))
-        tbe.rows_per_table.copy_(torch.tensor([slots_of_table[t] for t in self._feature_table_map]))
-        tbe.optimizer_args = tbe.optimizer_args._replace(total_hash_size=cumulative[-1])
+class _PoolOwner:
+    """Answers those who read and write a pool's tables from outside; see :class:`TableOwner`."""
+
+    def __init__(self, pool: Pool, runner: StageRunner) -> None:
+        self._pool = pool
+        self._runner = runner
+        self._has_warned = False
+
+    def prepare_read(self) -> None:
+        if self._pool.is_flushed:
+            return
+        self._runner.settle()
+        with self._runner.between_batches():
+            self._pool.flush()
+
+    def prepare_write(self) -> None:
+        self._runner.suspend()
+        with self._runner.between_batches():
+            self._pool.purge()
+
+    def note_lent(self, memory: LentMemory) -> None:
+        self._runner.lent.add(memory)
+        self._pool.host_table.lent.add(memory)
+        self.prepare_write()
+        if not self._has_warned:
+            self._has_warned = True
+            logger.info(
+                "%s: memory of its tables has left PyTorch (NumPy, DLPack, a storage). As long as somebody keeps it, all resident rows "
+                "are read before and written after every batch, which is right and slow. Copy what you need, and let go of it.",
+                self._pool.name,
+            )
 
 
-class ScratchPipeEmbeddingBag(ScratchpadKernel, BaseBatchedEmbeddingBag[Tensor]):
+class ScratchPipeEmbeddingBag(ScratchpadKernel, BatchedFusedEmbeddingBag):
     """Pooled lookup of one group of scratchpad tables.
 
     Args:
@@ -383,7 +412,8 @@ class ScratchPipeEmbeddingBag(ScratchpadKernel, BaseBatchedEmbeddingBag[Tensor])
         options: ScratchpadOptions,
         runner: StageRunner,
     ) -> None:
-        super().__init__(config, pg, device, sharding_type)
+        # The next constructor would build a TBE with all rows.
+        super(BatchedFusedEmbeddingBag, self).__init__(config, pg, device, sharding_type)
         self._set_up(device, self._pooling, options, runner)
 
     def forward(
@@ -410,7 +440,7 @@ class ScratchPipeEmbeddingBag(ScratchpadKernel, BaseBatchedEmbeddingBag[Tensor])
         return self._look_up(features, lambda over_slots: look_up(over_slots, vbe_output, vbe_output_offsets))
 
 
-class ScratchPipeEmbedding(ScratchpadKernel, BaseBatchedEmbedding[Tensor]):
+class ScratchPipeEmbedding(ScratchpadKernel, BatchedFusedEmbedding):
     """Unpooled lookup of one group of scratchpad tables.
 
     Args:
@@ -436,7 +466,7 @@ class ScratchPipeEmbedding(ScratchpadKernel, BaseBatchedEmbedding[Tensor]):
         options: ScratchpadOptions,
         runner: StageRunner,
     ) -> None:
-        super().__init__(config, pg, device)
+        super(BatchedFusedEmbedding, self).__init__(config, pg, device)
         self._set_up(device, PoolingMode.NONE, options, runner)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:

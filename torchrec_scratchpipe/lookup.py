@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The grouped lookup of one sharding: scratchpad kernels for scratchpad tables, stock kernels for the rest."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,8 +77,35 @@ class ScratchpadLookup:
         for kernel in self._scratchpad_kernels():
             kernel.forget()
 
+    def register_optim_state_tracker_fn(self, record_fn: Callable[[KeyedJaggedTensor, Tensor, Any], None]) -> None:
+        """As stock; of scratchpad tables, the states are on the host, and so are the ids that find them.
+
+        Args:
+            record_fn: As stock.
+        """
+
+        def record(features: KeyedJaggedTensor, output: Tensor, kernel: Any) -> None:
+            if isinstance(kernel, ScratchpadKernel):
+                features, kernel = features.to(torch.device("cpu")), _TrackedKernel(kernel)
+            record_fn(features, output, kernel)
+
+        super().register_optim_state_tracker_fn(record)  # type: ignore[misc]
+
     def _scratchpad_kernels(self) -> list[ScratchpadKernel]:
         return [kernel for kernel in self._emb_modules if isinstance(kernel, ScratchpadKernel)]
+
+
+class _TrackedKernel:
+    """What TorchRec's ModelDeltaTracker asks of a kernel, and of its TBE, answered by tables instead of slots."""
+
+    def __init__(self, kernel: ScratchpadKernel) -> None:
+        self._config = kernel._config
+        self._emb_module = self.emb_module = self
+        self.split_optimizer_states = kernel.emb_module.split_optimizer_states
+
+    @property
+    def momentum1_dev(self) -> Tensor:
+        return torch.cat([states[0].reshape(-1) for states in self.split_optimizer_states()])
 
 
 class ScratchPipePooledLookup(ScratchpadLookup, GroupedPooledEmbeddingsLookup):
@@ -101,7 +129,7 @@ class ScratchPipePooledLookup(ScratchpadLookup, GroupedPooledEmbeddingsLookup):
         sharding_type: ShardingType | None,
         *env: Any,
     ) -> BaseEmbedding:
-        if _is_scratchpad_group(config):
+        if _is_scratchpad_group(config, self._options):
             return ScratchPipeEmbeddingBag(config, pg, device, sharding_type, self._options, self._runner)
         return super()._create_embedding_kernel(config, device, pg, sharding_type, *env)
 
@@ -134,7 +162,7 @@ class ScratchPipeSequenceLookup(ScratchpadLookup, GroupedEmbeddingsLookup):
         device: torch.device | None,
         *env: Any,
     ) -> BaseEmbedding:
-        if _is_scratchpad_group(config):
+        if _is_scratchpad_group(config, self._options):
             return ScratchPipeEmbedding(config, pg, device, self._options, self._runner)
         return super()._create_embedding_kernel(config, pg, device, *env)
 
@@ -187,7 +215,7 @@ def _create_lookup(
     **kwargs: Any,
 ) -> nn.Module:
     groups = _local_groups(sharding)
-    if not any(_is_scratchpad_group(group) for group in groups):
+    if not any(_is_scratchpad_group(group, options) for group in groups):
         return sharding.create_lookup()
     return lookup_class(
         options,
@@ -217,6 +245,5 @@ def _kernel_sharding_type(sharding: EmbeddingSharding[Any, Any, Any, Any]) -> Sh
     return None
 
 
-def _is_scratchpad_group(config: GroupedEmbeddingConfig) -> bool:
-    # group_tables files fused_uvm_caching under FUSED, so the tables have to be asked.
-    return config.embedding_tables[0].compute_kernel is SCRATCHPAD_KERNEL
+def _is_scratchpad_group(config: GroupedEmbeddingConfig, options: ScratchpadOptions) -> bool:
+    return any(table.name in options.load_factors for table in config.embedding_tables)

@@ -5,13 +5,14 @@ import dataclasses
 import importlib
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 
 from torchrec_scratchpipe.compat import WeightDecayMode
@@ -23,13 +24,14 @@ from torchrec_scratchpipe.types import TableSpec
 
 __all__ = [
     "CACHE_SETTINGS",
+    "DEFAULT_LOAD_FACTOR",
     "OptimizerState",
     "ScratchpadOptions",
     "check_load_factor",
-    "load_factor_of",
     "num_slots_of",
     "optimizer_states",
     "tables_by_width",
+    "warn_of_cache_settings",
     "warn_of_ignored_settings",
 ]
 
@@ -102,12 +104,14 @@ class ScratchpadOptions:
         make_eviction_order: Makes a pool's eviction order, given its number of slots.
         host_access: How a CUDA device reaches tables in RAM: ``"direct"``, its kernels read and write page-locked tables in
             place; or ``"staged"``, rows are gathered on the host and copied.
+        load_factors: Slots per row of each scratchpad table of a collection, by name; the sharder adds them.
     """
 
     table_dir: str | None = None
     overlap: bool = True
     make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed
     host_access: str = "direct"
+    load_factors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.host_access not in HOST_ACCESSES:
@@ -155,6 +159,18 @@ class ScratchpadOptions:
         return ops
 
 
+def warn_of_cache_settings(names: str, settings: Mapping[str, Any]) -> None:
+    """Say which settings of FBGEMM's cache have no effect.
+
+    Args:
+        names: Of the tables that they are for.
+        settings: In FBGEMM's words.
+    """
+    ignored = sorted(CACHE_SETTINGS & settings.keys() - {"cache_load_factor", "prefetch_pipeline"})
+    if ignored:
+        logger.warning("tables %s: %s set FBGEMM's cache and have no effect on a scratchpad", names, ", ".join(ignored))
+
+
 def warn_of_ignored_settings(config: GroupedEmbeddingConfig, fused_params: dict[str, Any], device_type: str) -> None:
     """Say which settings of the user have no effect.
 
@@ -164,9 +180,7 @@ def warn_of_ignored_settings(config: GroupedEmbeddingConfig, fused_params: dict[
         device_type: Where it trains, ``"cpu"`` or ``"cuda"``.
     """
     names = ", ".join(table.name for table in config.embedding_tables)
-    ignored = sorted(CACHE_SETTINGS & fused_params.keys() - {"cache_load_factor", "prefetch_pipeline"})
-    if ignored:
-        logger.warning("tables %s: %s set FBGEMM's cache and have no effect on a scratchpad", names, ", ".join(ignored))
+    warn_of_cache_settings(names, fused_params)
     ignored = sorted(name for name in IGNORED_ON_CPU if fused_params.get(name)) if device_type == "cpu" else []
     if ignored:
         logger.warning("tables %s: FBGEMM's CPU kernels ignore %s, with any sharder", names, ", ".join(ignored))
@@ -220,11 +234,24 @@ def optimizer_states(
     )
 
 
-def tables_by_width(config: GroupedEmbeddingConfig) -> list[list[int]]:
-    """Table indices of each pool; shards of one table must end up side by side."""
+def tables_by_width(config: GroupedEmbeddingConfig, whole: AbstractSet[int]) -> list[list[int]]:
+    """Table indices of each pool; shards of one table must end up side by side.
+
+    Args:
+        config: TorchRec's group of tables.
+        whole: Indices of tables that have no scratchpad.
+
+    Returns:
+        One list per row width, in the order of the tables.
+
+    Raises:
+        ConfigError: A shard's width cannot be served.
+    """
     by_width: dict[int, list[int]] = {}
     widths_of_name: dict[str, set[int]] = {}
     for index, table in enumerate(config.embedding_tables):
+        if index in whole:
+            continue
         if table.local_cols % 4 != 0:
             raise ConfigError(
                 f"table {table.name}: a shard has {table.local_cols} columns, FBGEMM needs a multiple of 4. Change "
@@ -265,9 +292,3 @@ def check_load_factor(table_name: str, load_factor: float) -> float:
             "CacheParams(load_factor=...) in the table's ParameterConstraints."
         )
     return float(load_factor)
-
-
-def load_factor_of(table: ShardedEmbeddingTable) -> float:
-    """A table's load factor, as its plan or fused_params give it, else FBGEMM's default; checked."""
-    fused_params = table.fused_params or {}
-    return check_load_factor(table.name, fused_params.get("cache_load_factor", DEFAULT_LOAD_FACTOR))

@@ -29,7 +29,7 @@ class FeatureSource(NamedTuple):
     """Where the ids of one feature look up their rows."""
 
     feature_name: str
-    pool_index: int
+    pool_index: int | None  # None if its table is kept whole: rows are where their ids say
     table_index: int
 
 
@@ -120,6 +120,7 @@ class Hold:
             is_updated: Whether Train has changed the rows.
         """
         self.is_released = True
+        updated = []
         while self._held:
             try:
                 pool, batch_index = self._held.popleft()
@@ -127,6 +128,7 @@ class Hold:
                 break
             if is_updated:
                 pool.note_update()
+                updated.append(pool)
             if self._train_start_s is not None:
                 pool.counters.spans.append(
                     StageSpan(batch_index, Stage.TRAIN, self._train_start_s, time.perf_counter(), 0)
@@ -138,6 +140,10 @@ class Hold:
             pool.slot_map.forget(seen, ids)
         self._seen = []
         self._runner.slots_released()
+        for pool in updated:
+            if pool.host_table.lent.is_any_lent:  # somebody may look at any time
+                with self._runner.between_batches():
+                    pool.flush()
 
     def __del__(self) -> None:
         self.release()
@@ -385,9 +391,10 @@ class PlannedBatch:
         return self._pool_ids[pool_index]
 
     def _slots_of_ids(self) -> Tensor:
-        if len(self._pools) == 1:
+        has_whole_tables = any(feature.pool_index is None for feature in self._features)
+        if len(self._pools) == 1 and not has_whole_tables:
             return self._planned[0].slots
-        slots = torch.empty(self._ids.numel(), dtype=torch.int64, device=self._ids.device)
+        slots = self._ids.to(torch.int64, copy=True)
         for pool_index, cache_plan in enumerate(self._planned):
             position = 0
             for _, first, last in self._segments(pool_index):

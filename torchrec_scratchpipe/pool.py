@@ -61,6 +61,11 @@ class Pool:
         """A batch has trained: its rows are newer in the scratchpad than in the table."""
         self._num_updates += 1
 
+    @property
+    def is_flushed(self) -> bool:
+        """Whether every row of the tables is up to date."""
+        return self._num_updates == self._num_updates_flushed and self.host_table.is_drained
+
     def flush(self) -> None:
         """Copy every row that may be newer in the scratchpad back to its table; rows stay resident.
 
@@ -104,8 +109,11 @@ class Pool:
     def purge(self) -> None:
         """Flush, and have resident rows read anew before anybody uses them (hazard 6): tables are about to be written.
 
-        Empties the scratchpad, unless batches in flight rely on its rows. Waits for snapshots to be read.
+        Empties the scratchpad, unless batches in flight rely on its rows. Waits for snapshots to be read. Does nothing if it has been
+        done, and no stage has run since.
         """
+        if self.is_flushed and self.host_table.is_marked_overwritten and not self.host_table.has_snapshots:
+            return
         self.flush()
         if self.slot_map.num_batches_in_flight == 0:
             self.slot_map.purge()
@@ -125,8 +133,8 @@ class Pool:
         """
         if self._num_updates != self._num_updates_flushed:
             raise TableOverwrittenError(
-                f"{self.name}: a table was written in place while the scratchpad held newer rows of it. Take a fresh "
-                "state_dict() of model or optimizer right before you write, or load one with load_state_dict()."
+                f"{self.name}: a table was written, behind the back of PyTorch's operations or by another thread, while the scratchpad held newer "
+                "rows of it. Take a state_dict() right before you write, or load one with load_state_dict()."
             )
         slots, rows = self.slot_map.resident_since(0)
         for some_slots, some_rows in zip(

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+from torchrec_scratchpipe.lent_memory import LentMemories
 from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.streams import StageStreams
 
@@ -48,6 +49,8 @@ class StageRunner:
     def __init__(self, device: torch.device, streams: StageStreams | None = None) -> None:
         self.device = device
         self.streams = streams or StageStreams(device, is_overlapped=False)
+        self.lent = LentMemories()
+        self.is_only_read = False  # whoever takes tables now only reads them, at once
         self._submitted: list[weakref.ref[PlannedBatch]] = []  # a batch that nobody will look up leaves
         self._lock = threading.RLock()
 
@@ -157,7 +160,7 @@ class OverlappedStageRunner(StageRunner):
 
     def __init__(self, device: torch.device, streams: StageStreams | None = None) -> None:
         super().__init__(device, streams or StageStreams(device, is_overlapped=True))
-        self._queue = _WorkQueue()
+        self._queue = _WorkQueue(self.lent)
         self._thread: threading.Thread | None = None
         self._train_events: deque[torch.Event] = deque()
         self._refreshed: torch.Event | None = None
@@ -281,9 +284,13 @@ class _WorkQueue:
     """Batches that wait for the worker, and the reasons to look at them again.
 
     It does not own them: a batch that nobody is going to look up any more leaves it.
+
+    Args:
+        lent: While memory of a table is lent, no stage runs but while Train waits for it: whoever has the memory may write it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lent: LentMemories) -> None:
+        self._lent = lent
         self._batches: list[weakref.ref[PlannedBatch]] = []
         self._changed = threading.Condition()
         self._num_changes = 0
@@ -362,7 +369,7 @@ class _WorkQueue:
         awaited = next((batch for batch in batches if batch.is_awaited), None)
         if awaited is not None:
             return _Work(awaited, True, self._num_changes) if has_changed else None
-        if self._is_suspended or not batches:
+        if self._is_suspended or not batches or self._lent.is_any_lent:
             return None
         oldest = batches[0]
         can_plan = oldest.may_plan and has_changed

@@ -3,7 +3,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,6 @@ from torchrec.distributed.embeddingbag import (
 )
 from torchrec.distributed.types import (
     Awaitable,
-    CacheParams,
     EnumerableShardingSpec,
     LazyAwaitable,
     ParameterSharding,
@@ -28,6 +27,7 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingEnv2D,
 )
+from torchrec.distributed.utils import add_params_from_parameter_sharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -36,7 +36,12 @@ from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError
 from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, create_pooled_lookup, create_sequence_lookup
-from torchrec_scratchpipe.options import ScratchpadOptions
+from torchrec_scratchpipe.options import (
+    DEFAULT_LOAD_FACTOR,
+    ScratchpadOptions,
+    check_load_factor,
+    warn_of_cache_settings,
+)
 
 __all__ = [
     "ScratchPipeEmbeddingBagCollectionSharder",
@@ -137,12 +142,12 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
                 f"update_shards(): {num_batches} batches in flight were planned for the present sharding. Let the pipeline "
                 "train them, or call its reset(), first."
             )
-        served = dict(changed_sharding_params)
-        for config in self._embedding_bag_configs:
-            sharding = served.get(config.name)
-            if sharding is not None and sharding.compute_kernel == SCRATCHPAD_KERNEL.value:
-                _check_table(config, sharding, EMBEDDING_BAG_SHARDING_TYPES)
-                served[config.name] = _as_scratchpad_table(sharding)
+        configs = [config for config in self._embedding_bag_configs if config.name in changed_sharding_params]
+        served, load_factors = _serve_tables(configs, changed_sharding_params, EMBEDDING_BAG_SHARDING_TYPES, {})
+        kept = {
+            name: value for name, value in self._options.load_factors.items() if name not in changed_sharding_params
+        }
+        self._options = dataclasses.replace(self._options, load_factors=kept | load_factors)
         super().update_shards(served, env, device)
         self._set_up_checks(self._embedding_bag_configs)
 
@@ -260,7 +265,9 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             TableStorageError: A table cannot be placed where it should be.
         """
         name = module_fqn or "EmbeddingBagCollection"
-        served = _serve(name, module.embedding_bag_configs(), params, env, device, EMBEDDING_BAG_SHARDING_TYPES)
+        served, options = _serve(
+            name, module.embedding_bag_configs(), params, env, device, EMBEDDING_BAG_SHARDING_TYPES, self
+        )
         return ShardedScratchPipeEmbeddingBagCollection(
             module=module,
             table_name_to_parameter_sharding=served,
@@ -270,7 +277,7 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
-            options=self._options,
+            options=options,
         )
 
     @property
@@ -335,7 +342,7 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             TableStorageError: A table cannot be placed where it should be.
         """
         name = module_fqn or "EmbeddingCollection"
-        served = _serve(name, module.embedding_configs(), params, env, device, EMBEDDING_SHARDING_TYPES)
+        served, options = _serve(name, module.embedding_configs(), params, env, device, EMBEDDING_SHARDING_TYPES, self)
         return ShardedScratchPipeEmbeddingCollection(
             module=module,
             table_name_to_parameter_sharding=served,
@@ -345,7 +352,7 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             use_index_dedup=self._use_index_dedup,
             module_fqn=module_fqn,
-            options=self._options,
+            options=options,
         )
 
     @property
@@ -361,14 +368,11 @@ def _serve(
     env: ShardingEnv,
     device: torch.device | None,
     sharding_types: tuple[ShardingType, ...],
-) -> dict[str, ParameterSharding]:
-    """A collection's plan as the stock code needs to see it, once it is known that it can be served."""
-    scratchpad_tables = {
-        config.name: config
-        for config in configs
-        if config.name in params and params[config.name].compute_kernel == SCRATCHPAD_KERNEL.value
-    }
-    if not scratchpad_tables:
+    sharder: "ScratchPipeEmbeddingBagCollectionSharder | ScratchPipeEmbeddingCollectionSharder",
+) -> tuple[dict[str, ParameterSharding], ScratchpadOptions]:
+    """A collection's plan as the stock code needs to see it, once it is known that it can be served, and its scratchpads."""
+    tables = [config for config in configs if config.name in params and _is_scratchpad_table(params[config.name])]
+    if not tables:
         logger.warning(
             "%s: no table is planned as %s, so all %d tables use stock kernels. Give ScratchPipeShardingPlanner "
             "ParameterConstraints(compute_kernels=[%r]) for the tables that should live on the host.",
@@ -377,26 +381,53 @@ def _serve(
             len(params),
             SCRATCHPAD_KERNEL.value,
         )
-        return params
+        return params, sharder._options
     if isinstance(env, ShardingEnv2D):
         raise ConfigError(
             f"{module_name}: DMPCollection (2D parallelism) averages tables between replicas without telling them, which "
             "a scratchpad would not notice. Use DistributedModelParallel, or compute kernel fused."
         )
-    for name, config in scratchpad_tables.items():
-        _check_table(config, params[name], sharding_types)
+    served, load_factors = _serve_tables(tables, params, sharding_types, sharder.fused_params or {})
     if device is not None and device.type == "meta":
         logger.warning("%s: on the meta device there is nothing to cache, so its tables use stock kernels", module_name)
-        return {
-            name: dataclasses.replace(sharding, compute_kernel=EmbeddingComputeKernel.FUSED.value, cache_params=None)
-            if name in scratchpad_tables
-            else sharding
-            for name, sharding in params.items()
-        }
-    return {
-        name: _as_scratchpad_table(sharding) if name in scratchpad_tables else sharding
-        for name, sharding in params.items()
-    }
+        return {name: _as_stock_table(sharding) for name, sharding in params.items()}, sharder._options
+    return served, dataclasses.replace(sharder._options, load_factors=load_factors)
+
+
+def _serve_tables(
+    configs: Iterable[BaseEmbeddingConfig],
+    params: dict[str, ParameterSharding],
+    sharding_types: tuple[ShardingType, ...],
+    fused_params: Mapping[str, Any],
+) -> tuple[dict[str, ParameterSharding], dict[str, float]]:
+    """A plan in which scratchpad tables look like stock's `fused` ones, whose tables stay on the host; and their load factors.
+
+    TorchRec groups tables by kernel and cache settings, and orders columns and optimizers by group. So it must see no difference.
+    """
+    served, load_factors = dict(params), {}
+    for config in configs:
+        sharding = params[config.name]
+        if not _is_scratchpad_table(sharding):
+            continue
+        _check_table(config, sharding, sharding_types)
+        cache_settings = add_params_from_parameter_sharding({}, sharding)
+        warn_of_cache_settings(config.name, cache_settings)
+        load_factor = (dict(fused_params) | cache_settings).get("cache_load_factor", DEFAULT_LOAD_FACTOR)
+        load_factors[config.name] = check_load_factor(config.name, load_factor)
+        served[config.name] = dataclasses.replace(
+            _as_stock_table(sharding), sharding_spec=_on_host(sharding.sharding_spec)
+        )
+    return served, load_factors
+
+
+def _is_scratchpad_table(sharding: ParameterSharding) -> bool:
+    return bool(sharding.compute_kernel == SCRATCHPAD_KERNEL.value)
+
+
+def _as_stock_table(sharding: ParameterSharding) -> ParameterSharding:
+    if not _is_scratchpad_table(sharding):
+        return sharding
+    return dataclasses.replace(sharding, compute_kernel=EmbeddingComputeKernel.FUSED.value, cache_params=None)
 
 
 def _check_table(
@@ -419,12 +450,6 @@ def _check_table(
             f"table {config.name}: virtual tables and enable_embedding_update need TorchRec's key-value kernels. Leave "
             "them out, or choose another compute kernel than fused_uvm_caching."
         )
-
-
-def _as_scratchpad_table(sharding: ParameterSharding) -> ParameterSharding:
-    # prefetch_pipeline makes group_tables keep scratchpad tables out of groups of plain fused tables.
-    cache_params = dataclasses.replace(sharding.cache_params or CacheParams(), prefetch_pipeline=True)
-    return dataclasses.replace(sharding, cache_params=cache_params, sharding_spec=_on_host(sharding.sharding_spec))
 
 
 def _on_host(spec: Any) -> Any:
