@@ -214,7 +214,7 @@ def test_bad_id_then_reset(bad_id: int) -> None:
 
 def test_batch_that_alone_is_too_large_then_reset() -> None:
     setting = Setting(num_batches=20, num_rows=(400, 300, 3), load_factor=0.1)
-    stock, ours = twins(setting)
+    stock, ours = twins(setting, on_full="error")
     batches = make_batches(setting)
     large = with_values(batches[0], torch.arange(40).repeat(2), torch.tensor([40, *[0] * 5, 40, *[0] * 11]))
     pipeline = ours.pipeline()

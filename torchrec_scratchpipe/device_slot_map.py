@@ -309,6 +309,20 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
     def _free(self) -> Tensor:
         return self.maps.free_slots[: int(self.maps.state[State.NUM_FREE])].long()
 
+    def _add_free(self, num_new: int) -> None:
+        old = self.maps
+        self._num_listed = max(1, self.num_slots // 16)
+        self.maps = make_maps(
+            self._row_to_slot, self._slot_to_row, self._last_use, self._uses_ahead, self._num_listed + self._capacity
+        )
+        num_old, num_free = self.num_slots - num_new, int(old.state[State.NUM_FREE])
+        self.maps.frequency[:num_old] = old.frequency
+        new = torch.arange(num_old, self.num_slots, dtype=torch.int32, device=self.device).flip(0)
+        self.maps.free_slots[: num_free + num_new] = torch.cat([new, old.free_slots[:num_free]])
+        self.maps.state[State.NUM_FREE] = num_free + num_new
+        for tensor in vars(self.maps).values():
+            self._streams.record_use(tensor)
+
     def _free_all(self) -> None:
         self.maps.frequency.zero_()
         self.maps.free_slots.copy_(torch.arange(self.num_slots - 1, -1, -1, dtype=torch.int32))

@@ -95,6 +95,13 @@ class EvictionOrder(Protocol):
     def purge(self) -> None:
         """Forget every use: all slots are empty."""
 
+    def grow(self, num_slots: int) -> None:
+        """Take note of new slots, which are empty.
+
+        Args:
+            num_slots: S from now on, more than before.
+        """
+
 
 class LeastFrequentlyUsed:
     """Rows that no batch seen ahead will use, the least often used first; then those whose next use is farthest.
@@ -190,6 +197,12 @@ class LeastFrequentlyUsed:
         self._listed = self._listed[:0]
         self._last_use_of_listed = self._last_use_of_listed[:0]
 
+    def grow(self, num_slots: int) -> None:
+        """See :class:`EvictionOrder`."""
+        if self._frequency is not None:
+            self._frequency = torch.cat([self._frequency, self._frequency.new_zeros(num_slots - self._num_slots)])
+        self._num_slots = num_slots
+
     def _scan(self, chosen: Tensor, num_missing: int, uses: SlotUses, first_held: int) -> None:
         """List the slots that may go, apart from those chosen already."""
         assert self._frequency is not None
@@ -232,7 +245,6 @@ class LeastRecentlyUsed:
     """
 
     def __init__(self, num_slots: int) -> None:
-        self._num_slots = num_slots
         self._uses: deque[tuple[int, Tensor]] = deque()
         self._num_uses = 0
         self._compact_above = 2 * num_slots
@@ -279,6 +291,10 @@ class LeastRecentlyUsed:
         """See :class:`EvictionOrder`."""
         self._uses.clear()
         self._num_uses = 0
+
+    def grow(self, num_slots: int) -> None:
+        """See :class:`EvictionOrder`."""
+        self._compact_above = 2 * num_slots
 
     def _replace_oldest(self, live_uses: list[tuple[int, Tensor]]) -> None:
         for _ in live_uses:

@@ -10,8 +10,10 @@ the pool's one scratchpad. Ids become slots before the lookup, and nothing else 
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -37,16 +39,17 @@ from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.lent_memory import LentMemory
 from torchrec_scratchpipe.options import (
     CACHE_SETTINGS,
+    ScratchpadBudget,
     ScratchpadOptions,
     num_slots_of,
     optimizer_states,
     tables_by_width,
     warn_of_ignored_settings,
 )
-from torchrec_scratchpipe.planned_batch import FeatureSource, PlannedBatch
+from torchrec_scratchpipe.planned_batch import FeatureSource, Hold, PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
-from torchrec_scratchpipe.scratchpad import Scratchpad, ScratchpadMemory, allocate_scratchpads
+from torchrec_scratchpipe.scratchpad import Scratchpad, ScratchpadMemory, allocate_scratchpads, grow_scratchpad
 from torchrec_scratchpipe.slot_map import SlotMap
 from torchrec_scratchpipe.table_view import TableParameter, TableView
 from torchrec_scratchpipe.tbe import ScratchpadTbe
@@ -95,6 +98,8 @@ class ScratchpadKernel(FusedOptimizerModule):
         # With a gradient, as stock's weights have: what is cut out of it cannot be frozen.
         self._flat_weights = [nn.Parameter(pool.host_table.parts[0].view(-1)) for pool in self.pools]
         self._emb_module = self._make_tbe(pooling, fused_params)
+        self._point_tbe_at_memory()
+        self._in_train: WeakSet[Hold] = WeakSet()  # of forwards whose backward may still come
         self._features = [
             FeatureSource(feature_name, *self._pool_of_table.get(table_index, (None, 0)))
             for table_index, table in enumerate(self._config.embedding_tables)
@@ -151,6 +156,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         slots = batch.wait()
         features_over_slots = copy.copy(features)
         features_over_slots._values = slots
+        self._in_train.add(batch.hold)
         output = look_up_slots(features_over_slots)
         _release_after_backward(output, batch)
         return output
@@ -296,10 +302,12 @@ class ScratchpadKernel(FusedOptimizerModule):
         whole = [index for index in self._block_of_table if index not in self._pool_of_table]
         layouts = [host_table.layout for host_table in host_tables] + [self._row_layout(index) for index in whole]
         nums_slots += [self._local_rows[index] for index in whole]
-        memory = allocate_scratchpads(layouts, nums_slots, self._scratchpad_device)
+        max_slots = [max(1, host_table.num_rows) for host_table in host_tables] if options.on_full == "grow" else []
+        max_slots += nums_slots[len(max_slots) :]
+        memory = allocate_scratchpads(layouts, nums_slots, self._scratchpad_device, max_slots)
         pools = [
-            self._make_pool(host_table, scratchpad, options, device_ops)
-            for host_table, scratchpad in zip(host_tables, memory.scratchpads, strict=False)
+            self._make_pool(index, host_table, memory.scratchpads[index], options, device_ops)
+            for index, host_table in enumerate(host_tables)
         ]
         for tensor in memory.flat_parts:
             self._runner.streams.record_use(tensor)
@@ -310,9 +318,17 @@ class ScratchpadKernel(FusedOptimizerModule):
         return RowLayout(self._local_cols[table_index], data_type_to_dtype(self._config.data_type), states)
 
     def _make_pool(
-        self, host_table: HostTable, scratchpad: Scratchpad, options: ScratchpadOptions, device_ops: DeviceOps | None
+        self,
+        index: int,
+        host_table: HostTable,
+        scratchpad: Scratchpad,
+        options: ScratchpadOptions,
+        device_ops: DeviceOps | None,
     ) -> Pool:
-        pool = Pool(host_table, scratchpad, self._make_slot_map(host_table, scratchpad.num_slots, options, device_ops))
+        slot_map = self._make_slot_map(host_table, scratchpad.num_slots, options, device_ops)
+        options.budget.charge(scratchpad.num_bytes)
+        enlarge = partial(self._enlarge, index, options.budget) if options.on_full == "grow" else None
+        pool = Pool(host_table, scratchpad, slot_map, enlarge)
         logger.info(
             "%s: %s slots for %s rows, %.1f MB of %.1f MB",
             pool.name,
@@ -322,6 +338,34 @@ class ScratchpadKernel(FusedOptimizerModule):
             pool.host_table.num_bytes / 1e6,
         )
         return pool
+
+    def _enlarge(self, pool_index: int, budget: ScratchpadBudget, num_slots: int) -> str:
+        """Give a pool's scratchpad so many slots; why not, or nothing. Between the stages of two batches; Train waits for one of them."""
+        scratchpad = self._memory.scratchpads[pool_index]
+        is_moved = num_slots > self._memory.capacities[pool_index]
+        if is_moved and len(self._memory.scratchpads) > len(self.pools):
+            return "cannot grow beside tables that are kept whole on this device"
+        if is_moved and any(not hold.is_released for hold in self._in_train):
+            return "cannot grow before the backward of an earlier forward"
+        num_new_bytes = (num_slots - scratchpad.num_slots) * scratchpad.layout.row_bytes
+        if not budget.take(num_new_bytes):
+            return f"may not take {num_new_bytes:,} bytes more (max_scratchpad_bytes is {budget.max_bytes:,})"
+        try:
+            if is_moved:
+                self._runner.wait_for_device()
+            self._memory = grow_scratchpad(self._memory, pool_index, num_slots)
+            if is_moved:
+                self._runner.wait_for_device()
+        except (RuntimeError, MemoryError) as error:
+            budget.give_back(num_new_bytes)
+            return f"cannot grow ({str(error).splitlines()[0]})"
+        for tensor in self._memory.flat_parts:
+            self._runner.streams.record_use(tensor)
+        self._point_tbe_at_memory()
+        return ""
+
+    def _point_tbe_at_memory(self) -> None:
+        self._emb_module.point_at(self._memory, [self._block_of_table[index] for index in range(len(self._local_cols))])
 
     def _make_slot_map(
         self, host_table: HostTable, num_slots: int, options: ScratchpadOptions, device_ops: DeviceOps | None
@@ -336,7 +380,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         is_cuda = self._scratchpad_device.type == "cuda"
         location = EmbeddingLocation.DEVICE if is_cuda else EmbeddingLocation.HOST
         compute_device = ComputeDevice.CUDA if is_cuda else ComputeDevice.CPU
-        tbe = ScratchpadTbe(
+        return ScratchpadTbe(
             self._show_tables,
             ["weights", *(state.buffer for state in self._states)],
             [(1, dim, location, compute_device) for dim in self._local_cols],
@@ -347,8 +391,6 @@ class ScratchpadKernel(FusedOptimizerModule):
             table_names=[table.name for table in self._config.embedding_tables],
             **{key: value for key, value in fused_params.items() if key not in CACHE_SETTINGS},
         )
-        tbe.point_at(self._memory, [self._block_of_table[index] for index in range(len(self._local_cols))])
-        return tbe
 
 
 class _PoolOwner:

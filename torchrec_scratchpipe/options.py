@@ -26,6 +26,7 @@ __all__ = [
     "CACHE_SETTINGS",
     "DEFAULT_LOAD_FACTOR",
     "OptimizerState",
+    "ScratchpadBudget",
     "ScratchpadOptions",
     "check_load_factor",
     "num_slots_of",
@@ -39,6 +40,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 DEFAULT_LOAD_FACTOR = 0.2  # FBGEMM's default cache_load_factor
 HOST_ACCESSES = ("direct", "staged")
+WAYS_WHEN_FULL = ("grow", "error")
 MIN_SLOTS_PER_TABLE = 32  # rows of one set of FBGEMM's cache, its smallest; a table of 3 rows simply fits
 
 
@@ -94,6 +96,48 @@ CACHE_SETTINGS = frozenset(
 )
 
 
+class ScratchpadBudget:
+    """Bytes that the scratchpads of a sharder may take on this rank, slots and what grows with them.
+
+    Args:
+        max_bytes: None for as many as there are.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self.max_bytes = max_bytes
+        self._taken_bytes = 0
+
+    def charge(self, num_bytes: int) -> None:
+        """Count what is taken in any case, because the sharding plan says so.
+
+        Args:
+            num_bytes: How many.
+        """
+        self._taken_bytes += num_bytes
+
+    def take(self, num_bytes: int) -> bool:
+        """Take bytes if there are so many left.
+
+        Args:
+            num_bytes: How many.
+
+        Returns:
+            Whether they were taken.
+        """
+        if self.max_bytes is not None and self._taken_bytes + num_bytes > self.max_bytes:
+            return False
+        self._taken_bytes += num_bytes
+        return True
+
+    def give_back(self, num_bytes: int) -> None:
+        """Take back what :meth:`take` took.
+
+        Args:
+            num_bytes: How many.
+        """
+        self._taken_bytes -= num_bytes
+
+
 @dataclass(frozen=True)
 class ScratchpadOptions:
     """What all scratchpad tables of a sharder share.
@@ -104,6 +148,8 @@ class ScratchpadOptions:
         make_eviction_order: Makes a pool's eviction order, given its number of slots.
         host_access: How a CUDA device reaches tables in RAM: ``"direct"``, its kernels read and write page-locked tables in
             place; or ``"staged"``, rows are gathered on the host and copied.
+        on_full: What happens if one batch alone needs more slots than there are: ``"grow"``, its pool gets more; or ``"error"``.
+        budget: What scratchpads may take when they grow.
         load_factors: Slots per row of each scratchpad table of a collection, by name; the sharder adds them.
     """
 
@@ -111,11 +157,15 @@ class ScratchpadOptions:
     overlap: bool = True
     make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed
     host_access: str = "direct"
+    on_full: str = "grow"
+    budget: ScratchpadBudget = field(default_factory=ScratchpadBudget)
     load_factors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.host_access not in HOST_ACCESSES:
             raise ConfigError(f"host_access is {self.host_access!r}, it must be one of {', '.join(HOST_ACCESSES)}.")
+        if self.on_full not in WAYS_WHEN_FULL:
+            raise ConfigError(f"on_full is {self.on_full!r}, it must be one of {', '.join(WAYS_WHEN_FULL)}.")
 
     def make_storage(self, device_ops: DeviceOps | None) -> TableStorage:
         """Where host tables come from.

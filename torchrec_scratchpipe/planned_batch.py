@@ -285,16 +285,28 @@ class PlannedBatch:
             if self._pool_ids is None:
                 self._pool_ids = self._ids_of_pools()
             while self._num_pools_planned < len(self._pools):
-                self._run_stages(self._num_pools_planned, plan_start_s)
+                try:
+                    self._run_stages(self._num_pools_planned, plan_start_s)
+                except SlotsHeldError as held:
+                    pool = self._pools[self._num_pools_planned]
+                    is_too_large = held.num_needed > pool.scratchpad.num_slots
+                    if not is_last_chance and (not is_too_large or pool.can_grow):
+                        return False
+                    self._grow(pool, held, is_too_large)
                 plan_start_s = time.perf_counter()
-        except SlotsHeldError as held:
-            pool = self._pools[self._num_pools_planned]
-            if held.num_needed <= pool.scratchpad.num_slots and not is_last_chance:
-                return False
-            self.fail(_full_error(pool, held))
         except Exception as error:  # whatever stops a stage belongs to this batch's Train, on another thread
             self.fail(error)
         return True
+
+    def _grow(self, pool: Pool, held: SlotsHeldError, is_too_large: bool) -> None:
+        """Have the pool grow if this batch alone needs more slots than there are."""
+        reason = ""
+        if is_too_large and pool.can_grow:
+            num_held = pool.scratchpad.num_slots - held.num_available
+            reason = pool.grow(held.num_needed, num_held)
+            if not reason:
+                return
+        raise _full_error(pool, held, reason)
 
     @property
     def _num_pools_planned(self) -> int:
@@ -435,12 +447,12 @@ def check_ids(table_name: str, feature_name: str, ids: Tensor, num_rows: int) ->
         )
 
 
-def _full_error(pool: Pool, held: SlotsHeldError) -> ScratchPipeError:
+def _full_error(pool: Pool, held: SlotsHeldError, why_not_more: str) -> ScratchPipeError:
     num_slots, num_rows = pool.scratchpad.num_slots, pool.host_table.num_rows
     if held.num_needed > num_slots:
         return ScratchpadFullError(
-            f"{pool.name}: one batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}. Raise "
-            f"load_factor to at least {min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
+            f"{pool.name}: one batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}{why_not_more and f' and {why_not_more}'}. "
+            f"Raise load_factor to at least {min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
         )
     return ScratchpadFullError(
         f"{pool.name}: a batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}, and all but "

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Holds what belongs together: tables of one row layout, their scratchpad, and the map between them."""
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +22,9 @@ from torchrec_scratchpipe.types import RowLayout
 
 __all__ = ["Pool", "Staging"]
 
+logger: logging.Logger = logging.getLogger(__name__)
+
+GROWTH_HEADROOM = 1.25  # a scratchpad that must grow grows by a quarter more than the batch needs
 FLUSH_CHUNK_ROWS = 65536  # bounds what a flush needs beyond the tables: 16 MiB for rows of 64 floats
 
 
@@ -30,12 +35,19 @@ class Pool:
         host_table: Every row.
         scratchpad: The rows that sit in a slot.
         slot_map: Which row sits in which slot.
+        enlarge: Gives the scratchpad so many slots, or says why it cannot; None if it never can.
     """
 
     slot_map: Any  # SlotMap or DeviceSlotMap: whoever plans knows which
     counters: Any  # HostPoolCounters or DevicePoolCounters, accordingly
 
-    def __init__(self, host_table: HostTable, scratchpad: Scratchpad, slot_map: SlotMap | DeviceSlotMap) -> None:
+    def __init__(
+        self,
+        host_table: HostTable,
+        scratchpad: Scratchpad,
+        slot_map: SlotMap | DeviceSlotMap,
+        enlarge: Callable[[int], str] | None = None,
+    ) -> None:
         self.host_table = host_table
         self.scratchpad = scratchpad
         self.slot_map = slot_map
@@ -43,6 +55,7 @@ class Pool:
             self.counters = DevicePoolCounters(host_table, slot_map.table_counts)
         else:
             self.counters = HostPoolCounters(host_table, scratchpad.num_slots, slot_map.device)
+        self._enlarge = enlarge
         self.failure: str | None = None
         self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
         self._num_updates = 0
@@ -60,6 +73,42 @@ class Pool:
     def note_update(self) -> None:
         """A batch has trained: its rows are newer in the scratchpad than in the table."""
         self._num_updates += 1
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether :meth:`grow` may give more slots, as far as is known."""
+        return self._enlarge is not None
+
+    def grow(self, num_needed: int, num_held: int) -> str:
+        """Get slots for a batch that alone needs more than there are; only between the stages of two batches.
+
+        Args:
+            num_needed: Slots that the batch needs.
+            num_held: Slots that other batches hold.
+
+        Returns:
+            Why there are not more; nothing if there are.
+        """
+        assert self._enlarge is not None, f"{self.name} cannot grow"
+        num_rows = self.host_table.num_rows
+        num_slots = min(num_rows, max(math.ceil(GROWTH_HEADROOM * num_needed), num_needed + num_held))
+        before = self.scratchpad.num_slots
+        with record_function("## scratchpipe grow ##"):
+            reason = self._enlarge(num_slots)
+        if reason:
+            return reason
+        self.slot_map.grow(num_slots)
+        self.counters.add_growth(num_slots)
+        logger.warning(
+            "%s: one batch needs %s slots, the scratchpad had %s and has now %s. Set load_factor to at least %.4f to have so many from "
+            "the beginning, and to more for batches that are planned ahead.",
+            self.name,
+            f"{num_needed:,}",
+            f"{before:,}",
+            f"{num_slots:,}",
+            min(1.0, num_needed / num_rows + 5e-5),
+        )
+        return ""
 
     @property
     def is_flushed(self) -> bool:

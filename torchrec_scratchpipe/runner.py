@@ -133,14 +133,15 @@ class StageRunner:
                 batch.see()
 
     def _run(self, batch: PlannedBatch, is_last_chance: bool) -> bool:
-        self._wait_for_device()
+        self.wait_for_device()
         is_done = batch.try_stages(is_last_chance)
-        self._wait_for_device()
+        self.wait_for_device()
         if is_done:
             batch.done.set()
         return is_done
 
-    def _wait_for_device(self) -> None:
+    def wait_for_device(self) -> None:
+        """Wait until the device has done all that it was given; a CPU always has."""
         # The oracle has no overlap to lose, and Train may run on another stream than the caller's.
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)

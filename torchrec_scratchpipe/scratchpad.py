@@ -4,6 +4,8 @@
 Shapes: ``S`` slots, ``D`` row width.
 """
 
+import logging
+import mmap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +14,11 @@ from torch import Tensor
 
 from torchrec_scratchpipe.types import RowLayout
 
-__all__ = ["Scratchpad", "ScratchpadMemory", "allocate_scratchpads"]
+__all__ = ["Scratchpad", "ScratchpadMemory", "allocate_scratchpads", "grow_scratchpad"]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+MAP_NORESERVE = 0x4000  # of Linux; the mmap module has no name for it before Python 3.13
 
 
 class Scratchpad:
@@ -25,6 +31,14 @@ class Scratchpad:
 
     def __init__(self, layout: RowLayout, parts: Sequence[Tensor]) -> None:
         self.layout = layout
+        self.replace(parts)
+
+    def replace(self, parts: Sequence[Tensor]) -> None:
+        """Take other memory, with the same rows in the same slots.
+
+        Args:
+            parts: As for the constructor.
+        """
         self.parts = list(parts)
         self.num_slots = self.parts[0].shape[0]
 
@@ -38,33 +52,95 @@ class ScratchpadMemory(NamedTuple):
     """Flat device memory that several scratchpads share, so that one kernel can address all of them."""
 
     scratchpads: list[Scratchpad]
+    capacities: list[int]  # slots that each scratchpad has room for, where it is
     flat_parts: list[Tensor]  # one per part of a row
-    value_offsets: list[list[int]]  # per part: where each pool begins in its flat tensor, in values
+    value_offsets: list[list[int]]  # per part: where each scratchpad begins in its flat tensor, in values
 
 
 def allocate_scratchpads(
-    layouts: Sequence[RowLayout], nums_slots: Sequence[int], device: torch.device
+    layouts: Sequence[RowLayout],
+    nums_slots: Sequence[int],
+    device: torch.device,
+    max_slots: Sequence[int] | None = None,
 ) -> ScratchpadMemory:
-    """Lay the scratchpads of several pools behind each other in one tensor per part.
+    """Lay several scratchpads behind each other in one tensor per part of a row.
 
     Args:
-        layouts: One per pool; they may differ in width only.
-        nums_slots: Slots of each pool.
+        layouts: One per scratchpad; they may differ in width only.
+        nums_slots: Slots of each.
         device: Where they lie.
+        max_slots: Slots that each may ever have. On a CPU it has room for so many where it is: addresses are reserved, memory is
+            taken when a slot is first written. Elsewhere there is no such memory.
 
     Returns:
         The scratchpads and the memory that they share.
     """
-    shapes = [layout.part_shapes(num_slots) for layout, num_slots in zip(layouts, nums_slots, strict=True)]
-    parts_per_pool: list[list[Tensor]] = [[] for _ in layouts]
+    if max_slots is not None and device.type == "cpu":
+        try:
+            return _allocate(layouts, nums_slots, max_slots, device)
+        except OSError:  # a system that lends no addresses beyond its memory
+            logger.debug("addresses for %s slots cannot be reserved", max_slots, exc_info=True)
+    return _allocate(layouts, nums_slots, nums_slots, device)
+
+
+def _allocate(
+    layouts: Sequence[RowLayout], nums_slots: Sequence[int], capacities: Sequence[int], device: torch.device
+) -> ScratchpadMemory:
+    shapes = [layout.part_shapes(capacity) for layout, capacity in zip(layouts, capacities, strict=True)]
+    parts_per_scratchpad: list[list[Tensor]] = [[] for _ in layouts]
     flat_parts: list[Tensor] = []
     value_offsets: list[list[int]] = []
     for part_index, (_, dtype, _) in enumerate(shapes[0]):
-        sizes = [int(torch.Size(pool[part_index][0]).numel()) for pool in shapes]
-        flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        sizes = [int(torch.Size(shape[part_index][0]).numel()) for shape in shapes]
+        flat = _zeros(sum(sizes), dtype, device)
         flat_parts.append(flat)
         value_offsets.append([sum(sizes[:i]) for i in range(len(sizes))])
-        for pool_index, piece in enumerate(flat.split(sizes)):
-            parts_per_pool[pool_index].append(piece.view(shapes[pool_index][part_index][0]))
-    scratchpads = [Scratchpad(layout, parts) for layout, parts in zip(layouts, parts_per_pool, strict=True)]
-    return ScratchpadMemory(scratchpads, flat_parts, value_offsets)
+        for index, piece in enumerate(flat.split(sizes)):
+            part = piece.view(shapes[index][part_index][0])
+            parts_per_scratchpad[index].append(part[: nums_slots[index]])
+    scratchpads = [Scratchpad(layout, parts) for layout, parts in zip(layouts, parts_per_scratchpad, strict=True)]
+    return ScratchpadMemory(scratchpads, list(capacities), flat_parts, value_offsets)
+
+
+def grow_scratchpad(memory: ScratchpadMemory, index: int, num_slots: int) -> ScratchpadMemory:
+    """Give a scratchpad more slots; all rows stay in theirs.
+
+    Args:
+        memory: With this scratchpad.
+        index: Which.
+        num_slots: More than it has.
+
+    Returns:
+        The same memory, if there is room in it; else another, with the same scratchpads. Whoever holds tensors of the old one must let go.
+    """
+    if num_slots > memory.capacities[index]:
+        memory = _moved(memory, index, num_slots)
+    parts = []
+    scratchpad = memory.scratchpads[index]
+    for (shape, _, _), flat, offsets in zip(
+        scratchpad.layout.part_shapes(num_slots), memory.flat_parts, memory.value_offsets, strict=True
+    ):
+        num_values = int(torch.Size(shape).numel())
+        parts.append(flat[offsets[index] : offsets[index] + num_values].view(shape))
+    scratchpad.replace(parts)
+    return memory
+
+
+def _moved(memory: ScratchpadMemory, index: int, num_slots: int) -> ScratchpadMemory:
+    nums_slots = [scratchpad.num_slots for scratchpad in memory.scratchpads]
+    nums_slots[index] = num_slots
+    layouts = [scratchpad.layout for scratchpad in memory.scratchpads]
+    larger = allocate_scratchpads(layouts, nums_slots, memory.flat_parts[0].device)
+    for scratchpad, copy in zip(memory.scratchpads, larger.scratchpads, strict=True):
+        for source, target in zip(scratchpad.parts, copy.parts, strict=True):
+            target[: scratchpad.num_slots].copy_(source)
+        scratchpad.replace(copy.parts)
+    return larger._replace(scratchpads=memory.scratchpads)
+
+
+def _zeros(num_values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu" or num_values == 0:
+        return torch.zeros(num_values, dtype=dtype, device=device)
+    # Reserved, not taken: the system neither counts nor fills pages before they are written.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, num_values * dtype.itemsize, flags=flags), dtype=dtype, count=num_values)

@@ -38,6 +38,7 @@ from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, create_pooled_lookup, create_sequence_lookup
 from torchrec_scratchpipe.options import (
     DEFAULT_LOAD_FACTOR,
+    ScratchpadBudget,
     ScratchpadOptions,
     check_load_factor,
     warn_of_cache_settings,
@@ -224,6 +225,9 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             with another, Plan waits for the device, and rows are staged.
         host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
+        on_full: What happens if one batch alone needs more slots than there are. ``"grow"``: its pool gets a quarter more than the batch
+            needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
+        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is.
     """
 
     def __init__(
@@ -236,9 +240,12 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         overlap: bool = True,
         make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed,
         host_access: Literal["direct", "staged"] = "direct",
+        on_full: Literal["grow", "error"] = "grow",
+        max_scratchpad_bytes: int | None = None,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
-        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order, host_access)
+        budget = ScratchpadBudget(max_scratchpad_bytes)
+        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order, host_access, on_full, budget)
 
     def shard(
         self,
@@ -301,6 +308,9 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             with another, Plan waits for the device, and rows are staged.
         host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
+        on_full: What happens if one batch alone needs more slots than there are. ``"grow"``: its pool gets a quarter more than the batch
+            needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
+        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is.
     """
 
     def __init__(
@@ -313,9 +323,12 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         overlap: bool = True,
         make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed,
         host_access: Literal["direct", "staged"] = "direct",
+        on_full: Literal["grow", "error"] = "grow",
+        max_scratchpad_bytes: int | None = None,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
-        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order, host_access)
+        budget = ScratchpadBudget(max_scratchpad_bytes)
+        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order, host_access, on_full, budget)
 
     def shard(
         self,

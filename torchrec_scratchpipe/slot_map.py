@@ -141,6 +141,12 @@ class SlotMap(BaseSlotMap[Tensor]):
     def _free(self) -> Tensor:
         return self._free_slots
 
+    def _add_free(self, num_new: int) -> None:
+        new = torch.arange(self.num_slots - num_new, self.num_slots, device=self.device)
+        self._free_slots = torch.cat([self._free_slots, new])
+        self._first_seen_at = torch.empty(self.num_slots, dtype=torch.int32, device=self.device)
+        self._eviction_order.grow(self.num_slots)
+
     def _free_all(self) -> None:
         self._free_slots = torch.arange(self.num_slots, device=self.device)
         self._eviction_order.purge()

@@ -139,6 +139,22 @@ class BaseSlotMap(Generic[Ids]):
         self._last_use.fill_(-1)
         self._free_all()
 
+    def grow(self, num_slots: int) -> None:
+        """Add free slots behind those there are; only between the stages of two batches.
+
+        Args:
+            num_slots: S from now on, more than before.
+        """
+        assert self.num_slots < num_slots <= self.num_rows, (
+            f"{num_slots=} must lie in ({self.num_slots}, {self.num_rows}]"
+        )
+        num_new = num_slots - self.num_slots
+        self._slot_to_row = torch.cat([self._slot_to_row, self._slot_to_row.new_full((num_new,), -1)])
+        self._last_use = torch.cat([self._last_use, self._last_use.new_full((num_new,), -1)])
+        self._uses_ahead = torch.cat([self._uses_ahead[:-1], self._uses_ahead.new_zeros(num_new + 1)])
+        self.num_slots = num_slots
+        self._add_free(num_new)
+
     def resident_since(self, batch_index: int) -> tuple[Tensor, Tensor]:
         """Rows in slots that this batch or a later one uses; scans all slots.
 
@@ -189,6 +205,10 @@ class BaseSlotMap(Generic[Ids]):
 
     def _free(self) -> Tensor:
         """[N] int64: slots without a row."""
+        raise NotImplementedError
+
+    def _add_free(self, num_new: int) -> None:
+        """The last slots are new, and free."""
         raise NotImplementedError
 
     def _free_all(self) -> None:

@@ -40,6 +40,7 @@ class PoolStats:
     `num_ids` counts lookups, `num_unique_ids` distinct rows per batch, summed over batches.
     `num_stalls` and `stall_ms` count batches for which Train had to wait for rows, and how long; pools of one kernel
     group wait together, and the first of them counts it.
+    `num_growths` counts how often one batch needed more slots than there were, and got them.
     `num_misses_at_train` compares, at every lookup, each id's slot with the row that sits there.
     """
 
@@ -57,6 +58,7 @@ class PoolStats:
     num_stalls: int
     stall_ms: float
     num_misses_at_train: int
+    num_growths: int
     scratchpad_bytes: int
     table_bytes: int
     tables: tuple[TableStats, ...]
@@ -70,6 +72,7 @@ class PoolCounters:
         self.num_batches = 0
         self.num_stalls = 0
         self.stall_ms = 0.0
+        self.num_growths = 0
         self.spans: deque[StageSpan] = deque(maxlen=MAX_STAGE_SPANS)
 
     def add_stall(self, stall_ms: float) -> None:
@@ -109,6 +112,7 @@ class PoolCounters:
             num_stalls=self.num_stalls,
             stall_ms=self.stall_ms,
             num_misses_at_train=counts.num_misses_at_train,
+            num_growths=self.num_growths,
             scratchpad_bytes=num_slots * row_bytes,
             table_bytes=self._host_table.num_bytes,
             tables=tuple(
@@ -118,6 +122,14 @@ class PoolCounters:
                 )
             ),
         )
+
+    def add_growth(self, num_slots: int) -> None:
+        """Count one growth.
+
+        Args:
+            num_slots: S from now on.
+        """
+        self.num_growths += 1
 
     def _counts(self) -> "_Counts":
         raise NotImplementedError
@@ -201,6 +213,12 @@ class HostPoolCounters(PoolCounters):
         """
         tables = torch.bucketize(cache_plan.victim_rows, self._table_ends, right=True)
         self._slot_to_table.index_copy_(0, cache_plan.victim_slots, tables)
+
+    def add_growth(self, num_slots: int) -> None:
+        """See :class:`PoolCounters`."""
+        super().add_growth(num_slots)
+        num_new = num_slots - self._slot_to_table.numel()
+        self._slot_to_table = torch.cat([self._slot_to_table, self._slot_to_table.new_zeros(num_new)])
 
     def add_misses_at_train(self, num_misses: Tensor) -> None:
         """Count ids that did not find their row.

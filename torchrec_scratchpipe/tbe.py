@@ -52,8 +52,10 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
         for buffer, flat, offsets_of_blocks in zip(
             self._buffers_of_parts, memory.flat_parts, memory.value_offsets, strict=True
         ):
-            offsets = [offsets_of_blocks[block] for block in blocks]
             name = f"{buffer}_{self._suffix}"
+            if getattr(self, name).data_ptr() == flat.data_ptr():  # a scratchpad has grown where it is
+                continue
+            offsets = [offsets_of_blocks[block] for block in blocks]
             # .data gives the TBE a version counter of its own: Insert of coming batches writes slots between this
             # batch's forward and backward, which autograd would take for an error (the hold makes it none).
             is_parameter = isinstance(getattr(self, name), nn.Parameter)
