@@ -40,7 +40,7 @@ LAYERS = [
     ["scratchpad", "host_table", "slot_map"],
     ["slot_map_base"],
     ["snapshot", "eviction", "memory"],
-    ["row_parts", "lent_memory"],
+    ["row_parts", "lent_memory", "fork"],
     ["types"],
     ["errors", "_version"],
 ]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.errors import TableStorageError
+from torchrec_scratchpipe.fork import prepare_for_forks
 from torchrec_scratchpipe.lent_memory import LentMemories
 from torchrec_scratchpipe.row_parts import read_rows, write_rows
 from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
@@ -37,6 +38,7 @@ class TableStorage(Protocol):
 
     is_slow_to_write: bool  # whether single rows should be gathered in RAM before they are written
     is_device_accessible: bool  # whether kernels on the device may read and write it in place
+    is_copied_by_fork: bool  # whether a forked child has memory of its own, with the same content
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """Allocate zero-filled memory.
@@ -59,6 +61,7 @@ class RamStorage:
 
     is_slow_to_write = False
     is_device_accessible = False
+    is_copied_by_fork = True
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """See :class:`TableStorage`."""
@@ -77,6 +80,7 @@ class PageLockedStorage:
 
     is_slow_to_write = False
     is_device_accessible = True
+    is_copied_by_fork = False
 
     def __init__(self) -> None:
         self._locked: list[Tensor] = []
@@ -147,6 +151,7 @@ class MappedStorage:
 
     is_slow_to_write = True
     is_device_accessible = False
+    is_copied_by_fork = False
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)
@@ -233,6 +238,35 @@ class HostTable:
         self.lent = LentMemories()
         self._snapshots: list[TableSnapshot] = []
         self._snapshots_changed = threading.Condition()
+        self._is_of_parent = False
+        prepare_for_forks(self)
+
+    def before_fork(self) -> None:
+        """See :class:`ForkAware`."""
+        self._snapshots_changed.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """See :class:`ForkAware`."""
+        self._snapshots_changed.release()
+
+    def after_fork_in_child(self) -> None:
+        """See :class:`ForkAware`: nobody in the child reads the parent's snapshots."""
+        self._snapshots_changed = threading.Condition()
+        self._snapshots = []
+        self._is_of_parent = not self._storage.is_copied_by_fork
+
+    def check_process(self) -> None:
+        """Raise in a forked child whose writes would be its parent's, or whose reads would find no memory.
+
+        Raises:
+            TableStorageError: Says what to do instead.
+        """
+        if self._is_of_parent:
+            names = ", ".join(table.name for table in self.tables)
+            raise TableStorageError(
+                f"tables {names} are in memory that a forked child shares with its parent, or does not have (memory-mapped files, "
+                "page-locked memory). Use the model in the process that has made it; start a new process (spawn) for another."
+            )
 
     @property
     def num_bytes(self) -> int:

@@ -402,6 +402,7 @@ class _PoolOwner:
         self._has_warned = False
 
     def prepare_read(self) -> None:
+        self._pool.host_table.check_process()
         if self._pool.is_flushed:
             return
         self._runner.settle()
@@ -409,6 +410,7 @@ class _PoolOwner:
             self._pool.flush()
 
     def prepare_write(self) -> None:
+        self._pool.host_table.check_process()
         self._runner.suspend()
         with self._runner.between_batches():
             self._pool.purge()

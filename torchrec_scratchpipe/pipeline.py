@@ -48,7 +48,9 @@ class _ScratchPipeForward(PipelinedForward):
     """Stands in for a sharded module's forward while the pipeline is attached."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        context = cast(ScratchPipeTrainPipelineContext, self._context)
+        context = self._context
+        if not isinstance(context, ScratchPipeTrainPipelineContext):  # another pipeline uses the forward that we left
+            return super().__call__(*args, **kwargs)
         if not context.is_in_forward:
             return self._forward_outside_pipeline(*args, **kwargs)
         if self._name not in context.planned_inputs:
@@ -150,6 +152,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         self._is_traced_in_vain = False
         self._failed_to_load: TrainPipelineContext | None = None
         self._collections_warned_of: set[str] = set()
+        self._own_forwards: list[Callable[..., Any]] = []
         super().__init__(
             model,
             optimizer,
@@ -190,6 +193,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             self.attach(self._model)
         if self._failed_to_load is not None:
             raise self._failed_error(self._failed_to_load)
+        for module, forward in zip(self._pipelined_modules, self._own_forwards, strict=True):
+            module.forward = forward  # another pipeline may have left its own
         self.fill_pipeline(dataloader_iter)
         if not self.batches or self._leave_rest_as_stock():
             raise StopIteration
@@ -253,6 +258,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
                 "train them, or call reset(), first."
             )
         self._is_traced_in_vain = False
+        self._own_forwards = []
         if model is not None and self._model_fwd is self._model:  # stock would go on with the first model's forward
             self._model_fwd = model
         super().attach(model, sparse_dist=False)
@@ -284,6 +290,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             reason = f"torch.fx cannot trace the model ({type(error).__name__}: {error})"
             logger.debug("tracing has failed", exc_info=True)
         self._is_traced_in_vain = not self._pipelined_modules
+        self._own_forwards = [module.forward for module in self._pipelined_modules]
         planned = {id(collection_to_plan(module)) for module in self._pipelined_modules}
         for name, module in self._model.named_modules():
             is_missed = isinstance(module, ScratchpadCollection) and id(module) not in planned
@@ -341,14 +348,14 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
 
     def _finish_dist(self, context: ScratchPipeTrainPipelineContext) -> None:
         self.wait_sparse_data_dist(context)
-        for module in self._pipelined_modules:
+        for module in dict.fromkeys(self._pipelined_modules):  # one that is called twice raises in forward
             name = module.forward.name
             request = context.input_dist_tensors_requests.pop(name)
             with self._stream_context(self._data_dist_stream):
                 context.planned_inputs[name] = request.wait()
 
     def _collections_to_plan(self) -> Iterator[tuple[ScratchpadCollection, str]]:
-        for module in self._pipelined_modules:
+        for module in dict.fromkeys(self._pipelined_modules):
             collection = collection_to_plan(module)
             if collection is not None:
                 yield collection, module.forward.name

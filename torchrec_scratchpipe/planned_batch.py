@@ -253,6 +253,12 @@ class PlannedBatch:
         """
         self._error = error
 
+    def after_fork_in_child(self) -> None:
+        """Have an event whose lock no thread of the parent holds."""
+        is_done, self.done = self.done.is_set(), threading.Event()
+        if is_done:
+            self.done.set()
+
     def see(self) -> None:
         """Tell each pool's eviction order what the batch will use; only between the stages of two batches."""
         self.is_seen = True
@@ -289,24 +295,14 @@ class PlannedBatch:
                     self._run_stages(self._num_pools_planned, plan_start_s)
                 except SlotsHeldError as held:
                     pool = self._pools[self._num_pools_planned]
-                    is_too_large = held.num_needed > pool.scratchpad.num_slots
-                    if not is_last_chance and (not is_too_large or pool.can_grow):
+                    is_hopeless = held.num_needed > pool.scratchpad.num_slots and not pool.can_grow
+                    if not is_last_chance and not is_hopeless:
                         return False
-                    self._grow(pool, held, is_too_large)
+                    _grow(pool, held)
                 plan_start_s = time.perf_counter()
         except Exception as error:  # whatever stops a stage belongs to this batch's Train, on another thread
             self.fail(error)
         return True
-
-    def _grow(self, pool: Pool, held: SlotsHeldError, is_too_large: bool) -> None:
-        """Have the pool grow if this batch alone needs more slots than there are."""
-        reason = ""
-        if is_too_large and pool.can_grow:
-            num_held = pool.scratchpad.num_slots - held.num_available
-            reason = pool.grow(held.num_needed, num_held)
-            if not reason:
-                return
-        raise _full_error(pool, held, reason)
 
     @property
     def _num_pools_planned(self) -> int:
@@ -447,15 +443,24 @@ def check_ids(table_name: str, feature_name: str, ids: Tensor, num_rows: int) ->
         )
 
 
+def _grow(pool: Pool, held: SlotsHeldError) -> None:
+    """Give a batch the slots that it needs and nobody will let go of; raises if there are none."""
+    num_held = pool.scratchpad.num_slots - held.num_available
+    reason = pool.grow(held.num_needed, num_held) if pool.can_grow else ""
+    if reason or not pool.can_grow:
+        raise _full_error(pool, held, reason)
+
+
 def _full_error(pool: Pool, held: SlotsHeldError, why_not_more: str) -> ScratchPipeError:
     num_slots, num_rows = pool.scratchpad.num_slots, pool.host_table.num_rows
+    why_not_more = why_not_more and f", and {why_not_more}"
     if held.num_needed > num_slots:
         return ScratchpadFullError(
-            f"{pool.name}: one batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}{why_not_more and f' and {why_not_more}'}. "
+            f"{pool.name}: one batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}{why_not_more}. "
             f"Raise load_factor to at least {min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
         )
     return ScratchpadFullError(
         f"{pool.name}: a batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}, and all but "
-        f"{held.num_available:,} are held by batches since the oldest one in flight. Let those train first, lower "
+        f"{held.num_available:,} are held by batches since the oldest one in flight{why_not_more}. Let those train first, lower "
         "lookahead, raise load_factor, or drop results whose backward will never run: they keep their batch in flight."
     )

@@ -80,7 +80,7 @@ class Pool:
         return self._enlarge is not None
 
     def grow(self, num_needed: int, num_held: int) -> str:
-        """Get slots for a batch that alone needs more than there are; only between the stages of two batches.
+        """Get slots for a batch that Train waits for, and that no other batch will let go of; only between the stages of two batches.
 
         Args:
             num_needed: Slots that the batch needs.
@@ -100,13 +100,14 @@ class Pool:
         self.slot_map.grow(num_slots)
         self.counters.add_growth(num_slots)
         logger.warning(
-            "%s: one batch needs %s slots, the scratchpad had %s and has now %s. Set load_factor to at least %.4f to have so many from "
-            "the beginning, and to more for batches that are planned ahead.",
+            "%s: one batch needs %s slots, the scratchpad had %s, of which %s were held, and has now %s. Set load_factor to at least %.4f "
+            "to have so many from the beginning, and to more for batches that are planned ahead.",
             self.name,
             f"{num_needed:,}",
             f"{before:,}",
+            f"{num_held:,}",
             f"{num_slots:,}",
-            min(1.0, num_needed / num_rows + 5e-5),
+            min(1.0, num_slots / num_rows + 5e-5),
         )
         return ""
 
@@ -194,11 +195,13 @@ class Pool:
             write_rows(self.scratchpad.parts, some_slots, [value.to(self.slot_map.device) for value in values])
 
     def check_usable(self) -> None:
-        """Raise if an earlier stage failed half-way.
+        """Raise if an earlier stage failed half-way, or if this process must not touch the tables.
 
         Raises:
             StageFailedError: With the first failure.
+            TableStorageError: See :meth:`HostTable.check_process`.
         """
+        self.host_table.check_process()
         if self.failure is not None:
             raise self.failure_error()
 

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+from torchrec_scratchpipe.fork import prepare_for_forks
 from torchrec_scratchpipe.lent_memory import LentMemories
 from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.streams import StageStreams
@@ -165,6 +166,21 @@ class OverlappedStageRunner(StageRunner):
         self._thread: threading.Thread | None = None
         self._train_events: deque[torch.Event] = deque()
         self._refreshed: torch.Event | None = None
+        prepare_for_forks(self)
+
+    def before_fork(self) -> None:
+        """See :class:`ForkAware`."""
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """See :class:`ForkAware`."""
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """See :class:`ForkAware`: the child has a worker of its own, from when it first needs one."""
+        self._lock = threading.RLock()
+        self._thread = None
+        self._queue.after_fork_in_child()
 
     def submit(self, batch: PlannedBatch) -> None:
         """Take a batch; its stages run on the worker thread.
@@ -174,8 +190,7 @@ class OverlappedStageRunner(StageRunner):
         """
         self.streams.wait(self.streams.plan, self.streams.record(None))
         batch.record_stages_streams(self.streams)
-        if self._thread is None:
-            self._start()
+        self._ensure_started()
         self._queue.put(batch)
 
     def allow(self, batch: PlannedBatch) -> None:
@@ -185,6 +200,7 @@ class OverlappedStageRunner(StageRunner):
             batch: A batch that was submitted.
         """
         if not batch.may_plan:
+            self._ensure_started()
             self._queue.allow(batch)
 
     def finish(self, batch: PlannedBatch) -> None:
@@ -193,6 +209,7 @@ class OverlappedStageRunner(StageRunner):
         Args:
             batch: A batch that was submitted.
         """
+        self._ensure_started()
         self._queue.mark_awaited(batch)
         batch.done.wait()
 
@@ -265,7 +282,9 @@ class OverlappedStageRunner(StageRunner):
             batch.done.set()  # last: whoever sees it finds the event of Insert recorded (hazard 4)
         return is_done
 
-    def _start(self) -> None:
+    def _ensure_started(self) -> None:
+        if self._thread is not None:
+            return
         # The thread sees the queue, and the runner only while it works, so that a runner that nobody needs and that
         # has no batch left is collected, and its thread ends. Batches that were dropped leave the queue unrun.
         self._thread = threading.Thread(
@@ -299,6 +318,15 @@ class _WorkQueue:
         self._is_working = False
         self._is_suspended = False
         self.is_closed = False
+
+    def after_fork_in_child(self) -> None:
+        """Forget the parent's worker; nothing runs before a batch is submitted or awaited, as when suspended."""
+        self._changed = threading.Condition()
+        self._is_working = False
+        self._is_suspended = True
+        self._num_changes_seen = -1
+        for batch in (batch for ref in self._batches if (batch := ref()) is not None):
+            batch.after_fork_in_child()
 
     def put(self, batch: PlannedBatch) -> None:
         with self._changed:

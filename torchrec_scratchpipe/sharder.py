@@ -225,8 +225,8 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             with another, Plan waits for the device, and rows are staged.
         host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
-        on_full: What happens if one batch alone needs more slots than there are. ``"grow"``: its pool gets a quarter more than the batch
-            needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
+        on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
+            gets a quarter more than the batch needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
         max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is.
     """
 
@@ -308,8 +308,8 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             with another, Plan waits for the device, and rows are staged.
         host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
-        on_full: What happens if one batch alone needs more slots than there are. ``"grow"``: its pool gets a quarter more than the batch
-            needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
+        on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
+            gets a quarter more than the batch needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
         max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is.
     """
 

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What becomes of locks and threads in a forked child: the locks may be held for ever, the threads are not there.
+
+A data loader's workers are forked children, and a job may fork one to evaluate.
+"""
+
+import os
+from typing import Protocol
+from weakref import WeakSet
+
+__all__ = ["ForkAware", "prepare_for_forks"]
+
+
+class ForkAware(Protocol):
+    """Something that can go on in a forked child."""
+
+    def before_fork(self) -> None:
+        """Wait until nothing is half done, and keep it so."""
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """Go on, without the parent's threads."""
+
+
+_ALL: "WeakSet[ForkAware]" = WeakSet()  # per process, as forks are
+_PREPARED: list[ForkAware] = []
+
+
+def prepare_for_forks(part: ForkAware) -> None:
+    """Have it told of every fork, as long as it lives.
+
+    Args:
+        part: What has locks or threads.
+    """
+    _ALL.add(part)
+
+
+def _before() -> None:
+    _PREPARED[:] = list(_ALL)
+    for part in _PREPARED:
+        part.before_fork()
+
+
+def _after_in_parent() -> None:
+    for part in _PREPARED:
+        part.after_fork_in_parent()
+    _PREPARED.clear()
+
+
+def _after_in_child() -> None:
+    for part in _PREPARED:
+        part.after_fork_in_child()
+    _PREPARED.clear()
+
+
+os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
