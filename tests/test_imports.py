@@ -15,7 +15,7 @@ LAYERS = [
     ["__init__", "plan"],
     ["pipeline"],
     ["sharder", "sharding_planner"],
-    ["working_set", "plan_report", "trace"],
+    ["working_set", "plan_report", "trace", "enumerator"],
     ["checkpoint", "stock"],
     ["checkpoint_files", "table_sources", "optimizer_states"],
     ["collection", "peers", "ranks"],
@@ -41,7 +41,7 @@ LAYERS = [
     ["snapshot", "eviction", "memory"],
     ["row_parts"],
     ["types"],
-    ["errors", "_version"],
+    ["errors", "_version", "spelling"],
 ]
 CORE_STARTS_AT = 11
 

@@ -26,7 +26,6 @@ from helpers import (
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.types import CacheParams, ShardingEnv2D
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.optim.clipping import GradientClippingOptimizer
@@ -357,12 +356,6 @@ def test_settings_of_fbgemms_cache_are_named_as_ignored(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
         Trainer.scratchpipe(setting)
     assert "tables t0, t1, t2: cache_reserved_memory set FBGEMM's cache and have no effect" in caplog.text
-
-
-def test_enumerator_on_a_cpu_is_refused() -> None:
-    topology = Topology(world_size=1, compute_device="cpu")
-    with pytest.raises(ConfigError, match="enumerator cannot be given on a CPU"):
-        ScratchPipeShardingPlanner(topology=topology, enumerator=EmbeddingEnumerator(topology, batch_size=4))
 
 
 def test_backward_twice_is_refused() -> None:

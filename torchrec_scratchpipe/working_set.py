@@ -30,6 +30,7 @@ __all__ = [
     "WorkingSets",
     "check_count",
     "check_number",
+    "configs_of",
     "has_tables",
     "measure_working_set",
     "table_configs",
@@ -401,6 +402,13 @@ def has_tables(module: nn.Module) -> bool:
     return isinstance(module, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface)
 
 
+def configs_of(module: nn.Module) -> Sequence[BaseEmbeddingConfig]:
+    """The configs of its own tables, if it is an embedding collection that is not sharded."""
+    if isinstance(module, EmbeddingBagCollectionInterface):
+        return list(module.embedding_bag_configs())
+    return list(module.embedding_configs()) if isinstance(module, EmbeddingCollectionInterface) else []
+
+
 def _placed_configs(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
     """With the path of their collection; what a collection is made of is not looked at."""
     placed: list[tuple[str, BaseEmbeddingConfig]] = []
@@ -408,14 +416,9 @@ def _placed_configs(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
     for path, module in model.named_modules():
         if any(path.startswith(prefix) for prefix in prefixes):
             continue
-        if not has_tables(module):
-            continue
-        if isinstance(module, EmbeddingBagCollectionInterface):
-            configs: Sequence[BaseEmbeddingConfig] = module.embedding_bag_configs()
-        else:
-            configs = module.embedding_configs()
-        prefixes.append(f"{path}." if path else "")
-        placed.extend((path or "the model itself", config) for config in configs)
+        if has_tables(module):
+            prefixes.append(f"{path}." if path else "")
+            placed.extend((path or "the model itself", config) for config in configs_of(module))
     return placed
 
 
