@@ -22,7 +22,7 @@ LAYERS = [
     ["lookup"],
     ["kernel"],
     ["options", "fused_optimizer"],
-    ["compat"],
+    ["compat", "batch_features"],
     # ---- below this line nothing imports torchrec ----
     ["runner", "sizing"],
     ["popularity"],
@@ -41,7 +41,7 @@ LAYERS = [
     ["snapshot", "eviction", "memory"],
     ["row_parts"],
     ["types"],
-    ["errors", "_version", "spelling"],
+    ["errors", "_version", "spelling", "random_states"],
 ]
 CORE_STARTS_AT = 11
 
