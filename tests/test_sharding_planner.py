@@ -377,7 +377,7 @@ def test_lookahead_is_lowered_where_no_more_fits() -> None:
 
 def test_too_little_host_memory_is_said() -> None:
     model = bags((4_000_000, 4_000_000))
-    with pytest.raises(PlannerError, match=r"of host memory, the topology has 102\.400 MB"):
+    with pytest.raises(PlannerError, match=r"the topology has 102\.400 MiB.*set ddr_cap to at least 512,000,000 bytes"):
         cuda_planner(assumed(model), 0.1, ddr_gb=0.1).plan(model, SHARDERS)
     topology = Topology(world_size=1, compute_device="cuda")
     topology.devices[0].storage.ddr = 0  # TorchRec 1.6.1 takes a ddr_cap of 0 for the default

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torchrec_scratchpipe.reuse import misses_of_pool
 from torchrec_scratchpipe.sizing import ShardToSize, SizedTable
 
-__all__ = ["PlanReport", "RankReport", "TableReport", "plot_plan"]
+__all__ = ["GIB", "PlanReport", "RankReport", "TableReport", "as_size", "plot_plan"]
 
-GB = 1024**3
+GIB, MIB = 1024**3, 1024**2
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ class PlanReport:
         return [
             f"{len(self.ranks)} ranks, batch {self.batch_size}, lookahead {self.lookahead}, "
             f"{self.num_batches_seen_ahead} batches seen beyond",
-            f"device memory per rank: {min(device) / GB:.3f} to {max(device) / GB:.3f} GB of a budget of "
-            f"{min(rank.budget_bytes for rank in self.ranks) / GB:.3f} GB",
-            f"host memory per rank:   {min(host) / GB:.3f} to {max(host) / GB:.3f} GB, {sum(host) / GB:.3f} GB in all",
-            f"bus per rank and step:  {min(bus) / 1e6:.2f} to {max(bus) / 1e6:.2f} MB, {self.bus_ms:.3f} ms beside an "
+            f"device memory per rank: {min(device) / GIB:.3f} to {max(device) / GIB:.3f} GiB of a budget of "
+            f"{min(rank.budget_bytes for rank in self.ranks) / GIB:.3f} GiB",
+            f"host memory per rank:   {min(host) / GIB:.3f} to {max(host) / GIB:.3f} GiB, {sum(host) / GIB:.3f} GiB in all",
+            f"bus per rank and step:  {min(bus) / MIB:.2f} to {max(bus) / MIB:.2f} MiB, {self.bus_ms:.3f} ms beside an "
             f"estimated step of {self.step_ms:.3f} ms: {self.bus_ms / max(step_ms, 1e-9):.0%}, hidden while below 100%",
         ]
 
 
 _HEADINGS = [
-    "table", "sharding", "kept", "rows", "GB", "slots", "load factor", "device GB", "unique/step", "misses/step",
-    "bus MB/step", "bus share",
+    "table", "sharding", "kept", "rows", "GiB", "slots", "load factor", "device GiB", "unique/step", "misses/step",
+    "bus MiB/step", "bus share",
 ]  # fmt: skip
 
 
@@ -98,15 +98,27 @@ def _row(table: TableReport, share_of_bus: float) -> list[str]:
         table.sharding_type,
         "whole" if is_whole else "scratchpad",
         f"{table.sized.table.reuse.num_rows:,}",
-        f"{table.table_bytes / GB:.3f}",
+        f"{table.table_bytes / GIB:.3f}",
         "-" if is_whole else f"{table.num_slots:,}",
         f"{table.load_factor:.4f}",
-        f"{table.device_bytes / GB:.3f}",
+        f"{table.device_bytes / GIB:.3f}",
         f"{table.num_unique:,.0f}",
         f"{table.num_misses:,.0f}",
-        f"{table.bus_bytes / 1e6:.2f}",
+        f"{table.bus_bytes / MIB:.2f}",
         f"{share_of_bus:.1%}",
     ]
+
+
+def as_size(num_bytes: float) -> str:
+    """For a message.
+
+    Args:
+        num_bytes: Of memory.
+
+    Returns:
+        In GiB, or in MiB where that is less than a tenth.
+    """
+    return f"{num_bytes / GIB:.3f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / MIB:.3f} MiB"
 
 
 def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableReport], dict[int, float]]:
@@ -205,19 +217,19 @@ def plot_plan(report: PlanReport, path: str | os.PathLike[str], num_tables: int 
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     ranks = np.arange(len(report.ranks))
-    sized = np.array([rank.device_bytes for rank in report.ranks]) / GB
-    other = np.array([rank.other_bytes for rank in report.ranks]) / GB
+    sized = np.array([rank.device_bytes for rank in report.ranks]) / GIB
+    other = np.array([rank.other_bytes for rank in report.ranks]) / GIB
     left.bar(ranks, sized, width=1.0 if len(ranks) > 64 else 0.8, label="scratchpads, and tables kept whole by choice")
     left.bar(ranks, other, bottom=sized, width=1.0 if len(ranks) > 64 else 0.8, label="other tables")
     left.step(
         np.append(ranks - 0.5, ranks[-1] + 0.5),
-        np.append([rank.budget_bytes / GB for rank in report.ranks], report.ranks[-1].budget_bytes / GB),
+        np.append([rank.budget_bytes / GIB for rank in report.ranks], report.ranks[-1].budget_bytes / GIB),
         where="post",
         color="black",
         linewidth=1,
         label="budget",
     )
-    left.set(xlabel="rank", ylabel="device memory (GB)", title="Memory per rank")
+    left.set(xlabel="rank", ylabel="device memory (GiB)", title="Memory per rank")
     left.legend()
     with_slots = [table for table in report.tables if not table.sized.is_whole]
     for table in sorted(with_slots, key=lambda table: -table.bus_bytes)[:num_tables]:

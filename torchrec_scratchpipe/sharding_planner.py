@@ -40,7 +40,7 @@ from torchrec_scratchpipe.enumerator import FUSED, SCRATCHPAD, ScratchpadEnumera
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError
 from torchrec_scratchpipe.memory import PoolDemand
 from torchrec_scratchpipe.options import MIN_SLOTS_PER_TABLE, OPTIMIZER_STATES, check_load_factor
-from torchrec_scratchpipe.plan_report import PlanReport, RankReport, device_bytes_of, table_reports
+from torchrec_scratchpipe.plan_report import PlanReport, RankReport, as_size, device_bytes_of, table_reports
 from torchrec_scratchpipe.reuse import Floats, Reuse
 from torchrec_scratchpipe.sizing import ShardToSize, SizedTable, TableToSize, size_tables
 from torchrec_scratchpipe.spelling import did_you_mean, few
@@ -53,7 +53,7 @@ from torchrec_scratchpipe.working_set import (
     table_configs,
 )
 
-__all__ = ["ScratchPipeShardingPlanner"]
+__all__ = ["Advice", "ScratchPipeShardingPlanner"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -62,6 +62,24 @@ DEFAULT_LOOKAHEAD = 2
 ROW_WISE_ABOVE = 0.1
 # Row blocks are not looked up equally often; so many standard deviations are added to a block's working set.
 BLOCK_DEVIATIONS = 4.0
+
+
+class Advice:
+    """How a user sets what messages ask for. A command, whose settings have other names, has a subclass of it."""
+
+    can_constrain = True  # whether constraints can be given
+
+    def budget(self, setting: str, num_bytes: int) -> str:
+        """The way out where memory is short.
+
+        Args:
+            setting: `scratchpad_bytes`, `hbm_cap` or `ddr_cap`.
+            num_bytes: The least that would do.
+
+        Returns:
+            What to do.
+        """
+        return f"set {setting} to at least {num_bytes:,} bytes ({as_size(num_bytes)})"
 
 
 class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
@@ -105,6 +123,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         PlannerError: In :meth:`plan`, before anything is allocated: the budget is too small; says what would do.
     """
 
+    advice = Advice()
     _enumerator: Enumerator
 
     def __init__(
@@ -156,7 +175,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         if working_sets is not None:
             _check_topology(self._topology, scratchpad_bytes)
             self._lookaheads = [lookahead] if lookahead is not None else _lookaheads_to_try(working_sets.lookahead)
-            self._sizer = _Sizer(self._topology, choices, working_sets, scratchpad_bytes)
+            self._sizer = _Sizer(self._topology, choices, working_sets, scratchpad_bytes, self.advice)
             self._enumerator = ScratchpadEnumerator(self._enumerator, self._sizer, is_cpu=is_cpu)
         elif scratchpad_bytes is not None:
             raise ConfigError(
@@ -302,9 +321,11 @@ class _Sizer:
         choices: Mapping[str, _Choice],
         working_sets: WorkingSets,
         scratchpad_bytes: int | None,
+        advice: Advice,
     ) -> None:
         self._topology = topology
         self._choices = choices
+        self._advice = advice
         self._learned: dict[str, _Choice] = {}  # of what the enumerator leaves
         self._working_sets = working_sets
         self._scratchpad_bytes = scratchpad_bytes
@@ -387,9 +408,9 @@ class _Sizer:
         for option in options:
             if self.has_slots(option.name):
                 if option.name not in self._reuses:
+                    way_out = ', or constrain it to compute_kernels=["fused"]' if self._advice.can_constrain else ""
                     raise MeasurementError(
-                        f"table {option.name}: working_sets say nothing of it. Measure all tables, or constrain it to "
-                        'compute_kernels=["fused"].'
+                        f"table {option.name}: working_sets say nothing of it. Measure all tables{way_out}."
                     )
                 (sized,), _ = size_tables([self._table_to_size(option)], np.zeros(self._topology.world_size))
                 self._set_storage(option, sized)
@@ -424,21 +445,14 @@ class _Sizer:
         budgets = self._budgets(reserved)
         host = np.array([device.storage.ddr for device in self._topology.devices], dtype=np.float64)
         if np.all(need.bytes_of_rank <= budgets):
-            rank = int(np.argmax(need.host_bytes_of_rank - host))
-            return PlannerError(
-                f"rank {rank}: tables need {_size(need.host_bytes_of_rank[rank])} of host memory, the topology has "
-                f"{_size(host[rank])}. Raise ddr_cap, add ranks, or spread the largest tables row_wise.",
-                PlannerErrorType.INSUFFICIENT_STORAGE,
-            )
+            return self._host_error(need.host_bytes_of_rank, host)
         rank = int(np.argmax(need.bytes_of_rank - budgets))
         is_limit = self._is_cpu or budgets[rank] < reserved.devices[rank].storage.hbm
         total = 0.0 if is_limit else self._topology.devices[rank].storage.hbm
         # A reservation is a share of the device or a number of bytes; with the share, both are enough.
         kept_back = 0.0 if is_limit else 1 - reserved.devices[rank].storage.hbm / total
         smallest = math.ceil(need.bytes_of_rank.max() / max(1 - kept_back, 1e-3))
-        ways = [
-            f"set {'scratchpad_bytes' if is_limit else 'hbm_cap'} to at least {smallest:,} bytes ({_size(smallest)})"
-        ]
+        ways = [self._advice.budget("scratchpad_bytes" if is_limit else "hbm_cap", smallest)]
         if lookahead > 1:
             self.set_lookahead(1)
             if np.all(self.need(options).bytes_of_rank <= budgets):
@@ -448,10 +462,21 @@ class _Sizer:
         if fitting >= 1:
             ways.append(f"lower the batch size from {batch_size} to about {fitting}")
         return PlannerError(
-            f"rank {rank}: batches in flight with lookahead {lookahead} need {_size(need.bytes_of_rank[rank])} of device "
-            f"memory, the budget is {_size(budgets[rank])}"
-            + (f" ({kept_back:.0%} of {_size(total)} are reserved)" if kept_back > 0 else "")
-            + f". Table {need.table_name} alone needs {_size(need.table_bytes)}. Do one of: {'; '.join(ways)}.",
+            f"rank {rank}: batches in flight with lookahead {lookahead} need {as_size(need.bytes_of_rank[rank])} of device "
+            f"memory, the budget is {as_size(budgets[rank])}"
+            + (f" ({kept_back:.0%} of {as_size(total)} are reserved)" if kept_back > 0 else "")
+            + f". Table {need.table_name} alone needs {as_size(need.table_bytes)}. {_do(ways)}",
+            PlannerErrorType.INSUFFICIENT_STORAGE,
+        )
+
+    def _host_error(self, needed: Floats, there: Floats) -> PlannerError:
+        rank = int(np.argmax(needed - there))
+        ways = [self._advice.budget("ddr_cap", math.ceil(needed.max())), "add ranks"]
+        if self._is_cpu and self._topology.world_size > 1 and self._advice.can_constrain:
+            ways.append("constrain the largest tables to row_wise sharding")
+        return PlannerError(
+            f"rank {rank}: tables need {as_size(needed[rank])} of host memory, the topology has {as_size(there[rank])}. "
+            f"{_do(ways)}",
             PlannerErrorType.INSUFFICIENT_STORAGE,
         )
 
@@ -825,5 +850,5 @@ def _step_ms(options: Sequence[ShardingOption], world_size: int) -> float:
     return float(per_rank.max())
 
 
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1024**3:.3f} GB" if num_bytes >= 0.1 * 1024**3 else f"{num_bytes / 1024**2:.3f} MB"
+def _do(ways: Sequence[str]) -> str:
+    return f"{'Do one of' if len(ways) > 1 else 'Do this'}: {'; '.join(ways)}."
