@@ -14,7 +14,7 @@ PACKAGE = Path(torchrec_scratchpipe.__file__).parent
 LAYERS = [
     ["__init__", "plan"],
     ["pipeline"],
-    ["sharder", "sharding_planner"],
+    ["sharder", "sharding_planner", "plan_plot"],
     ["working_set", "plan_report", "trace", "enumerator"],
     ["checkpoint", "stock"],
     ["checkpoint_files", "table_sources", "optimizer_states"],

@@ -105,7 +105,7 @@ def test_memory_is_in_gib_everywhere(tables: str, tmp_path: Path, capsys: pytest
     (rank,) = json.loads((tmp_path / "plan.json").read_text())["ranks"]
     report = capsys.readouterr().out
     assert rank["budget_bytes"] == int(0.002 * 1024**3)
-    assert "of a budget of 0.002 GiB" in report
+    assert f"of a budget of {0.002 * 1024:.3f} MiB" in report
     assert f"{rank['bus_bytes'] / 1024**2:.2f} MiB" in report
     assert run(*common, "--hbm_gb", 0.0001) == 1
     said = capsys.readouterr().err
