@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What would I need? Plans on a machine without a GPU and without a process group.
+"""What would I need? Plans on a machine without a GPU and without a process group. Installed, it is also `scratchpipe-plan`.
 
     python -m torchrec_scratchpipe.plan --tables tables.json --batches trace.npz --batch_size 4096 --hbm_gb 8
     python -m torchrec_scratchpipe.plan --tables tables.json --zipf 1.05 --batch_size 8192 --world_size 8 --hbm_gb 40
@@ -47,6 +47,7 @@ from torchrec_scratchpipe.working_set import (
 
 __all__ = ["main"]
 
+COMMAND = "scratchpipe-plan"
 MAX_RANKS_OF_HOST = 8
 MAX_GIB, MAX_ROWS, MAX_WIDTH = 1 << 30, 1 << 40, 1 << 20  # what cannot be meant
 TABLE_FIELDS = ("name", "num_embeddings", "embedding_dim", "feature_names", "ids_per_sample")
@@ -167,7 +168,7 @@ def _check_picture(path: Path) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m torchrec_scratchpipe.plan",
+        prog=COMMAND if Path(sys.argv[0]).stem == COMMAND else "python -m torchrec_scratchpipe.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
