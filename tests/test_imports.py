@@ -14,8 +14,8 @@ PACKAGE = Path(torchrec_scratchpipe.__file__).parent
 LAYERS = [
     ["__init__", "plan"],
     ["pipeline"],
-    ["sharder", "sharding_planner"],
-    ["working_set", "plan_report", "trace"],
+    ["sharder", "sharding_planner", "plan_plot"],
+    ["working_set", "plan_report", "trace", "enumerator"],
     ["checkpoint", "stock"],
     ["checkpoint_files", "table_sources", "optimizer_states"],
     ["collection", "peers", "ranks"],
@@ -23,7 +23,7 @@ LAYERS = [
     ["kernel"],
     ["tbe", "table_view"],
     ["options"],
-    ["compat"],
+    ["compat", "batch_features"],
     # ---- below this line nothing imports torchrec ----
     ["runner", "sizing"],
     ["popularity"],
@@ -42,7 +42,7 @@ LAYERS = [
     ["snapshot", "eviction", "memory"],
     ["row_parts", "lent_memory", "fork"],
     ["types"],
-    ["errors", "_version"],
+    ["errors", "_version", "spelling", "random_states"],
 ]
 CORE_STARTS_AT = 12
 

@@ -3,6 +3,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,9 +77,45 @@ def test_without_data_and_for_gpus_that_are_not_there(tables: str, capsys: pytes
     assert "4 ranks, batch 512" in capsys.readouterr().out
 
 
-def test_a_budget_that_is_too_small_says_what_would_do(tables: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--tables", tables, "--zipf", 1.05, "--batch_size", 512, "--scratchpad_gb", 0.0001) == 1
-    assert "set scratchpad_bytes to at least" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        (("--scratchpad_gb", 0.0001), "--scratchpad_gb"),
+        (("--hbm_gb", 0.0001), "--hbm_gb"),
+        (("--hbm_gb", 0.001, "--ddr_gb", 0.001), "--ddr_gb"),
+        (("--scratchpad_gb", 0.001, "--ddr_gb", 0.001, "--world_size", 2), "--ddr_gb"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_is_too_small_says_which_flag_would_do(
+    given: tuple[Any, ...], flag: str, tables: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--tables", tables, "--zipf", 1.05, "--batch_size", 512, *given)
+    assert run(*common) == 1
+    said = capsys.readouterr().err
+    for name in ("scratchpad_bytes", "hbm_cap", "ddr_cap", "constrain", "load_factor", "row_wise"):
+        assert name not in said
+    (enough,) = re.findall(rf"set {flag} to at least (\d+\.\d+) \(\d+\.\d+ [GM]iB\)", said)
+    assert run(*common, flag, enough) == 0
+
+
+def test_memory_is_in_gib_everywhere(tables: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--tables", tables, "--zipf", 1.05, "--batch_size", 512)
+    assert run(*common, "--hbm_gb", 0.002, "--json", tmp_path / "plan.json") == 0
+    (rank,) = json.loads((tmp_path / "plan.json").read_text())["ranks"]
+    report = capsys.readouterr().out
+    assert rank["budget_bytes"] == int(0.002 * 1024**3)
+    assert f"of a budget of {0.002 * 1024:.3f} MiB" in report
+    assert f"{rank['bus_bytes'] / 1024**2:.2f} MiB" in report
+    assert run(*common, "--hbm_gb", 0.0001) == 1
+    said = capsys.readouterr().err
+    assert "the budget is 0.102 MiB" in said
+    refused_as_too_large = refused(capsys, *common, "--hbm_gb", 1e300)
+    with pytest.raises(SystemExit):
+        run("--help")
+    spoken = report + said + refused_as_too_large + capsys.readouterr().out
+    assert not re.findall(r"\b[GM]B\b|[Gg]igabyte", spoken)
+    assert spoken.count("in GiB") >= 3
 
 
 def test_formats_give_the_same_batches(npz: str, tmp_path: Path, ids: dict[str, np.ndarray]) -> None:
@@ -157,7 +194,15 @@ def test_bad_arrays_are_refused(tmp_path: Path) -> None:
         ("[1]", "not a JSON list of tables"),
         ('[{"name": "a", "embedding_dim": 4}]', "num_embeddings is missing"),
         ('[{"name": "a", "embedding_dim": 5, "num_embeddings": 1}]', "a multiple of 4"),
-        ('[{"name": "a", "embedding_dim": 4, "num_embeddings": 1, "rows": 3}]', "rows is not known here"),
+        ('[{"name": "a", "embedding_dim": 4, "num_embeddings": 1, "rows": 3}]', "rows is not known"),
+        (
+            '[{"name": "a", "embedding_dim": 4, "num_embedding": 1}]',
+            "num_embeddings is missing and num_embedding is not known. Did you mean num_embeddings for num_embedding?",
+        ),
+        (
+            '[{"name": "a", "embedding_dim": 4, "num_embeddings": 1, "features": []}]',
+            "features is not known. Did you mean feature_names for features?",
+        ),
         ("[]", "no embedding table"),
     ],
 )
@@ -366,6 +411,18 @@ def test_a_measurement_is_used_with_the_settings_that_it_was_made_with(
     for given in ((), ("--num_batches_seen_ahead", 3)):
         assert run(*common, "--working_sets", saved, "--batch_size", 100, *given) == 0
         assert "3 batches seen beyond" in capsys.readouterr().out
+
+
+def test_a_measurement_without_a_table_asks_for_nothing_that_a_command_cannot_have(
+    tables: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_one = tmp_path / "one.json"
+    of_one.write_text(json.dumps(TABLES[:1]))
+    common = ("--batch_size", 256, "--hbm_gb", 1)
+    assert run("--tables", of_one, *common, "--zipf", 1, "--save_working_sets", tmp_path / "sets.json") == 0
+    capsys.readouterr()
+    said = refused(capsys, "--tables", tables, *common, "--working_sets", tmp_path / "sets.json")
+    assert said.endswith("table small: working_sets say nothing of it. Measure all tables.\n")
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ import logging
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from helpers import (
     CPU,
     Setting,
@@ -26,9 +28,8 @@ from helpers import (
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.types import CacheParams, ShardingEnv2D
-from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_configs import DataType, PoolingType, data_type_to_sparse_type
 from torchrec.optim.clipping import GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
@@ -44,7 +45,8 @@ from torchrec_scratchpipe import (
     scratchpad_stats,
     stage_spans,
 )
-from torchrec_scratchpipe.compat import WeightDecayMode
+from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, WeightDecayMode
+from torchrec_scratchpipe.options import CPU_OPTIMIZERS, optimizer_states
 from torchrec_scratchpipe.table_view import shown
 
 SETTING = Setting(num_batches=10)
@@ -99,10 +101,49 @@ def test_grid_with_mean_names_the_upstream_fault() -> None:
         Trainer.scratchpipe(setting)
 
 
+ON_A_CPU = "EXACT_ADAGRAD, EXACT_ROWWISE_ADAGRAD, EXACT_SGD"
+
+
 def test_optimizer_that_has_no_kernel_on_a_cpu() -> None:
     setting = replace(SETTING, optimizer=torch.optim.Adam, optimizer_kwargs=(("lr", 0.1),))
-    with pytest.raises(ConfigError, match=r"tables t0, t1, t2: optimizer .*adam has no kernel on a CPU.*EXACT_ADAGRAD"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"tables t0, t1, t2: optimizer .*adam has no kernel on a CPU.* Use one of {ON_A_CPU}, or a GPU\.",
+    ):
         Trainer.scratchpipe(setting)
+
+
+def train_in_fbgemm(data_type: DataType = DataType.FP32, optimizer: EmbOptimType = EmbOptimType.EXACT_SGD) -> None:
+    """One step of FBGEMM's own kernel, which `fused` is."""
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        [(10, 8, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        weights_precision=data_type_to_sparse_type(data_type),
+        optimizer=optimizer,
+    )
+    kernel(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3])).sum().backward()
+
+
+def refusal(data_type: DataType = DataType.FP32, optimizer: EmbOptimType = EmbOptimType.EXACT_SGD) -> str:
+    group = SimpleNamespace(embedding_tables=[SimpleNamespace(name="t0")], data_type=data_type)
+    with pytest.raises(ConfigError, match="tables t0: ") as error:
+        optimizer_states(group, {"optimizer": optimizer}, "cpu")
+    return str(error.value)
+
+
+REFUSED = {
+    **{kind.name: {"optimizer": kind} for kind in EmbOptimType if kind not in CPU_OPTIMIZERS},
+    **{kind.name: {"data_type": kind} for kind in (DataType.BF16, DataType.INT8)},
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED.values(), ids=REFUSED)
+def test_compute_kernel_fused_is_advised_only_where_it_can_train(settings: dict[str, Any]) -> None:
+    try:
+        train_in_fbgemm(**settings)
+    except (AssertionError, NotImplementedError):
+        assert "fused" not in refusal(**settings)
+    else:
+        assert refusal(**settings).endswith(", or compute kernel fused.")
 
 
 @pytest.mark.parametrize(
@@ -343,12 +384,6 @@ def test_settings_of_fbgemms_cache_are_named_as_ignored(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
         Trainer.scratchpipe(setting)
     assert "tables t0, t1, t2: cache_reserved_memory set FBGEMM's cache and have no effect" in caplog.text
-
-
-def test_enumerator_on_a_cpu_is_refused() -> None:
-    topology = Topology(world_size=1, compute_device="cpu")
-    with pytest.raises(ConfigError, match="enumerator cannot be given on a CPU"):
-        ScratchPipeShardingPlanner(topology=topology, enumerator=EmbeddingEnumerator(topology, batch_size=4))
 
 
 def test_backward_twice_is_refused() -> None:

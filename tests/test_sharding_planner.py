@@ -2,6 +2,7 @@
 """One memory budget in, a plan out: what is charged is allocated, what is asked is honoured, what cannot be is explained."""
 
 import copy
+import inspect
 import json
 import time
 from collections import deque
@@ -17,8 +18,10 @@ from helpers import CPU, Setting, TinyModel, drain, is_embedding, make_batches
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embedding_types import ShardingType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import ParameterConstraints, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import CacheParams
@@ -374,7 +377,7 @@ def test_lookahead_is_lowered_where_no_more_fits() -> None:
 
 def test_too_little_host_memory_is_said() -> None:
     model = bags((4_000_000, 4_000_000))
-    with pytest.raises(PlannerError, match=r"of host memory, the topology has 102\.400 MB"):
+    with pytest.raises(PlannerError, match=r"the topology has 102\.400 MiB.*set ddr_cap to at least 512,000,000 bytes"):
         cuda_planner(assumed(model), 0.1, ddr_gb=0.1).plan(model, SHARDERS)
     topology = Topology(world_size=1, compute_device="cuda")
     topology.devices[0].storage.ddr = 0  # TorchRec 1.6.1 takes a ddr_cap of 0 for the default
@@ -635,6 +638,80 @@ def test_files_that_were_edited_are_refused(change: Any, message: str, tmp_path:
     assert str(error.value).endswith("Measure anew.")
 
 
+def test_arguments_are_stocks_in_stocks_order_and_ours_by_keyword() -> None:
+    """As in 1.6.1, 1.8.0 and 1.9.2, which agree."""
+    stock = inspect.signature(inspect.unwrap(EmbeddingShardingPlanner.__init__)).parameters
+    ours = inspect.signature(ScratchPipeShardingPlanner.__init__).parameters
+    shared = [(it.name, it.kind, it.default) for it in ours.values() if it.kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert [(it.name, it.kind, it.default) for it in stock.values()] == shared
+    assert ours.keys() - stock.keys() == {"working_sets", "lookahead", "scratchpad_bytes"}
+
+
+def test_arguments_by_position_mean_what_they_mean_in_stock() -> None:
+    topology = Topology(world_size=1, compute_device="cpu")
+    enumerator, reservation = EmbeddingEnumerator(topology, 64), FixedPercentageStorageReservation(0.0)
+    constraints = {"t0": ParameterConstraints(compute_kernels=["fused_uvm_caching"])}
+    given = (topology, 64, enumerator, reservation, None, None, None, [], constraints, False)
+    planner = ScratchPipeShardingPlanner(*given)
+    assert kernels(planner.plan(bags(), SHARDERS))["t0"] == "fused_uvm_caching"
+    assert planner._storage_reservation is reservation
+    assert planner._stats == []
+
+
+@pytest.mark.parametrize("has_sets", [False, True])
+def test_constraints_for_tables_that_do_not_exist_are_refused_when_planning(has_sets: bool) -> None:
+    """Stock passes over them."""
+    fused = ParameterConstraints(compute_kernels=["fused"])
+    model = nn.ModuleDict({"sparse": bags()})
+
+    def plan(*names: str) -> Any:
+        topology = Topology(world_size=1, compute_device="cpu")
+        settings = {"working_sets": assumed(bags()), "scratchpad_bytes": 10**7} if has_sets else {}
+        planner = ScratchPipeShardingPlanner(
+            topology=topology, batch_size=1024, constraints=dict.fromkeys(names, fused), debug=False, **settings
+        )
+        return planner.plan(model, SHARDERS)
+
+    plan("t0", "t3")
+    with pytest.raises(
+        ConfigError, match=r"constraints name a table table_t0, the model has t0, t1, t2, t3\..*Rename them or leave"
+    ):
+        plan("t1", "table_t0")
+    with pytest.raises(ConfigError, match=r"constraints name tables T1, t_2, .* Did you mean t2 for t_2\? Did"):
+        plan("t_2", "T1", "t0")
+    with pytest.raises(ConfigError, match=r"Did you mean t2 for sparse\.embedding_bags\.t2\?"):
+        plan("sparse.embedding_bags.t2")
+
+
+def test_constraints_may_name_what_any_sharder_shards() -> None:
+    class TowerLike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight_of_table = nn.Parameter(torch.zeros(4, 4))
+
+    class Sharder(EmbeddingBagCollectionSharder):
+        def shardable_parameters(self, module: Any) -> dict[str, nn.Parameter]:
+            return {"custom": module.weight_of_table}
+
+        @property
+        def module_type(self) -> Any:
+            return TowerLike
+
+    model = nn.ModuleDict({"sparse": bags(), "tower": TowerLike()})
+    constraints = {"custom": ParameterConstraints(sharding_types=["table_wise"])}
+    topology = Topology(world_size=1, compute_device="cpu")
+    stock_like = ScratchPipeShardingPlanner(topology=topology, batch_size=8, constraints=constraints, debug=False)
+    with pytest.raises(ConfigError, match="constraints name a table custom"):
+        stock_like.plan(model, SHARDERS)
+    stock_like._enumerator = NothingToShard()  # type: ignore[assignment]
+    assert stock_like.plan(model, [*SHARDERS, Sharder()]).plan == {}
+
+
+class NothingToShard:
+    def enumerate(self, module: Any, sharders: Any) -> list[Any]:
+        return []
+
+
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [
@@ -704,7 +781,6 @@ def test_files_that_are_no_measurement_are_refused(content: str, message: str, t
 
 def test_stock_planner_takes_a_measurement_as_cache_statistics() -> None:
     """TorchRec's own scale-up proposer, which nothing open could feed, sizes caches with it."""
-    from torchrec.distributed.planner import EmbeddingShardingPlanner
     from torchrec.distributed.planner.proposers import EmbeddingOffloadScaleupProposer
 
     model = bags((400_000, 400_000), dim=64)

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_sharding import FusedKJTListSplitsAwaitable
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 import torchrec_scratchpipe
@@ -50,14 +52,12 @@ OVERRIDDEN = {
     "EmbeddingCollectionSharder.__init__": "self, fused_params, qcomm_codecs_registry, use_index_dedup",
     "EmbeddingCollectionSharder.shard": "self, module, params, env, device, module_fqn",
     "EmbeddingCollectionSharder.sharded_module_type": "self",
-    "EmbeddingEnumerator.__init__": "self, topology, batch_size, constraints, estimator, use_exact_enumerate_order",
-    "EmbeddingEnumerator._filter_compute_kernels": "self, name, allowed_compute_kernels, sharding_type",
-    "EmbeddingEnumerator._filter_sharding_types": "self, name, allowed_sharding_types, sharder_key",
-    "EmbeddingEnumerator.enumerate": "self, module, sharders",
-    "EmbeddingEnumerator.populate_estimates": "self, sharding_options",
     "EmbeddingShardingPlanner.__init__": "self, topology, batch_size, enumerator, storage_reservation, proposer, partitioner, performance_model, stats, constraints, debug, callbacks, timeout_seconds, plan_loader",
     "EmbeddingShardingPlanner.collective_plan": "self, module, sharders, pg",
     "EmbeddingShardingPlanner.plan": "self, module, sharders",
+    "Enumerator.__init__": "self, topology, batch_size, constraints, estimator",
+    "Enumerator.enumerate": "self, module, sharders",
+    "Enumerator.populate_estimates": "self, sharding_options",
     "FusedOptimizerModule.fused_optimizer": "self",
     "GreedyPerfPartitioner.partition": "self, proposal, storage_constraint, hbm_per_device",
     "GroupedEmbeddingsLookup.__init__": "self, grouped_configs, pg, device, env",
@@ -91,6 +91,9 @@ OVERRIDDEN = {
     "TrainPipelineSparseDist.reset": "self",
 }
 CALLED = {
+    "EmbeddingFusedOptimizer.__init__": "self, config, emb_module, pg, create_for_table, param_weight_for_table, embedding_weights_by_table, all_optimizer_states",
+    "EmbeddingEnumerator._filter_compute_kernels": "self, name, allowed_compute_kernels, sharding_type",
+    "EmbeddingEnumerator._filter_sharding_types": "self, name, allowed_sharding_types, sharder_key",
     "FusedKJTListSplitsAwaitable.__init__": "self, requests, contexts, pg",
     "GroupedPooledEmbeddingsLookup._forward": "self, features_by_group",
     "GroupedPooledEmbeddingsLookup._merge_variable_batch_embeddings": "self, embeddings, splits",
@@ -114,7 +117,13 @@ OLDER = {
 }
 CALLED_CLASSES = {
     kind.__name__: kind
-    for kind in (FusedKJTListSplitsAwaitable, GroupedPooledEmbeddingsLookup, TrainPipelineSparseDist)
+    for kind in (
+        EmbeddingEnumerator,
+        EmbeddingFusedOptimizer,
+        FusedKJTListSplitsAwaitable,
+        GroupedPooledEmbeddingsLookup,
+        TrainPipelineSparseDist,
+    )
 }
 
 

@@ -21,7 +21,8 @@ from torchrec_scratchpipe.errors import (
 )
 from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed, LeastRecentlyUsed
 from torchrec_scratchpipe.pipeline import ScratchPipeTrainPipeline
-from torchrec_scratchpipe.plan_report import PlanReport, plot_plan
+from torchrec_scratchpipe.plan_plot import plot_plan
+from torchrec_scratchpipe.plan_report import PlanReport
 from torchrec_scratchpipe.sharder import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeEmbeddingCollectionSharder,

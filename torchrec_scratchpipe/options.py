@@ -72,6 +72,7 @@ OPTIMIZER_STATES: dict[EmbOptimType, tuple[OptimizerState, ...]] = {
 
 # What FBGEMM has kernels for on a CPU.
 CPU_OPTIMIZERS = (EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+STOCK_CPU_OPTIMIZERS = (*CPU_OPTIMIZERS, EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD)
 
 IGNORED_ON_CPU = ("max_norm", "weight_decay")  # measured with fbgemm-gpu-cpu 1.8.0, for all three
 
@@ -253,23 +254,21 @@ def optimizer_states(
         ConfigError: Data type, optimizer or weight decay cannot be served.
     """
     names = ", ".join(table.name for table in config.embedding_tables)
+    is_cpu = device_type == "cpu"
+    # On a CPU FBGEMM's own kernels have none of these either.
+    or_fused = "" if is_cpu else ", or compute kernel fused"
     if data_type_to_sparse_type(config.data_type) not in ROW_PRECISIONS:
+        where = "on a CPU, by any compute kernel" if is_cpu else "in a scratchpad"
         raise ConfigError(
-            f"tables {names}: data_type {config.data_type.value} is not supported in a scratchpad. Use DataType.FP32 "
-            "or DataType.FP16, or compute kernel fused."
+            f"tables {names}: data_type {config.data_type.value} is not supported {where}. Use DataType.FP32 or "
+            f"DataType.FP16{or_fused}."
         )
     optimizer = fused_params.get("optimizer", EmbOptimType.EXACT_SGD)
-    supported = CPU_OPTIMIZERS if device_type == "cpu" else tuple(OPTIMIZER_STATES)
-    if optimizer not in supported:
-        reason = "has no kernel on a CPU" if optimizer in OPTIMIZER_STATES else "keeps state that cannot travel"
-        raise ConfigError(
-            f"tables {names}: optimizer {optimizer} {reason}. Use one of "
-            f"{', '.join(sorted(kind.name for kind in supported))}, or compute kernel fused."
-        )
+    _check_optimizer(names, optimizer, is_cpu=is_cpu)
     if fused_params.get("use_rowwise_bias_correction"):
         raise ConfigError(
             f"tables {names}: use_rowwise_bias_correction keeps a counter per row that cannot travel with it yet. Leave "
-            "it out, or use compute kernel fused."
+            f"it out{or_fused}."
         )
     decay_mode = fused_params.get("weight_decay_mode", WeightDecayMode.NONE)
     if decay_mode not in (WeightDecayMode.NONE, WeightDecayMode.L2, WeightDecayMode.DECOUPLE):
@@ -281,6 +280,18 @@ def optimizer_states(
     return tuple(
         dataclasses.replace(state, dtype=dtypes[state.buffer].as_dtype()) if state.buffer in dtypes else state
         for state in OPTIMIZER_STATES[optimizer]
+    )
+
+
+def _check_optimizer(table_names: str, optimizer: EmbOptimType, *, is_cpu: bool) -> None:
+    supported = CPU_OPTIMIZERS if is_cpu else tuple(OPTIMIZER_STATES)
+    if optimizer in supported:
+        return
+    has_kernel = not is_cpu or optimizer in STOCK_CPU_OPTIMIZERS
+    reason = "keeps state that cannot travel" if has_kernel else "has no kernel on a CPU, scratchpad or not"
+    raise ConfigError(
+        f"tables {table_names}: optimizer {optimizer} {reason}. Use one of {', '.join(sorted(kind.name for kind in supported))}"
+        f"{', or compute kernel fused' if has_kernel else ', or a GPU'}."
     )
 
 

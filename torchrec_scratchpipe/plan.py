@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What would I need? Plans on a machine without a GPU and without a process group.
+"""What would I need? Plans on a machine without a GPU and without a process group. Installed, it is also `scratchpipe-plan`.
 
     python -m torchrec_scratchpipe.plan --tables tables.json --batches trace.npz --batch_size 4096 --hbm_gb 8
     python -m torchrec_scratchpipe.plan --tables tables.json --zipf 1.05 --batch_size 8192 --world_size 8 --hbm_gb 40
 
 `tables.json` is a list: `[{"name": "t0", "num_embeddings": 1000000, "embedding_dim": 128, "feature_names": ["f0"]}, ...]`;
-`feature_names` may be left out for the table's name, `ids_per_sample` is for `--zipf`.
+`feature_names` may be left out for the table's name, `ids_per_sample` is for `--zipf`. Memory is given and printed in
+GiB (1,073,741,824 bytes), as TorchRec has it.
 """
 
 import argparse
 import dataclasses
 import json
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,9 +30,11 @@ from torchrec.distributed.planner.types import PlannerError
 
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError, ScratchPipeError
 from torchrec_scratchpipe.eviction import WINDOW_BITS
-from torchrec_scratchpipe.plan_report import GB, PlanReport, plot_plan
+from torchrec_scratchpipe.plan_plot import plot_plan
+from torchrec_scratchpipe.plan_report import GIB, PlanReport, as_size
 from torchrec_scratchpipe.sharder import ScratchPipeEmbeddingBagCollectionSharder
-from torchrec_scratchpipe.sharding_planner import ScratchPipeShardingPlanner
+from torchrec_scratchpipe.sharding_planner import Advice, ScratchPipeShardingPlanner
+from torchrec_scratchpipe.spelling import did_you_mean, few
 from torchrec_scratchpipe.trace import read_trace
 from torchrec_scratchpipe.working_set import (
     WorkingSets,
@@ -43,8 +47,9 @@ from torchrec_scratchpipe.working_set import (
 
 __all__ = ["main"]
 
+COMMAND = "scratchpipe-plan"
 MAX_RANKS_OF_HOST = 8
-MAX_GB, MAX_ROWS, MAX_WIDTH = 1 << 30, 1 << 40, 1 << 20  # what cannot be meant
+MAX_GIB, MAX_ROWS, MAX_WIDTH = 1 << 30, 1 << 40, 1 << 20  # what cannot be meant
 TABLE_FIELDS = ("name", "num_embeddings", "embedding_dim", "feature_names", "ids_per_sample")
 
 OPTIMIZERS = {
@@ -54,6 +59,26 @@ OPTIMIZERS = {
     "partial_rowwise_adam": EmbOptimType.PARTIAL_ROWWISE_ADAM,
     "adam": EmbOptimType.ADAM,
 }
+
+
+FLAGS = {"scratchpad_bytes": "--scratchpad_gb", "hbm_cap": "--hbm_gb", "ddr_cap": "--ddr_gb"}
+
+
+class _AdviceOfCommand(Advice):
+    """Names flags."""
+
+    can_constrain = False
+
+    def budget(self, setting: str, num_bytes: int) -> str:
+        """As :class:`Advice`."""
+        size = math.ceil(num_bytes / GIB * 1e6 + 1e-3) / 1e6  # what is printed must do
+        return f"set {FLAGS[setting]} to at least {size:.6f} ({as_size(num_bytes)})"
+
+
+class _PlannerOfCommand(ScratchPipeShardingPlanner):
+    """The planner, whose messages name flags."""
+
+    advice = _AdviceOfCommand()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,9 +124,9 @@ def _check(args: argparse.Namespace) -> None:
             check_count(f"--{name}", getattr(args, name), least, below)
     for name in ("hbm_gb", "scratchpad_gb", "ddr_gb"):
         if getattr(args, name) is not None:
-            gigabytes = check_number(f"--{name}", getattr(args, name), is_positive=True)
-            if gigabytes >= MAX_GB:
-                raise ConfigError(f"--{name} is {gigabytes:g}, it must be below {MAX_GB:,}. Give gigabytes, not bytes.")
+            size = check_number(f"--{name}", getattr(args, name), is_positive=True)
+            if size >= MAX_GIB:
+                raise ConfigError(f"--{name} is {size:g}, it must be below {MAX_GIB:,}. Give GiB, not bytes.")
     if args.zipf is not None:
         check_number("--zipf", args.zipf)
     if args.local_world_size is None:
@@ -143,7 +168,7 @@ def _check_picture(path: Path) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m torchrec_scratchpipe.plan",
+        prog=COMMAND if Path(sys.argv[0]).stem == COMMAND else "python -m torchrec_scratchpipe.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -158,9 +183,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--world_size", type=int, default=1)
     parser.add_argument("--local_world_size", type=int, help="ranks per host; default: as many as divide all, up to 8")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--hbm_gb", type=float, help="device memory of each GPU for embeddings")
-    budget.add_argument("--scratchpad_gb", type=float, help="on a CPU: RAM of each rank for scratchpads")
-    parser.add_argument("--ddr_gb", type=float, default=1024, help="host memory of each rank")
+    budget.add_argument("--hbm_gb", type=float, help="device memory of each GPU for embeddings, in GiB")
+    budget.add_argument("--scratchpad_gb", type=float, help="on a CPU: RAM of each rank for scratchpads, in GiB")
+    parser.add_argument("--ddr_gb", type=float, default=1024, help="host memory of each rank, in GiB; default: 1024")
     parser.add_argument("--lookahead", type=int, help="default: 2, or 1 where no more fits")
     parser.add_argument("--num_batches_seen_ahead", type=int, help="default: 0, or as measured")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
@@ -175,18 +200,18 @@ def _plan(args: argparse.Namespace) -> PlanReport:
     if args.save_working_sets:
         working_sets.save(args.save_working_sets)
     is_cpu = args.scratchpad_gb is not None
-    planner = ScratchPipeShardingPlanner(
+    planner = _PlannerOfCommand(
         topology=Topology(
             world_size=args.world_size,
             local_world_size=args.local_world_size,
             compute_device="cpu" if is_cpu else "cuda",
-            hbm_cap=None if is_cpu else int(args.hbm_gb * GB),
-            ddr_cap=int(args.ddr_gb * GB),
+            hbm_cap=None if is_cpu else int(args.hbm_gb * GIB),
+            ddr_cap=int(args.ddr_gb * GIB),
         ),
         batch_size=args.batch_size,
         working_sets=working_sets,
         lookahead=args.lookahead,
-        scratchpad_bytes=int(args.scratchpad_gb * GB) if is_cpu else None,
+        scratchpad_bytes=int(args.scratchpad_gb * GIB) if is_cpu else None,
         storage_reservation=FixedPercentageStorageReservation(0.0),
         debug=False,
     )
@@ -254,13 +279,13 @@ def _read_tables(path: str) -> tuple[list[EmbeddingBagConfig], dict[str, float]]
 
 def _read_table(place: str, entry: dict[str, Any]) -> tuple[EmbeddingBagConfig, float]:
     """A config, and ids per sample."""
-    missing = [name for name in ("name", "num_embeddings", "embedding_dim") if name not in entry]
-    unknown = [name for name in entry if name not in TABLE_FIELDS]
+    missing = [name for name in TABLE_FIELDS[:3] if name not in entry]
+    unknown = [str(name) for name in entry if name not in TABLE_FIELDS]
     if missing or unknown:
+        hints = "".join(did_you_mean(name, TABLE_FIELDS) for name in unknown)
+        faults = [f"{few(missing)} is missing"] * bool(missing) + [f"{few(unknown)} is not known"] * bool(unknown)
         raise ConfigError(
-            f"{place}: {', '.join(missing)} is missing. Set it."
-            if missing
-            else f"{place}: {', '.join(map(str, unknown))} is not known here. Leave it out."
+            f"{place}: {' and '.join(faults)}.{hints} A table has {', '.join(TABLE_FIELDS)}; the last two may be left out."
         )
     name = entry["name"]
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):

@@ -1,16 +1,29 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Explains a sharding plan: what each table gets, what it will miss, and what each rank's memory holds."""
 
-import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from torchrec_scratchpipe.reuse import misses_of_pool
+import numpy as np
+
+from torchrec_scratchpipe.reuse import Floats, Reuse, misses_of_pool
 from torchrec_scratchpipe.sizing import ShardToSize, SizedTable
+from torchrec_scratchpipe.spelling import few
 
-__all__ = ["PlanReport", "RankReport", "TableReport", "plot_plan"]
+__all__ = [
+    "GIB",
+    "MIB",
+    "PlanReport",
+    "RankReport",
+    "TableReport",
+    "as_size",
+    "device_bytes_of",
+    "in_second_half",
+    "table_reports",
+]
 
-GB = 1024**3
+GIB, MIB = 1024**3, 1024**2
+LEFT_OVER = 0.01  # of a budget, or of misses: less than this is not worth a word
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class TableReport:
     device_bytes: float
     num_unique: float
     num_misses: float
+    num_first_uses: float  # among the misses: no scratchpad can hold a row before it is used
     bus_bytes: float
 
     @property
@@ -69,6 +83,11 @@ class PlanReport:
         rows = [_row(table, table.bus_bytes / all_bus_bytes) for table in self.tables]
         return "\n".join([*_aligned([_HEADINGS, *rows]), "", *self._summary()])
 
+    @property
+    def unused_bytes(self) -> list[float]:
+        """What is left of each rank's budget."""
+        return [rank.budget_bytes - rank.device_bytes - rank.other_bytes for rank in self.ranks]
+
     def _summary(self) -> list[str]:
         device = [rank.device_bytes + rank.other_bytes for rank in self.ranks]
         host = [rank.host_bytes for rank in self.ranks]
@@ -77,17 +96,58 @@ class PlanReport:
         return [
             f"{len(self.ranks)} ranks, batch {self.batch_size}, lookahead {self.lookahead}, "
             f"{self.num_batches_seen_ahead} batches seen beyond",
-            f"device memory per rank: {min(device) / GB:.3f} to {max(device) / GB:.3f} GB of a budget of "
-            f"{min(rank.budget_bytes for rank in self.ranks) / GB:.3f} GB",
-            f"host memory per rank:   {min(host) / GB:.3f} to {max(host) / GB:.3f} GB, {sum(host) / GB:.3f} GB in all",
-            f"bus per rank and step:  {min(bus) / 1e6:.2f} to {max(bus) / 1e6:.2f} MB, {self.bus_ms:.3f} ms beside an "
+            f"device memory per rank: {as_size(min(device))} to {as_size(max(device))} of a budget of "
+            f"{as_size(min(rank.budget_bytes for rank in self.ranks))}",
+            f"host memory per rank:   {as_size(min(host))} to {as_size(max(host))}, {as_size(sum(host))} in all",
+            f"bus per rank and step:  {min(bus) / MIB:.2f} to {max(bus) / MIB:.2f} MiB, {self.bus_ms:.3f} ms beside an "
             f"estimated step of {self.step_ms:.3f} ms: {self.bus_ms / max(step_ms, 1e-9):.0%}, hidden while below 100%",
+            *self._about_misses(),
         ]
+
+    def _about_misses(self) -> list[str]:
+        """Which misses more memory would save, and why memory is left over."""
+        is_left_over = max(self.unused_bytes) > LEFT_OVER * min(rank.budget_bytes for rank in self.ranks)
+        unused = f"unused memory per rank: {as_size(min(self.unused_bytes))} to {as_size(max(self.unused_bytes))}: "
+        with_slots = [table for table in self.tables if not table.sized.is_whole]
+        if not with_slots:
+            return [f"{unused}every table is kept whole"] if is_left_over else []
+        misses, first_uses = (
+            sum(getattr(table, name) for table in with_slots) for name in ("num_misses", "num_first_uses")
+        )
+        of_these = f", of which {first_uses:,.0f} are first uses of a row, which no number of slots saves"
+        lines = [f"misses per step:        {misses:,.0f}{of_these if first_uses >= 0.5 else ''}"]
+        if is_left_over:
+            lines.append(unused + self._why_left_over(misses - first_uses, with_slots))
+        return lines
+
+    def _why_left_over(self, num_saveable: float, with_slots: "Sequence[TableReport]") -> str:
+        if num_saveable <= max(0.5, LEFT_OVER * sum(table.num_misses for table in with_slots)):
+            return f"more slots would save no misses{self._next_whole(with_slots)}"
+        fixed = [table.name for table in with_slots if not table.sized.table.may_have_more]
+        if fixed:
+            return f"constraints fix the slots of {few(fixed)}"
+        return (
+            "no larger step fits"
+            if len(self.ranks) == 1
+            else "other ranks, which share tables with these, have no more"
+        )
+
+    def _next_whole(self, with_slots: "Sequence[TableReport]") -> str:
+        """Whose first uses, too, would be saved by the least more memory."""
+        short = {
+            table.name: max(needed - self.unused_bytes[rank] for rank, needed in _bytes_to_whole(table).items())
+            for table in with_slots
+            if table.sized.table.may_stay_whole
+        }
+        if not short:
+            return ""
+        name = min(short, key=lambda name: short[name])
+        return f"; with at most {as_size(short[name])} more, table {name} could be kept whole and would miss none"
 
 
 _HEADINGS = [
-    "table", "sharding", "kept", "rows", "GB", "slots", "load factor", "device GB", "unique/step", "misses/step",
-    "bus MB/step", "bus share",
+    "table", "sharding", "kept", "rows", "GiB", "slots", "load factor", "device GiB", "unique/step", "misses/step",
+    "bus MiB/step", "bus share",
 ]  # fmt: skip
 
 
@@ -98,15 +158,27 @@ def _row(table: TableReport, share_of_bus: float) -> list[str]:
         table.sharding_type,
         "whole" if is_whole else "scratchpad",
         f"{table.sized.table.reuse.num_rows:,}",
-        f"{table.table_bytes / GB:.3f}",
+        f"{table.table_bytes / GIB:.3f}",
         "-" if is_whole else f"{table.num_slots:,}",
         f"{table.load_factor:.4f}",
-        f"{table.device_bytes / GB:.3f}",
+        f"{table.device_bytes / GIB:.3f}",
         f"{table.num_unique:,.0f}",
         f"{table.num_misses:,.0f}",
-        f"{table.bus_bytes / 1e6:.2f}",
+        f"{table.bus_bytes / MIB:.2f}",
         f"{share_of_bus:.1%}",
     ]
+
+
+def as_size(num_bytes: float) -> str:
+    """For a message.
+
+    Args:
+        num_bytes: Of memory.
+
+    Returns:
+        In GiB, or in MiB where that is less than a tenth.
+    """
+    return f"{num_bytes / GIB:.3f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / MIB:.3f} MiB"
 
 
 def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableReport], dict[int, float]]:
@@ -119,6 +191,7 @@ def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableR
         One report per table, and bytes over the bus per rank and step.
     """
     misses = {sized.table.name: 0.0 for sized, _ in tables}
+    first_uses = dict.fromkeys(misses, 0.0)
     bus_bytes = dict.fromkeys(misses, 0.0)
     bus_bytes_of_rank: dict[int, float] = {}
     pools: dict[tuple[int, Hashable], list[tuple[SizedTable, ShardToSize]]] = {}
@@ -133,6 +206,9 @@ def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableR
             known[key] = _misses_of(members)
         for (sized, shard), missed in zip(members, known[key], strict=True):
             misses[sized.table.name] += missed
+            first_uses[sized.table.name] += (
+                in_second_half(sized.table.reuse, sized.table.reuse.first_uses) * shard.share
+            )
             moved = (
                 2 * missed * shard.demand.row_bytes
             )  # once the scratchpad is full, a victim goes for each row that comes
@@ -152,6 +228,7 @@ def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableR
                 device_bytes=sum(device_bytes_of(sized, shard) for shard in table.shards),
                 num_unique=table.reuse.window(1).mean,
                 num_misses=misses[table.name],
+                num_first_uses=first_uses[table.name],
                 bus_bytes=bus_bytes[table.name],
             )
         )
@@ -173,12 +250,33 @@ def device_bytes_of(sized: SizedTable, shard: ShardToSize) -> float:
     return shard.demand.device_bytes(sized.num_slots * shard.share)
 
 
+def _bytes_to_whole(table: TableReport) -> dict[int, float]:
+    """By rank, how much more device memory the whole table takes than its slots."""
+    more: dict[int, float] = {}
+    for shard in table.sized.table.shards:
+        more[shard.rank] = more.get(shard.rank, 0.0) + shard.demand.whole_bytes - device_bytes_of(table.sized, shard)
+    return more
+
+
 def _misses_of(members: Sequence[tuple[SizedTable, ShardToSize]]) -> list[float]:
     num_slots = sum(sized.num_slots * shard.share for sized, shard in members)
-    per_bin = misses_of_pool([sized.table.reuse.scaled(share=shard.share) for sized, shard in members], num_slots)
-    half = len(per_bin[0]) // 2
-    sizes = members[0][0].table.reuse.bin_sizes[half:]
-    return [float((misses[half:] * sizes).sum() / sizes.sum()) for misses in per_bin]
+    reuses = [sized.table.reuse.scaled(share=shard.share) for sized, shard in members]
+    per_bin = misses_of_pool(reuses, num_slots)
+    return [in_second_half(reuse, misses) for reuse, misses in zip(reuses, per_bin, strict=True)]
+
+
+def in_second_half(reuse: Reuse, per_bin: Floats) -> float:
+    """Mean over the later half of the batches, when the scratchpad has filled.
+
+    Args:
+        reuse: Of the table.
+        per_bin: [B].
+
+    Returns:
+        Per step.
+    """
+    half = len(per_bin) // 2
+    return float(np.average(per_bin[half:], weights=reuse.bin_sizes[half:]))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -190,53 +288,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def plot_plan(report: PlanReport, path: str | os.PathLike[str], num_tables: int = 12) -> None:
-    """Draw memory per rank, and the miss-rate curves of the tables that miss most, with the chosen points.
-
-    Args:
-        report: Of :class:`ScratchPipeShardingPlanner`.
-        path: Where the picture goes; the ending says what kind.
-        num_tables: How many curves.
-    """
-    import matplotlib.pyplot as plt  # optional, and slow to import
-    import numpy as np
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    ranks = np.arange(len(report.ranks))
-    sized = np.array([rank.device_bytes for rank in report.ranks]) / GB
-    other = np.array([rank.other_bytes for rank in report.ranks]) / GB
-    left.bar(ranks, sized, width=1.0 if len(ranks) > 64 else 0.8, label="scratchpads, and tables kept whole by choice")
-    left.bar(ranks, other, bottom=sized, width=1.0 if len(ranks) > 64 else 0.8, label="other tables")
-    left.step(
-        np.append(ranks - 0.5, ranks[-1] + 0.5),
-        np.append([rank.budget_bytes / GB for rank in report.ranks], report.ranks[-1].budget_bytes / GB),
-        where="post",
-        color="black",
-        linewidth=1,
-        label="budget",
-    )
-    left.set(xlabel="rank", ylabel="device memory (GB)", title="Memory per rank")
-    left.legend()
-    with_slots = [table for table in report.tables if not table.sized.is_whole]
-    for table in sorted(with_slots, key=lambda table: -table.bus_bytes)[:num_tables]:
-        reuse = table.sized.table.reuse
-        slots = np.geomspace(max(1.0, reuse.window(1).mean), reuse.num_rows, 40)
-        half = len(reuse.bin_sizes) // 2
-        rates = [
-            np.average(misses_of_pool([reuse], n)[0][half:], weights=reuse.bin_sizes[half:]) / table.num_unique
-            for n in slots
-        ]
-        (line,) = right.plot(slots / reuse.num_rows, rates, linewidth=1, label=table.name)
-        right.plot(table.load_factor, table.num_misses / table.num_unique, "o", color=line.get_color())
-    right.set(
-        xscale="log",
-        xlabel="load factor (slots per row)",
-        ylabel="misses per unique id",
-        title="Miss rate of a scratchpad of one's own, and as chosen (shared)",
-    )
-    if with_slots:
-        right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

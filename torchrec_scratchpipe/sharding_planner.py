@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,40 +16,70 @@ from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_r
 from torchrec.distributed.embedding_sharding import USE_ONE_TBE_PER_TABLE
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.types import (
+    Enumerator,
     ParameterConstraints,
+    Partitioner,
     Perf,
+    PerfModel,
+    PlanLoader,
     PlannerError,
     PlannerErrorType,
+    Proposer,
     ShardingOption,
+    Stats,
     Storage,
+    StorageReservation,
 )
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_scratchpipe.enumerator import FUSED, SCRATCHPAD, ScratchpadEnumerator
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError
-from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL
 from torchrec_scratchpipe.memory import PoolDemand
 from torchrec_scratchpipe.options import MIN_SLOTS_PER_TABLE, OPTIMIZER_STATES, check_load_factor
-from torchrec_scratchpipe.plan_report import PlanReport, RankReport, device_bytes_of, table_reports
+from torchrec_scratchpipe.plan_report import PlanReport, RankReport, as_size, device_bytes_of, table_reports
 from torchrec_scratchpipe.reuse import Floats, Reuse
 from torchrec_scratchpipe.sizing import ShardToSize, SizedTable, TableToSize, size_tables
-from torchrec_scratchpipe.working_set import WorkingSets, check_count, check_number, has_tables, table_configs
+from torchrec_scratchpipe.spelling import did_you_mean, few
+from torchrec_scratchpipe.working_set import (
+    WorkingSets,
+    check_count,
+    check_number,
+    configs_of,
+    has_tables,
+    table_configs,
+)
 
-__all__ = ["ScratchPipeShardingPlanner"]
+__all__ = ["Advice", "ScratchPipeShardingPlanner"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-FUSED = EmbeddingComputeKernel.FUSED.value
-SCRATCHPAD = SCRATCHPAD_KERNEL.value
 DEFAULT_LOOKAHEAD = 2
 # A table that takes more of all memory than this share of one rank's part is spread over all ranks.
 ROW_WISE_ABOVE = 0.1
 # Row blocks are not looked up equally often; so many standard deviations are added to a block's working set.
 BLOCK_DEVIATIONS = 4.0
+
+
+class Advice:
+    """How a user sets what messages ask for. A command, whose settings have other names, has a subclass of it."""
+
+    can_constrain = True  # whether constraints can be given
+
+    def budget(self, setting: str, num_bytes: int) -> str:
+        """The way out where memory is short.
+
+        Args:
+            setting: `scratchpad_bytes`, `hbm_cap` or `ddr_cap`.
+            num_bytes: The least that would do.
+
+        Returns:
+            What to do.
+        """
+        return f"set {setting} to at least {num_bytes:,} bytes ({as_size(num_bytes)})"
 
 
 class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
@@ -69,14 +99,23 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
     Args:
         topology: As stock. Its `hbm_cap`, less the storage reservation, is the budget of each rank.
         batch_size: As stock; with working sets theirs, which is the default.
+        enumerator: As stock. On a CPU, and with working sets, it is wrapped: scratchpad tables are offered under the kernel
+            and the sharding types that can be planned, and what its own constraints say of them is honoured.
+        storage_reservation: As stock.
+        proposer: As stock.
+        partitioner: As stock; with working sets, by default one that balances host memory and lookups.
+        performance_model: As stock.
+        stats: As stock.
         constraints: As stock.
+        debug: As stock.
         callbacks: As stock; they run before scratchpads are sized and get their final kernel name.
+        timeout_seconds: As stock.
+        plan_loader: As stock.
         working_sets: What the batches use; see :func:`measure_working_set`.
         lookahead: As the pipeline will have it. By default what was measured, or 1 where no more fits; then
             :attr:`lookahead` says what to give the pipeline.
         scratchpad_bytes: Budget of each rank on a CPU: RAM for scratchpads, and for tables kept whole instead. On CUDA it
             lowers what the topology allows.
-        **kwargs: Everything else stock takes, except `enumerator` where this planner needs its own.
 
     Raises:
         ConfigError: Constraints contradict each other or cannot be served, or a setting is missing or makes no sense.
@@ -84,67 +123,68 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         PlannerError: In :meth:`plan`, before anything is allocated: the budget is too small; says what would do.
     """
 
+    advice = Advice()
+    _enumerator: Enumerator
+
     def __init__(
         self,
         topology: Topology | None = None,
         batch_size: int | None = None,
-        *,
+        enumerator: Enumerator | None = None,
+        storage_reservation: StorageReservation | None = None,
+        proposer: Proposer | list[Proposer] | None = None,
+        partitioner: Partitioner | None = None,
+        performance_model: PerfModel | None = None,
+        stats: Stats | list[Stats] | None = None,
         constraints: dict[str, ParameterConstraints] | None = None,
-        callbacks: list[Any] | None = None,
+        debug: bool = True,
+        callbacks: list[Callable[[list[ShardingOption]], list[ShardingOption]]] | None = None,
+        timeout_seconds: int | None = None,
+        plan_loader: PlanLoader | None = None,
+        *,
         working_sets: WorkingSets | None = None,
         lookahead: int | None = None,
         scratchpad_bytes: int | None = None,
-        **kwargs: Any,
     ) -> None:
-        if batch_size is not None:
-            check_count("batch_size", batch_size, 1)
-        if scratchpad_bytes is not None:
-            check_number("scratchpad_bytes", scratchpad_bytes)
-        if lookahead is not None:
-            check_count("lookahead", lookahead, 1)
+        _check_numbers(batch_size, lookahead, scratchpad_bytes)
         choices = {name: _choice_of(name, constraint) for name, constraint in (constraints or {}).items()}
         if working_sets is not None:  # stock passes over what contradicts itself
             for name, constraint in (constraints or {}).items():
                 _check_choice(name, constraint)
             batch_size = _batch_size_of(working_sets, batch_size)
+            partitioner = partitioner or _LoadPartitioner()
         super().__init__(
             topology=topology,
             batch_size=batch_size,
+            enumerator=enumerator,
+            storage_reservation=storage_reservation,
+            proposer=proposer,
+            partitioner=partitioner,
+            performance_model=performance_model,
+            stats=stats,
             constraints=constraints,
+            debug=debug,
             callbacks=[*(callbacks or []), self._finish],
-            **({"partitioner": _LoadPartitioner()} if working_sets is not None else {}) | kwargs,
+            timeout_seconds=timeout_seconds,
+            plan_loader=plan_loader,
         )
         self.report: PlanReport | None = None
         self._sizer: _Sizer | None = None
+        self._names: _CpuNames | None = None
         is_cpu = self._topology.compute_device == "cpu"
-        self._cpu_scratchpad_tables = {
-            name for name, choice in choices.items() if is_cpu and choice.has_kernels and choice.may_have_slots
-        }
-        if (is_cpu or working_sets is not None) and kwargs.get("enumerator") is not None:
+        if working_sets is not None:
+            _check_topology(self._topology, scratchpad_bytes)
+            self._lookaheads = [lookahead] if lookahead is not None else _lookaheads_to_try(working_sets.lookahead)
+            self._sizer = _Sizer(self._topology, choices, working_sets, scratchpad_bytes, self.advice)
+            self._enumerator = ScratchpadEnumerator(self._enumerator, self._sizer, is_cpu=is_cpu)
+        elif scratchpad_bytes is not None:
             raise ConfigError(
-                "enumerator cannot be given on a CPU, nor with working_sets: ScratchPipeShardingPlanner needs its own to "
-                "place scratchpad tables. Leave it out."
+                "scratchpad_bytes needs working_sets, which say where the bytes are worth most. Measure them with "
+                "measure_working_set(), or set load factors instead."
             )
-        if working_sets is None:
-            if scratchpad_bytes is not None:
-                raise ConfigError(
-                    "scratchpad_bytes needs working_sets, which say where the bytes are worth most. Measure them with "
-                    "measure_working_set(), or set load factors instead."
-                )
-            if is_cpu:
-                self._enumerator = _CpuEnumerator(self._cpu_scratchpad_tables, **self._enumerator_arguments())
-            return
-        if is_cpu and scratchpad_bytes is None:
-            raise ConfigError(
-                "working_sets on a CPU need scratchpad_bytes, the RAM that a rank's scratchpads may take."
-            )
-        if not is_cpu and min(device.storage.hbm for device in self._topology.devices) <= 0:
-            raise ConfigError("the topology has no device memory, which is the budget. Set its hbm_cap.")
-        if min(device.storage.ddr for device in self._topology.devices) <= 0:
-            raise ConfigError("the topology has no host memory, where scratchpad tables live. Set its ddr_cap.")
-        self._lookaheads = [lookahead] if lookahead is not None else _lookaheads_to_try(working_sets.lookahead)
-        self._sizer = _Sizer(self._topology, choices, working_sets, scratchpad_bytes)
-        self._enumerator = _SizingEnumerator(self._sizer, **self._enumerator_arguments())
+        elif is_cpu:
+            self._names = _CpuNames(choices)
+            self._enumerator = ScratchpadEnumerator(self._enumerator, self._names, is_cpu=True)
 
     @property
     def lookahead(self) -> int:
@@ -162,21 +202,25 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
             As stock.
 
         Raises:
+            ConfigError: Constraints name a table that the model does not have, which stock would pass over; or no sharder takes
+                the tables.
             PlannerError: No plan fits; with the smallest budget, and what would fit instead.
         """
+        _check_names(self._constraints or {}, module, sharders)
         if self._sizer is None:
             return super().plan(module, sharders)
         self._sizer.check(module)
+        self.report = None
         for lookahead in self._lookaheads:
             self._sizer.set_lookahead(lookahead)
-            self._forget_search_space()
             try:
                 plan = super().plan(module, sharders)
             except PlannerError as error:
                 if lookahead == self._lookaheads[-1]:
                     raise self._explained(error, module, sharders) from error
             else:
-                assert self.report is not None
+                if self.report is None:  # stock gives an empty plan
+                    raise _no_sharder(module)
                 logger.info("scratchpads:\n%s", self.report)
                 return plan
         raise AssertionError("at least one lookahead is tried")
@@ -205,27 +249,11 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
             )
         return plan
 
-    def _enumerator_arguments(self) -> dict[str, Any]:
-        return {"topology": self._topology, "batch_size": self._batch_size, "constraints": self._constraints}
-
-    def _forget_search_space(self) -> None:
-        self._enumerator._last_stored_module = None  # TorchRec keeps the options of the same module, storage included
-        self._num_proposals = self._num_plans = 0
-
     def _finish(self, options: list[ShardingOption]) -> list[ShardingOption]:
         if self._sizer is None:
-            return self._name_scratchpad_tables(options)
+            return self._names.rename(options) if self._names is not None else options
         reserved = self._storage_reservation.last_reserved_topology or self._topology
         self.report = self._sizer.size(options, reserved, self._batch_size)
-        return options
-
-    def _name_scratchpad_tables(self, options: list[ShardingOption]) -> list[ShardingOption]:
-        for option in options:
-            is_alias = option.compute_kernel == FUSED
-            # With a load factor of 1 the table needs no scratchpad, and TorchRec's validation wants less.
-            is_partial = option.cache_params is None or option.cache_params.load_factor != 1.0
-            if is_alias and is_partial and option.name in self._cpu_scratchpad_tables:
-                option.compute_kernel = SCRATCHPAD
         return options
 
     def _explained(
@@ -249,7 +277,6 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         topology = copy.deepcopy(self._topology)
         for device in topology.devices:
             device.storage = Storage(hbm=1 << 60, ddr=1 << 60)
-        self._forget_search_space()
         proposal = _cheapest_options(self._enumerator.enumerate(module, sharders))
         try:
             return list(self._partitioner.partition(proposal, topology))
@@ -272,7 +299,7 @@ class _Choice:
     may_have_slots: bool = True
     may_stay_whole: bool = True
     has_kernels: bool = False
-    has_sharding_types: bool = False
+    sharding_types: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +313,7 @@ class _Need:
 
 
 class _Sizer:
-    """Between TorchRec's sharding options and :func:`size_tables`."""
+    """Between TorchRec's sharding options and :func:`size_tables`; storage of an option is the least that it takes."""
 
     def __init__(
         self,
@@ -294,12 +321,16 @@ class _Sizer:
         choices: Mapping[str, _Choice],
         working_sets: WorkingSets,
         scratchpad_bytes: int | None,
+        advice: Advice,
     ) -> None:
         self._topology = topology
         self._choices = choices
+        self._advice = advice
+        self._learned: dict[str, _Choice] = {}  # of what the enumerator leaves
         self._working_sets = working_sets
         self._scratchpad_bytes = scratchpad_bytes
         self._is_cpu = topology.compute_device == "cpu"
+        self.alias = FUSED if self._is_cpu else SCRATCHPAD
         num_steps = topology.world_size / working_sets.world_size
         self._reuses = {name: working_set.reuse.scaled(num_steps) for name, working_set in working_sets.items()}
         self._row_wise: set[str] = set()
@@ -317,15 +348,33 @@ class _Sizer:
 
     def choice(self, name: str) -> _Choice:
         """What is open for a table."""
-        return self._choices.get(name, _Choice())
+        return self._learned.get(name) or self._choices.get(name, _Choice())
 
-    def is_sized(self, name: str) -> bool:
+    def forget(self) -> None:
+        """What the enumerator leaves open may be different for another model."""
+        self._learned = {}
+
+    def learn(self, name: str, kernels: set[str]) -> bool:
+        """Take note of kernels that the enumerator's own constraints exclude."""
+        before = self.choice(name)
+        self._learned[name] = dataclasses.replace(
+            before,
+            may_have_slots=before.may_have_slots and SCRATCHPAD in kernels,
+            may_stay_whole=before.may_stay_whole and FUSED in kernels,
+        )
+        return self._learned[name] != before
+
+    def has_slots(self, name: str) -> bool:
         """Whether it is for this class to say what the table takes."""
         return self.choice(name).may_have_slots
 
-    def is_row_wise(self, name: str) -> bool:
-        """Whether the table is to be spread over all ranks, where its constraints do not say."""
-        return name in self._row_wise
+    def sharding_types(self, name: str) -> Sequence[str]:
+        """As constrained."""
+        return self.choice(name).sharding_types
+
+    def preferred_type(self, name: str) -> str | None:
+        """The largest tables are spread over all ranks."""
+        return (ShardingType.ROW_WISE if name in self._row_wise else ShardingType.TABLE_WISE).value
 
     def check(self, module: nn.Module) -> None:
         """Compare the working sets with the model's tables.
@@ -340,28 +389,33 @@ class _Sizer:
         for name, reuse in self._reuses.items():
             if name not in configs:
                 raise MeasurementError(
-                    f"working_sets have a table {name}, the model has {', '.join(sorted(configs))}. Measure this model."
+                    f"working_sets have a table {name}, the model has {few(configs)}.{did_you_mean(name, configs)} Measure "
+                    "this model."
                 )
             if reuse.num_rows != configs[name].num_embeddings:
                 raise MeasurementError(
                     f"table {name}: working_sets were measured for {reuse.num_rows:,} rows, the model's table has "
                     f"{configs[name].num_embeddings:,}. Measure this model."
                 )
-        for name in self._choices:
-            if name not in configs:
-                raise ConfigError(f"constraints name a table {name}, the model has {', '.join(sorted(configs))}.")
-        for name in configs:
-            if self.is_sized(name) and name not in self._reuses:
-                raise MeasurementError(
-                    f"table {name}: working_sets say nothing of it. Measure all tables, or constrain it to compute_kernels="
-                    '["fused"].'
-                )
         values = {name: config.num_embeddings * config.embedding_dim for name, config in configs.items()}
         least = ROW_WISE_ABOVE * sum(values.values()) / self._topology.world_size
         can_spread = self._topology.world_size > 1 and not self._is_cpu
         self._row_wise = {name for name, value in values.items() if can_spread and value > least}
 
-    def note_sharders(self, sharders: Sequence[ModuleSharder[nn.Module]], options: Sequence[ShardingOption]) -> None:
+    def estimate(self, options: list[ShardingOption], sharders: Sequence[ModuleSharder[nn.Module]]) -> None:
+        """Put the least that each option takes where TorchRec's partitioner looks."""
+        self._note_optimizers(options, sharders)
+        for option in options:
+            if self.has_slots(option.name):
+                if option.name not in self._reuses:
+                    way_out = ', or constrain it to compute_kernels=["fused"]' if self._advice.can_constrain else ""
+                    raise MeasurementError(
+                        f"table {option.name}: working_sets say nothing of it. Measure all tables{way_out}."
+                    )
+                (sized,), _ = size_tables([self._table_to_size(option)], np.zeros(self._topology.world_size))
+                self._set_storage(option, sized)
+
+    def _note_optimizers(self, options: Sequence[ShardingOption], sharders: Sequence[ModuleSharder[nn.Module]]) -> None:
         """Find each table's optimizer, where TorchRec looks for it."""
         by_module = {sharder.module_type: sharder for sharder in sharders}
         for option in options:
@@ -372,17 +426,9 @@ class _Sizer:
             kind = optimizer_type_to_emb_opt_type(classes[0]) if classes else given
             self._optimizers[option.name] = kind if kind in OPTIMIZER_STATES else EmbOptimType.EXACT_SGD
 
-    def charge(self, options: Sequence[ShardingOption]) -> None:
-        """Put the least that each option takes where TorchRec's partitioner looks."""
-        for option in options:
-            if self.is_sized(option.name):
-                table = self._table_to_size(option)
-                (sized,), _ = size_tables([table], np.zeros(self._topology.world_size))
-                self._set_storage(option, sized)
-
     def need(self, options: Sequence[ShardingOption]) -> _Need:
         """The least that a placement takes."""
-        tables = [self._table_to_size(option) for option in options if self.is_sized(option.name)]
+        tables = [self._table_to_size(option) for option in options if self.has_slots(option.name)]
         others = self._bytes_of_others(options)
         sized, left = size_tables(tables, -others)
         rank = int(np.argmin(left))
@@ -399,21 +445,14 @@ class _Sizer:
         budgets = self._budgets(reserved)
         host = np.array([device.storage.ddr for device in self._topology.devices], dtype=np.float64)
         if np.all(need.bytes_of_rank <= budgets):
-            rank = int(np.argmax(need.host_bytes_of_rank - host))
-            return PlannerError(
-                f"rank {rank}: tables need {_size(need.host_bytes_of_rank[rank])} of host memory, the topology has "
-                f"{_size(host[rank])}. Raise ddr_cap, add ranks, or spread the largest tables row_wise.",
-                PlannerErrorType.INSUFFICIENT_STORAGE,
-            )
+            return self._host_error(need.host_bytes_of_rank, host)
         rank = int(np.argmax(need.bytes_of_rank - budgets))
         is_limit = self._is_cpu or budgets[rank] < reserved.devices[rank].storage.hbm
         total = 0.0 if is_limit else self._topology.devices[rank].storage.hbm
         # A reservation is a share of the device or a number of bytes; with the share, both are enough.
         kept_back = 0.0 if is_limit else 1 - reserved.devices[rank].storage.hbm / total
         smallest = math.ceil(need.bytes_of_rank.max() / max(1 - kept_back, 1e-3))
-        ways = [
-            f"set {'scratchpad_bytes' if is_limit else 'hbm_cap'} to at least {smallest:,} bytes ({_size(smallest)})"
-        ]
+        ways = [self._advice.budget("scratchpad_bytes" if is_limit else "hbm_cap", smallest)]
         if lookahead > 1:
             self.set_lookahead(1)
             if np.all(self.need(options).bytes_of_rank <= budgets):
@@ -423,10 +462,21 @@ class _Sizer:
         if fitting >= 1:
             ways.append(f"lower the batch size from {batch_size} to about {fitting}")
         return PlannerError(
-            f"rank {rank}: batches in flight with lookahead {lookahead} need {_size(need.bytes_of_rank[rank])} of device "
-            f"memory, the budget is {_size(budgets[rank])}"
-            + (f" ({kept_back:.0%} of {_size(total)} are reserved)" if kept_back > 0 else "")
-            + f". Table {need.table_name} alone needs {_size(need.table_bytes)}. Do one of: {'; '.join(ways)}.",
+            f"rank {rank}: batches in flight with lookahead {lookahead} need {as_size(need.bytes_of_rank[rank])} of device "
+            f"memory, the budget is {as_size(budgets[rank])}"
+            + (f" ({kept_back:.0%} of {as_size(total)} are reserved)" if kept_back > 0 else "")
+            + f". Table {need.table_name} alone needs {as_size(need.table_bytes)}. {_do(ways)}",
+            PlannerErrorType.INSUFFICIENT_STORAGE,
+        )
+
+    def _host_error(self, needed: Floats, there: Floats) -> PlannerError:
+        rank = int(np.argmax(needed - there))
+        ways = [self._advice.budget("ddr_cap", math.ceil(needed.max())), "add ranks"]
+        if self._is_cpu and self._topology.world_size > 1 and self._advice.can_constrain:
+            ways.append("constrain the largest tables to row_wise sharding")
+        return PlannerError(
+            f"rank {rank}: tables need {as_size(needed[rank])} of host memory, the topology has {as_size(there[rank])}. "
+            f"{_do(ways)}",
             PlannerErrorType.INSUFFICIENT_STORAGE,
         )
 
@@ -447,7 +497,7 @@ class _Sizer:
 
     def size(self, options: Sequence[ShardingOption], reserved: Topology, batch_size: int | None) -> PlanReport:
         """Give every table of a placement its final kernel, load factor and storage."""
-        sized_options = [option for option in options if self.is_sized(option.name)]
+        sized_options = [option for option in options if self.has_slots(option.name)]
         budgets, others = self._budgets(reserved), self._bytes_of_others(options)
         sized, left = size_tables([self._table_to_size(option) for option in sized_options], budgets - others)
         if left.min() < 0:
@@ -581,7 +631,7 @@ class _Sizer:
         """[W] device memory of tables that have no choice; on a CPU they are outside the budget."""
         others = np.zeros(self._topology.world_size)
         for option in options:
-            if not self.is_sized(option.name) and not self._is_cpu:
+            if not self.has_slots(option.name) and not self._is_cpu:
                 for shard in option.shards:
                     others[shard.rank] += shard.storage.hbm
         return others
@@ -595,7 +645,7 @@ class _Sizer:
                 if self._is_cpu:
                     host[shard.rank] += device_bytes_of(table, shard)
         for option in options:
-            if not self.is_sized(option.name):
+            if not self.has_slots(option.name):
                 for shard in option.shards:
                     host[shard.rank] += shard.storage.ddr
         return host
@@ -625,66 +675,50 @@ class _LoadPartitioner(GreedyPerfPartitioner):
                 shard.perf = perf
 
 
-class _CpuEnumerator(EmbeddingEnumerator):
-    """Offers `fused`, which stock can estimate on a CPU, to scratchpad tables."""
+class _CpuNames:
+    """Plans scratchpad tables as `fused`, which stock can estimate on a CPU, and renames them."""
 
-    def __init__(self, scratchpad_tables: set[str], **kwargs: Any) -> None:
-        self._scratchpad_tables = scratchpad_tables
-        super().__init__(**kwargs)
+    alias = FUSED
 
-    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], *args: Any) -> list[str]:
-        if name in self._scratchpad_tables:
-            allowed_sharding_types = _with_types_asked_for(name, allowed_sharding_types, self._constraints)
-        return super()._filter_sharding_types(name, allowed_sharding_types, *args)
+    def __init__(self, choices: Mapping[str, _Choice]) -> None:
+        self._choices = choices
+        self._learned: dict[str, bool] = {}
 
-    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
-        if name in self._scratchpad_tables:
-            is_supported = sharding_type != ShardingType.DATA_PARALLEL.value
-            return [FUSED] if is_supported else []
-        return super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type)
+    def forget(self) -> None:
+        """Whether an enumerator's own constraints ask for a scratchpad."""
+        self._learned = {}
 
+    def learn(self, name: str, kernels: set[str]) -> bool:
+        """A table is a scratchpad table if its constraints name no other kernel, or the planner's constraints do."""
+        before = self.has_slots(name)
+        if SCRATCHPAD not in kernels or FUSED not in kernels:
+            self._learned[name] = SCRATCHPAD in kernels
+        return self.has_slots(name) != before
 
-class _SizingEnumerator(EmbeddingEnumerator):
-    """Offers one kernel and, where constraints do not say, one sharding type per table; storage is the least it takes."""
+    def has_slots(self, name: str) -> bool:
+        """Whether constraints ask for a scratchpad."""
+        choice = self._choices.get(name, _Choice())
+        return self._learned.get(name, choice.has_kernels and choice.may_have_slots)
 
-    def __init__(self, sizer: _Sizer, **kwargs: Any) -> None:
-        self._sizer = sizer
-        self._is_cpu = kwargs["topology"].compute_device == "cpu"
-        super().__init__(**kwargs)
+    def sharding_types(self, name: str) -> Sequence[str]:
+        """As constrained."""
+        return self._choices.get(name, _Choice()).sharding_types
 
-    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
-        """As stock."""
-        self._sharders = sharders
-        options = super().enumerate(module, sharders)
-        if not options:
-            kinds = sorted({type(part).__name__ for part in module.modules() if has_tables(part)})
-            raise ConfigError(
-                f"sharders have none for {', '.join(kinds)}, where the tables are. Give "
-                "ScratchPipeEmbeddingBagCollectionSharder() or ScratchPipeEmbeddingCollectionSharder()."
-            )
+    def preferred_type(self, name: str) -> str | None:
+        """None: stock chooses."""
+        return None
+
+    def estimate(self, options: list[ShardingOption], sharders: Sequence[ModuleSharder[nn.Module]]) -> None:
+        """Stock's estimates stay."""
+
+    def rename(self, options: list[ShardingOption]) -> list[ShardingOption]:
+        """Give scratchpad tables their kernel."""
+        for option in options:
+            # With a load factor of 1 the table needs no scratchpad, and TorchRec's validation wants less.
+            is_partial = option.cache_params is None or option.cache_params.load_factor != 1.0
+            if option.compute_kernel == FUSED and is_partial and self.has_slots(option.name):
+                option.compute_kernel = SCRATCHPAD
         return options
-
-    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
-        """As stock, but for the storage of tables that are sized."""
-        super().populate_estimates(sharding_options)
-        self._sizer.note_sharders(self._sharders, sharding_options)
-        self._sizer.charge(sharding_options)
-
-    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], *args: Any) -> list[str]:
-        if not self._sizer.is_sized(name):
-            return super()._filter_sharding_types(name, allowed_sharding_types, *args)
-        allowed = _with_types_asked_for(name, allowed_sharding_types, self._constraints)
-        allowed = super()._filter_sharding_types(name, allowed, *args)
-        allowed = [kind for kind in allowed if kind != ShardingType.DATA_PARALLEL.value]
-        if self._sizer.choice(name).has_sharding_types:
-            return allowed
-        wanted = ShardingType.ROW_WISE if self._sizer.is_row_wise(name) else ShardingType.TABLE_WISE
-        return [wanted.value] if wanted.value in allowed else allowed
-
-    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
-        if self._sizer.is_sized(name):
-            return [FUSED if self._is_cpu else SCRATCHPAD]
-        return super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type)
 
 
 def _choice_of(name: str, constraint: ParameterConstraints) -> _Choice:
@@ -700,7 +734,7 @@ def _choice_of(name: str, constraint: ParameterConstraints) -> _Choice:
         may_have_slots=may_have_slots,
         may_stay_whole=not kernels or FUSED in kernels,
         has_kernels=bool(kernels),
-        has_sharding_types=bool(sharding_types),
+        sharding_types=tuple(sharding_types),
     )
 
 
@@ -711,6 +745,51 @@ def _check_words(table_name: str, setting: str, words: Any, known: Sequence[str]
     for word in words:
         if word not in known:
             raise ConfigError(f"table {table_name}: {setting} has {word!r}. Use of {', '.join(known)}.")
+
+
+def _check_numbers(batch_size: int | None, lookahead: int | None, scratchpad_bytes: int | None) -> None:
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    if scratchpad_bytes is not None:
+        check_number("scratchpad_bytes", scratchpad_bytes)
+    if lookahead is not None:
+        check_count("lookahead", lookahead, 1)
+
+
+def _check_names(
+    constraints: Mapping[str, ParameterConstraints], module: nn.Module, sharders: Sequence[ModuleSharder[nn.Module]]
+) -> None:
+    """Refuse constraints for tables that do not exist."""
+    by_type = {sharder.module_type: sharder for sharder in sharders}
+    parts = list(module.modules())
+    known = {config.name for part in parts for config in configs_of(part)}
+    known |= {
+        name for part in parts if type(part) in by_type for name in by_type[type(part)].shardable_parameters(part)
+    }
+    unknown = [name for name in constraints if name not in known]
+    if unknown:
+        hints = "".join(dict.fromkeys(did_you_mean(name, known) for name in unknown))
+        raise ConfigError(
+            f"constraints name {'a table' if len(unknown) == 1 else 'tables'} {few(unknown)}, the model has {few(known)}.{hints} Constraints go by the names of tables; stock "
+            "would pass over these. Rename them or leave them out."
+        )
+
+
+def _no_sharder(module: nn.Module) -> ConfigError:
+    kinds = sorted({type(part).__name__ for part in module.modules() if has_tables(part)})
+    return ConfigError(
+        f"sharders have none for {', '.join(kinds)}, where the tables are. Give "
+        "ScratchPipeEmbeddingBagCollectionSharder() or ScratchPipeEmbeddingCollectionSharder()."
+    )
+
+
+def _check_topology(topology: Topology, scratchpad_bytes: int | None) -> None:
+    if topology.compute_device == "cpu" and scratchpad_bytes is None:
+        raise ConfigError("working_sets on a CPU need scratchpad_bytes, the RAM that a rank's scratchpads may take.")
+    if topology.compute_device != "cpu" and min(device.storage.hbm for device in topology.devices) <= 0:
+        raise ConfigError("the topology has no device memory, which is the budget. Set its hbm_cap.")
+    if min(device.storage.ddr for device in topology.devices) <= 0:
+        raise ConfigError("the topology has no host memory, where scratchpad tables live. Set its ddr_cap.")
 
 
 def _batch_size_of(working_sets: WorkingSets, batch_size: int | None) -> int:
@@ -749,15 +828,6 @@ def _check_choice(name: str, constraint: ParameterConstraints) -> None:
         )
 
 
-def _with_types_asked_for(
-    name: str, allowed: list[str], constraints: Mapping[str, ParameterConstraints] | None
-) -> list[str]:
-    """Stock offers row-wise and its kin on CUDA alone; they work on a CPU too."""
-    constraint = (constraints or {}).get(name)
-    asked = (constraint.sharding_types if constraint is not None else None) or []
-    return list(dict.fromkeys([*allowed, *(kind.value for kind in ShardingType if kind.value in asked)]))
-
-
 def _lookaheads_to_try(measured: int) -> list[int]:
     return list(dict.fromkeys([measured, 1]))
 
@@ -780,5 +850,5 @@ def _step_ms(options: Sequence[ShardingOption], world_size: int) -> float:
     return float(per_rank.max())
 
 
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1024**3:.3f} GB" if num_bytes >= 0.1 * 1024**3 else f"{num_bytes / 1024**2:.3f} MB"
+def _do(ways: Sequence[str]) -> str:
+    return f"{'Do one of' if len(ways) > 1 else 'Do this'}: {'; '.join(ways)}."

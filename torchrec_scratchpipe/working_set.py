@@ -20,16 +20,20 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_scratchpipe.batch_features import find_tensors, ids_of_features, num_samples
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, MeasurementError
 from torchrec_scratchpipe.eviction import WINDOW_BITS
 from torchrec_scratchpipe.popularity import zipf_reuse
+from torchrec_scratchpipe.random_states import random_states_kept
 from torchrec_scratchpipe.reuse import Curve, Floats, Reuse, ReuseMeter, Window, misses_of_pool
+from torchrec_scratchpipe.spelling import did_you_mean, few
 
 __all__ = [
     "WorkingSet",
     "WorkingSets",
     "check_count",
     "check_number",
+    "configs_of",
     "has_tables",
     "measure_working_set",
     "table_configs",
@@ -219,46 +223,61 @@ def measure_working_set(
     num_batches_seen_ahead: int = 0,
     world_size: int = 1,
     max_batches: int = 300,
-    get_features: Callable[[Any], KeyedJaggedTensor] | None = None,
+    get_features: Callable[[Any], Any] | None = None,
 ) -> WorkingSets:
     """Read batches once and count what each table's rows are used for.
 
-    Nothing trains, no GPU and no process group is needed. Memory grows with the distinct ids, not with lookups.
+    Nothing trains, no GPU and no process group is needed. Memory grows with the distinct ids, not with lookups. Every random
+    number generator is where it was afterwards, a data loader's own too. An iterator has moved on; give the loader instead.
 
     Args:
-        batches: As the data loader of one rank gives them.
+        batches: As the data loader of one rank gives them. Ids are found by the names of features, in all
+            KeyedJaggedTensors of a batch: the batch itself, its attributes, fields, lists, tuples and dictionaries, nested in
+            any way.
         module_or_tables: A model with embedding collections that are not sharded, or their tables' configs.
         lookahead: As the pipeline will have it.
         num_batches_seen_ahead: As the pipeline will have it.
         world_size: Ranks of the job: so many batches are taken for what they train in one step.
         max_batches: Of these steps; reading ends there.
-        get_features: The ids of a batch, by default the batch itself or its attribute `sparse_features`.
+        get_features: For batches without KeyedJaggedTensors, or with several that have the same feature: takes a batch and
+            returns the KeyedJaggedTensor that the model looks up, or several.
 
     Returns:
         By table.
 
     Raises:
         ConfigError: A setting is not a number that it could be.
-        MeasurementError: There is no batch, no table, or a batch lacks a feature.
+        MeasurementError: There is no batch, no table, or a batch lacks a feature or has it twice.
         IdOutOfRangeError: Names the table, the feature and the id.
     """
     _check_settings(lookahead, num_batches_seen_ahead, world_size)
     check_count("max_batches", max_batches, 1)
     configs = table_configs(module_or_tables)
     meters = {config.name: ReuseMeter(config.num_embeddings, lookahead, num_batches_seen_ahead) for config in configs}
-    get_features = get_features or _features_of
-    step: list[KeyedJaggedTensor] = []
-    num_steps = batch_size = 0
-    for batch in batches:
-        features = get_features(batch)
-        if not isinstance(features, KeyedJaggedTensor):
-            raise MeasurementError(
-                f"get_features gave a {type(features).__name__}. Have it return the KeyedJaggedTensor of a batch."
-            )
-        step.append(features)
-        batch_size = max(batch_size, _num_samples(features))  # the last batch may have fewer
+    with random_states_kept(batches):
+        found = (find_tensors(batch, get_features) for batch in batches)
+        batch_size = _count(found, configs, meters, world_size, max_batches)
+    return WorkingSets((WorkingSet(name, meter.result()) for name, meter in meters.items()), world_size, batch_size)
+
+
+def _count(
+    batches: Iterator[dict[str, KeyedJaggedTensor]],
+    configs: Sequence[BaseEmbeddingConfig],
+    meters: Mapping[str, ReuseMeter],
+    world_size: int,
+    max_batches: int,
+) -> int | None:
+    """Read as many steps as there are, or `max_batches`; returns the samples of a batch, where its tensors agree in them."""
+    names = {name for config in configs for name in config.feature_names}
+    step: list[dict[str, KeyedJaggedTensor]] = []
+    num_steps, batch_sizes, is_known = 0, {0}, True
+    for tensors in batches:
+        step.append(tensors)
+        sizes = num_samples(tensors, names)
+        is_known &= len(sizes) <= 1
+        batch_sizes |= sizes
         if len(step) == world_size:
-            _add_step(step, configs, meters)
+            _add_step(step, configs, meters, names)
             step = []
             num_steps += 1
             if num_steps == max_batches:
@@ -268,7 +287,7 @@ def measure_working_set(
             f"{len(step)} batches were given, {world_size} make one step. Give at least as many; 100 steps or more tell "
             "what happens once a scratchpad is full."
         )
-    return WorkingSets((WorkingSet(name, meter.result()) for name, meter in meters.items()), world_size, batch_size)
+    return max(batch_sizes) if is_known else None  # the last batch may have fewer
 
 
 def zipf_working_sets(
@@ -401,6 +420,13 @@ def has_tables(module: nn.Module) -> bool:
     return isinstance(module, EmbeddingBagCollectionInterface | EmbeddingCollectionInterface)
 
 
+def configs_of(module: nn.Module) -> Sequence[BaseEmbeddingConfig]:
+    """The configs of its own tables, if it is an embedding collection that is not sharded."""
+    if isinstance(module, EmbeddingBagCollectionInterface):
+        return list(module.embedding_bag_configs())
+    return list(module.embedding_configs()) if isinstance(module, EmbeddingCollectionInterface) else []
+
+
 def _placed_configs(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
     """With the path of their collection; what a collection is made of is not looked at."""
     placed: list[tuple[str, BaseEmbeddingConfig]] = []
@@ -408,50 +434,26 @@ def _placed_configs(model: nn.Module) -> list[tuple[str, BaseEmbeddingConfig]]:
     for path, module in model.named_modules():
         if any(path.startswith(prefix) for prefix in prefixes):
             continue
-        if not has_tables(module):
-            continue
-        if isinstance(module, EmbeddingBagCollectionInterface):
-            configs: Sequence[BaseEmbeddingConfig] = module.embedding_bag_configs()
-        else:
-            configs = module.embedding_configs()
-        prefixes.append(f"{path}." if path else "")
-        placed.extend((path or "the model itself", config) for config in configs)
+        if has_tables(module):
+            prefixes.append(f"{path}." if path else "")
+            placed.extend((path or "the model itself", config) for config in configs_of(module))
     return placed
 
 
-def _features_of(batch: Any) -> KeyedJaggedTensor:
-    features = batch if isinstance(batch, KeyedJaggedTensor) else getattr(batch, "sparse_features", None)
-    if not isinstance(features, KeyedJaggedTensor):
-        raise MeasurementError(
-            f"a batch is a {type(batch).__name__} without a KeyedJaggedTensor sparse_features. Give get_features, which "
-            "takes a batch and returns its KeyedJaggedTensor."
-        )
-    return features
-
-
-def _num_samples(features: KeyedJaggedTensor) -> int:
-    if not features.variable_stride_per_key():
-        return int(features.stride())
-    inverse = features.inverse_indices_or_none()  # features bring fewer bags than there are samples
-    return int(inverse[1].shape[-1] if inverse is not None else max(features.stride_per_key(), default=0))
-
-
 def _add_step(
-    step: Sequence[KeyedJaggedTensor], configs: Sequence[BaseEmbeddingConfig], meters: Mapping[str, ReuseMeter]
+    step: Sequence[Mapping[str, KeyedJaggedTensor]],
+    configs: Sequence[BaseEmbeddingConfig],
+    meters: Mapping[str, ReuseMeter],
+    names: set[str],
 ) -> None:
-    ids_of_feature: dict[str, list[Any]] = {}
-    for features in step:
-        for name, feature in features.to_dict().items():
-            ids_of_feature.setdefault(name, []).append(_ids(name, feature.values()))
+    ids_of_batches = [ids_of_features(tensors, names) for tensors in step]
     for config in configs:
         ids_of_table = []
         for name in config.feature_names:
-            if name not in ids_of_feature:
-                raise MeasurementError(
-                    f"table {config.name}: a batch has no feature {name}, it has {', '.join(sorted(ids_of_feature))}. Give "
-                    "batches as the model takes them."
-                )
-            for ids in ids_of_feature[name]:
+            for tensors, ids_of_feature in zip(step, ids_of_batches, strict=True):
+                if name not in ids_of_feature:
+                    raise _without_feature(config.name, name, tensors)
+                ids = _ids(name, ids_of_feature[name])
                 if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.num_embeddings:
                     bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
                     raise IdOutOfRangeError(
@@ -460,6 +462,15 @@ def _add_step(
                     )
                 ids_of_table.append(ids.astype(np.int64, copy=False))
         meters[config.name].add(np.concatenate(ids_of_table))
+
+
+def _without_feature(table_name: str, name: str, tensors: Mapping[str, KeyedJaggedTensor]) -> MeasurementError:
+    features = [key for tensor in tensors.values() for key in tensor.keys()]  # noqa: SIM118 - no mapping
+    return MeasurementError(
+        f"table {table_name}: a batch has no feature {name}, it has {few(features)} in {few(tensors)}."
+        f"{did_you_mean(name, features)} Give batches as the model takes them, or get_features, which takes a batch and "
+        "returns the KeyedJaggedTensor that the model looks up."
+    )
 
 
 def _ids(feature_name: str, values: torch.Tensor) -> Any:
