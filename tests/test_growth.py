@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.device_path import device_path
-from tests.helpers import (
+from device_path import device_path
+from helpers import (
     Setting,
     Trainer,
     assert_same_bits,
@@ -21,6 +20,7 @@ from tests.helpers import (
     run_ranks,
     with_optimizer,
 )
+
 from torchrec_scratchpipe import CheckpointManager, ConfigError, ScratchpadFullError, scratchpad_stats
 from torchrec_scratchpipe import kernel as kernel_module
 from torchrec_scratchpipe import scratchpad as scratchpad_module

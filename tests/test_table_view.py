@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed.model_tracker.types import DeltaTrackerConfig, TrackingMode
-from torchrec.optim import RowWiseAdagrad
-
-from tests.helpers import (
+from helpers import (
     Setting,
     Trainer,
     assert_same_bits,
@@ -27,6 +23,10 @@ from tests.helpers import (
     run_ranks,
     with_optimizer,
 )
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_tracker.types import DeltaTrackerConfig, TrackingMode
+from torchrec.optim import RowWiseAdagrad
+
 from torchrec_scratchpipe import CheckpointManager, ConfigError, TableOverwrittenError, to_stock
 from torchrec_scratchpipe.table_view import TableView, shown
 
