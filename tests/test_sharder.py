@@ -20,14 +20,16 @@ from helpers import (
     assert_same_outputs,
     drain,
     is_embedding,
+    make_bags,
     make_batches,
+    make_embeddings,
     scratchpad_constraints,
 )
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.types import CacheParams, ShardingEnv2D
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingEnv2D
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.optim.clipping import GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
@@ -40,11 +42,13 @@ from torchrec_scratchpipe import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     ShardedScratchPipeEmbeddingBagCollection,
+    ShardedScratchPipeEmbeddingCollection,
     TableOverwrittenError,
     TableStorageError,
     scratchpad_stats,
     stage_spans,
 )
+from torchrec_scratchpipe.collection import scratchpad_collections
 from torchrec_scratchpipe.compat import WeightDecayMode
 
 SETTING = Setting(num_batches=10)
@@ -445,3 +449,21 @@ def test_tables_stay_where_they_are_when_the_model_is_moved(is_pooled: bool) -> 
     stock.train_plain(batches)
     drain(ours.pipeline(), batches)
     assert_same_bits(stock, ours)
+
+
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_collection_is_made_by_stock_arguments_in_stock_order(is_pooled: bool) -> None:
+    setting = replace(SETTING, is_pooled=is_pooled)
+    planned = Trainer.scratchpipe(setting)
+    plan = next(iter(planned.model.plan.plan.values()))
+    kind = ShardedScratchPipeEmbeddingBagCollection if is_pooled else ShardedScratchPipeEmbeddingCollection
+    module = make_bags(setting) if is_pooled else make_embeddings(setting)
+    env = ShardingEnv.from_process_group(dist.group.WORLD)
+    made = kind(module, plan, env, {"learning_rate": 0.25}, CPU)
+    expected = [pool.scratchpad.num_slots for each in scratchpad_collections(planned.model) for pool in each.pools]
+    assert expected == [pool.scratchpad.num_slots for pool in made.pools]
+    assert [group["lr"] for group in made.fused_optimizer.param_groups] == [0.25] * len(
+        made.fused_optimizer.param_groups
+    )
+    with pytest.raises(TypeError, match="positional argument"):
+        kind(module, plan, env, None, CPU, None, None, None, None)

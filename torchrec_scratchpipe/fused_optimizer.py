@@ -47,7 +47,7 @@ class FlushingFusedOptimizer(EmbeddingFusedOptimizer):
 
     state: dict[Any, Any]
 
-    def __init__(self, kernel: HostTableKernel, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, kernel: HostTableKernel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for parameter, states in self.state.items():
             self.state[parameter] = _SharedState(states, kernel.flush_to_write)

@@ -243,10 +243,10 @@ class ScratchpadKernel(FusedOptimizerModule):
     def _make_optimizer(self, **kwargs: Any) -> FlushingFusedOptimizer:
         """TorchRec's optimizer surface: settings of the TBE, weights and states of the host tables."""
         return FlushingFusedOptimizer(
-            self,
             self._config,
             self._emb_module,
             self._pg,
+            kernel=self,
             embedding_weights_by_table=self.split_embedding_weights(),
             all_optimizer_states=self.split_optimizer_states(),
             **kwargs,
@@ -377,9 +377,10 @@ class ScratchPipeEmbeddingBag(ScratchpadKernel, BaseBatchedEmbeddingBag[Tensor])
     def __init__(
         self,
         config: GroupedEmbeddingConfig,
-        pg: dist.ProcessGroup | None,
-        device: torch.device | None,
-        sharding_type: ShardingType | None,
+        pg: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        sharding_type: ShardingType | None = None,
+        *,
         options: ScratchpadOptions,
         runner: StageRunner,
     ) -> None:
@@ -431,8 +432,9 @@ class ScratchPipeEmbedding(ScratchpadKernel, BaseBatchedEmbedding[Tensor]):
     def __init__(
         self,
         config: GroupedEmbeddingConfig,
-        pg: dist.ProcessGroup | None,
-        device: torch.device | None,
+        pg: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        *,
         options: ScratchpadOptions,
         runner: StageRunner,
     ) -> None:

@@ -29,7 +29,11 @@ from torchrec.distributed.types import (
     ShardingEnv2D,
 )
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+)
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection
@@ -68,14 +72,51 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
     """Stock sharded collection whose `fused_uvm_caching` tables live on the host behind a scratchpad.
 
     Input and output distribution, parameters and state_dict are stock. :meth:`prefetch` sends a batch through
-    Plan, Collect, Exchange and Insert ahead of time; a batch that nobody sent is fetched on the spot.
+    Plan, Collect, Exchange and Insert ahead of time; a batch that nobody sent is fetched on the spot. The sharder makes it.
+
+    Args:
+        module: As stock.
+        table_name_to_parameter_sharding: As stock.
+        env: As stock.
+        fused_params: As stock.
+        device: Where features arrive and scratchpads live.
+        qcomm_codecs_registry: As stock.
+        module_fqn: As stock.
+        sharded_module_order_overwrite: As stock.
+        options: What all scratchpad tables share; None is all defaults.
+
+    Raises:
+        ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
+        TableStorageError: A table cannot be placed where it should be.
     """
 
     def __init__(
-        self, *args: Any, options: ScratchpadOptions, device: torch.device | None = None, **kwargs: Any
+        self,
+        module: EmbeddingBagCollectionInterface,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        module_fqn: str | None = None,
+        sharded_module_order_overwrite: list[str] | None = None,
+        *,
+        options: ScratchpadOptions | None = None,
     ) -> None:
-        self._set_up_stages(options, device)
-        super().__init__(*args, device=device, **kwargs)
+        name = module_fqn or "EmbeddingBagCollection"
+        plan = table_name_to_parameter_sharding
+        served = _serve(name, module.embedding_bag_configs(), plan, env, device, EMBEDDING_BAG_SHARDING_TYPES)
+        self._set_up_stages(options or ScratchpadOptions(), device)
+        super().__init__(
+            module,
+            served,
+            env,
+            fused_params,
+            device,
+            qcomm_codecs_registry,
+            module_fqn,
+            sharded_module_order_overwrite,
+        )
         self._set_up_checks(self._embedding_bag_configs)
 
     def create_context(self) -> ScratchPipeEmbeddingBagCollectionContext:
@@ -155,13 +196,50 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
     """Stock sharded collection of unpooled embeddings whose `fused_uvm_caching` tables live behind a scratchpad.
 
     As :class:`ShardedScratchPipeEmbeddingBagCollection`, in the same pipeline.
+
+    Args:
+        module: As stock.
+        table_name_to_parameter_sharding: As stock.
+        env: As stock.
+        fused_params: As stock.
+        device: Where features arrive and scratchpads live.
+        qcomm_codecs_registry: As stock.
+        use_index_dedup: As stock.
+        module_fqn: As stock.
+        options: What all scratchpad tables share; None is all defaults.
+
+    Raises:
+        ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
+        TableStorageError: A table cannot be placed where it should be.
     """
 
     def __init__(
-        self, *args: Any, options: ScratchpadOptions, device: torch.device | None = None, **kwargs: Any
+        self,
+        module: EmbeddingCollection,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        use_index_dedup: bool = False,
+        module_fqn: str | None = None,
+        *,
+        options: ScratchpadOptions | None = None,
     ) -> None:
-        self._set_up_stages(options, device)
-        super().__init__(*args, device=device, **kwargs)
+        name = module_fqn or "EmbeddingCollection"
+        plan = table_name_to_parameter_sharding
+        served = _serve(name, module.embedding_configs(), plan, env, device, EMBEDDING_SHARDING_TYPES)
+        self._set_up_stages(options or ScratchpadOptions(), device)
+        super().__init__(
+            module,
+            served,
+            env,
+            fused_params,
+            device,
+            qcomm_codecs_registry,
+            use_index_dedup,
+            module_fqn,
+        )
         self._set_up_checks(self._embedding_configs)
 
     def create_context(self) -> ScratchPipeEmbeddingCollectionContext:
@@ -259,11 +337,9 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
             TableStorageError: A table cannot be placed where it should be.
         """
-        name = module_fqn or "EmbeddingBagCollection"
-        served = _serve(name, module.embedding_bag_configs(), params, env, device, EMBEDDING_BAG_SHARDING_TYPES)
         return ShardedScratchPipeEmbeddingBagCollection(
             module=module,
-            table_name_to_parameter_sharding=served,
+            table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,
             device=device,
@@ -334,11 +410,9 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
             TableStorageError: A table cannot be placed where it should be.
         """
-        name = module_fqn or "EmbeddingCollection"
-        served = _serve(name, module.embedding_configs(), params, env, device, EMBEDDING_SHARDING_TYPES)
         return ShardedScratchPipeEmbeddingCollection(
             module=module,
-            table_name_to_parameter_sharding=served,
+            table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,
             device=device,
