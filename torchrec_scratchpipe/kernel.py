@@ -333,7 +333,9 @@ class ScratchpadKernel(FusedOptimizerModule):
             is_parameter = isinstance(getattr(tbe, f"{prefix}_{suffix}"), nn.Parameter)
             setattr(tbe, f"{prefix}_{suffix}", nn.Parameter(flat.data) if is_parameter else flat.data)
             setattr(tbe, f"{prefix}_physical_offsets", offsets)
-            getattr(tbe, f"{prefix}_offsets").copy_(torch.tensor([offsets[t] for t in self._feature_table_map]))
+            getattr(tbe, f"{prefix}_offsets").copy_(
+                torch.tensor([offsets[t] for t in self._feature_table_map], dtype=torch.int64)
+            )
         return tbe
 
     def _refuse_reset(self, *args: Any, **kwargs: Any) -> None:
@@ -350,8 +352,10 @@ class ScratchpadKernel(FusedOptimizerModule):
         cumulative = [0, *accumulate(slots_of_table)]
         tbe.total_hash_size = cumulative[-1]
         tbe.total_hash_size_bits = int(math.log2(float(cumulative[-1])) + 1)
-        tbe.hash_size_cumsum.copy_(torch.tensor([cumulative[t] for t in self._feature_table_map] + [cumulative[-1]]))
-        tbe.rows_per_table.copy_(torch.tensor([slots_of_table[t] for t in self._feature_table_map]))
+        tbe.hash_size_cumsum.copy_(
+            torch.tensor([cumulative[t] for t in [*self._feature_table_map, -1]], dtype=torch.int64)
+        )
+        tbe.rows_per_table.copy_(torch.tensor([slots_of_table[t] for t in self._feature_table_map], dtype=torch.int64))
         tbe.optimizer_args = tbe.optimizer_args._replace(total_hash_size=cumulative[-1])
 
 
@@ -464,7 +468,9 @@ def _feature_bounds(features: KeyedJaggedTensor) -> Tensor:
         return offsets.new_zeros(num_features + 1)
     if not features.variable_stride_per_key():
         return offsets[:: features.stride()]
-    positions = torch.tensor([0, *accumulate(features.stride_per_key())], pin_memory=offsets.device.type == "cuda")
+    positions = torch.tensor(
+        [0, *accumulate(features.stride_per_key())], dtype=torch.int64, pin_memory=offsets.device.type == "cuda"
+    )
     return offsets.index_select(0, positions.to(offsets.device, non_blocking=True))
 
 
