@@ -23,6 +23,7 @@ from helpers import (
     make_bags,
     make_batches,
     make_embeddings,
+    make_sharders,
     scratchpad_constraints,
 )
 from torchrec.distributed import DistributedModelParallel
@@ -180,6 +181,17 @@ def test_columns_that_fbgemm_cannot_take() -> None:
 def test_table_dir_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(TableStorageError, match="is not an existing directory"):
         Trainer.scratchpipe(SETTING, table_dir=str(tmp_path / "missing"))
+
+
+def test_relative_table_dir_stays_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tables").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sharders = make_sharders(SETTING, is_stock=False, table_dir="tables")
+    (tmp_path / "tables").joinpath("elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "tables" / "elsewhere")
+    ours = Trainer(SETTING, sharders)
+    ours.train_plain(make_batches(SETTING, num_batches=60))
+    assert ours.num_victims > 0
 
 
 def test_unconstrained_tables_get_the_sharding_that_stock_gives_them() -> None:
