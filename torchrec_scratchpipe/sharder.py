@@ -486,7 +486,7 @@ def _check_table(
     if is_mean and sharding.sharding_type == ShardingType.GRID_SHARD.value:
         raise ConfigError(
             f"table {config.name}: TorchRec computes SUM where grid_shard is asked for MEAN pooling (its grid sharding "
-            "never divides by the length of the bag, up to 1.8.0 at least). Use table_row_wise or another sharding type."
+            "never divides by the length of the bag, up to 1.9.2 at least). Use table_row_wise or another sharding type."
         )
     if getattr(config, "enable_embedding_update", False) or getattr(config, "use_virtual_table", False):
         raise ConfigError(
