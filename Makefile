@@ -5,13 +5,12 @@ PYTHON ?= python3.11
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.set-up
-OLDEST := $(VENV)/torchrec-1.6.1
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
 DEMO_ARGS := --batch_size 256 --limit_train_batches 400 --limit_val_batches 40 --max_num_embeddings 100000 \
              --embedding_dim 32 --load_factor 0.02 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
 
-.PHONY: setup demo test test-oldest test-device-path benchmark conformance faults fuzz soak check format clean
+.PHONY: setup demo test test-oldest test-newest test-device-path benchmark conformance conformance-newest faults fuzz soak check format clean
 
 setup: $(STAMP)
 
@@ -30,11 +29,18 @@ demo: setup
 test: setup
 	$(RUN) -m pytest $(ARGS)
 
-# The oldest TorchRec that is supported, with the same torch and FBGEMM.
-test-oldest: setup
-	test -d $(OLDEST) || $(PIP) --no-deps --target $(OLDEST) torchrec==1.6.1
-	PYTHONPATH=$(OLDEST) $(RUN) -c "from importlib.metadata import version; assert version('torchrec') == '1.6.1'"
-	PYTHONPATH=$(OLDEST) $(RUN) -m pytest $(ARGS)
+# The oldest and the newest TorchRec that are supported, with the same torch and FBGEMM.
+test-oldest: TORCHREC := 1.6.1
+test-newest conformance-newest: TORCHREC := 1.9.2
+OTHER = $(CURDIR)/$(VENV)/torchrec-$(TORCHREC)
+define set-up-other
+	test -d $(OTHER) || $(PIP) --no-deps --target $(OTHER) torchrec==$(TORCHREC)
+	PYTHONPATH=$(OTHER) $(RUN) -c "from importlib.metadata import version; assert version('torchrec') == '$(TORCHREC)'"
+endef
+
+test-oldest test-newest: setup
+	$(set-up-other)
+	PYTHONPATH=$(OTHER) $(RUN) -m pytest $(ARGS)
 
 # Scratchpads on the CPU planned and filled as a GPU's are; what is about the host's own way is left out.
 test-device-path: setup
@@ -59,6 +65,10 @@ soak: setup
 # TorchRec's own tests; tests/conformance/README.md
 conformance: setup
 	$(RUN) -m tests.conformance $(ARGS)
+
+conformance-newest: setup
+	$(set-up-other)
+	PYTHONPATH=$(OTHER) $(RUN) -m tests.conformance $(ARGS)
 
 check: setup
 	$(VENV)/bin/ruff format --check .

@@ -91,8 +91,12 @@ def fill_the_disk(directory: Path, is_async: bool) -> None:
 
 
 def be_interrupted(directory: Path, moment: str) -> None:
-    """Be sent SIGINT while the pipeline fills, in mid-run, or while it drains; tell how it ended."""
+    """Be sent SIGINT while the pipeline fills, in mid-run, or while it drains; tell how it ended.
+
+    A child of a job in the background, or below nohup, starts with the signal ignored.
+    """
     set_up(directory)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ours = Trainer.scratchpipe(SETTING, table_dir=str(directory / "tables"))
     signal_at = {"fill": 0, "mid-run": 30, "drain": SETTING.num_batches}[moment]
     batches = make_batches(SETTING)
@@ -118,6 +122,12 @@ def be_interrupted(directory: Path, moment: str) -> None:
         assert time.monotonic() < deadline_s, "a worker is left"
         time.sleep(0.01)
     (directory / "ended").touch()
+
+
+def be_interrupted_below_nohup(directory: Path, moment: str) -> None:
+    """The same, started as a child of a process that ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    be_interrupted(directory, moment)
 
 
 def lose_a_rank(directory: Path, rank: int, how: str) -> None:

@@ -713,3 +713,19 @@ def local_shards(value: Any) -> list[torch.Tensor]:
 @pytest.mark.dist
 def test_state_as_dtensors(tmp_path: Path) -> None:
     run_ranks(2, _check_dtensors, str(tmp_path))
+
+
+def test_a_relative_directory_stays_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    ours = trained()
+    checkpoints = CheckpointManager("checkpoints")
+    checkpoints.save(1, ours.model, ours.optimizer)
+    monkeypatch.chdir("elsewhere")
+    checkpoints.async_save(2, ours.model, ours.optimizer)
+    checkpoints.wait()
+    found = checkpoints.load(ours.model, ours.optimizer)
+    assert found is not None
+    assert found.step == 2
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert checkpoints.path(1) == tmp_path / "checkpoints" / "step_000000000001"

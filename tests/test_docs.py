@@ -5,6 +5,7 @@ import ast
 import importlib
 import itertools
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Setting, TinyModel, Trainer, make_batches
+from packaging.requirements import Requirement
 from safetensors.torch import save_file
 from torchrec import EmbeddingBagCollection
 
@@ -30,7 +32,23 @@ def test_every_test_that_the_table_names_exists(reference: str) -> None:
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`make ([a-z-]+)", COMPATIBILITY))))
 def test_every_make_target_that_is_named_exists(target: str) -> None:
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert re.search(rf"^([\w-]+ )*{target}( [\w-]+)*:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_every_version_that_is_tested_is_admitted_named_and_run() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    tested = set(re.findall(r"torchrec==([\d.]+)|TORCHREC := ([\d.]+)", makefile))
+    versions = {version for pair in tested for version in pair if version}
+    assert versions == {"1.6.1", "1.8.0", "1.9.2"}
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (admitted,) = [Requirement(each).specifier for each in dependencies if Requirement(each).name == "torchrec"]
+    assert all(version in admitted for version in versions)
+    assert "1.6.0" not in admitted
+    assert "1.10.0" not in admitted
+    for version in versions:
+        assert version in COMPATIBILITY
+    for target in ("test", "test-oldest", "test-newest"):
+        assert re.search(rf"^make {target}( |$)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("document", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)

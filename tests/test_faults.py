@@ -114,6 +114,12 @@ def test_interrupt_leaves_nothing_behind(moment: str, server: Any, tmp_path: Pat
     assert list((tmp_path / "tables").iterdir()) == []
 
 
+def test_interrupt_is_noticed_where_the_parent_ignores_it(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    assert end(start(server, fault_jobs.be_interrupted_below_nohup, tmp_path, "mid-run")) == 0
+    assert (tmp_path / "was_interrupted").exists()
+
+
 @pytest.mark.fault("one rank of two dies, raises, or stands still")
 @pytest.mark.parametrize("how", ["dies", "raises", "raises and lives on", "stands still"])
 def test_the_other_rank_ends_with_the_reason(how: str, server: Any, tmp_path: Path) -> None:

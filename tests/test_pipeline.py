@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The edges of the pipeline: short data, draining, new iterators, evaluation, detaching, errors."""
 
+import copy
+import inspect
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +25,8 @@ from helpers import (
 )
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
+from torchrec.distributed.train_pipeline.utils import FutureDeque
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import (
@@ -37,6 +42,10 @@ from torchrec_scratchpipe.planned_batch import Hold
 from torchrec_scratchpipe.pool import Pool
 
 SETTING = Setting(num_batches=30)
+
+
+class OtherContext(TrainPipelineContext):
+    pass
 
 
 def twins(setting: Setting = SETTING, **kwargs: Any) -> tuple[Trainer, Trainer]:
@@ -276,10 +285,89 @@ def test_lookahead_below_one_is_refused(lookahead: int) -> None:
         ours.pipeline(lookahead)
 
 
-def test_options_that_cannot_be_honoured_are_refused() -> None:
+@pytest.mark.parametrize(
+    "option",
+    [{"clear_data_dist_inputs": True}, {"enqueue_batch_after_forward": True}, {"context_type": OtherContext}],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_cannot_be_honoured_are_refused(option: dict[str, Any]) -> None:
     _, ours = twins()
-    with pytest.raises(ConfigError, match="clear_data_dist_inputs"):
-        ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, clear_data_dist_inputs=True)
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, **option)
+
+
+def test_option_of_a_newer_torchrec_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = twins()
+    signature = inspect.signature(TrainPipelineSparseDist.__init__)
+    known = [parameter for parameter in signature.parameters.values() if parameter.name != "async_inplace_copy"]
+
+    def older(*args: Any, **kwargs: Any) -> None:
+        signature.replace(parameters=known).bind(*args, **kwargs)
+
+    older.__signature__ = signature.replace(parameters=known)  # type: ignore[attr-defined]
+    monkeypatch.setattr(TrainPipelineSparseDist, "__init__", older)
+    with pytest.raises(ConfigError, match="async_inplace_copy=True needs a newer TorchRec than"):
+        ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, async_inplace_copy=True)
+    ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, async_inplace_copy=False)
+
+
+def test_stock_arguments_may_be_given_by_position() -> None:
+    """As TorchEasyRec does; all of stock's defaults are accepted, in the installed version's order."""
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    options = [parameter.default for parameter in inspect.signature(TrainPipelineSparseDist).parameters.values()][3:]
+    for count in range(len(options) + 1):
+        pipeline: Any = ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, *options[:count])
+    assert_same_outputs(stock.train_plain(batches), drain(pipeline, batches))
+    leaves_two = ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, False, lookahead=1)
+    pipeline.detach()
+    assert len(drain(leaves_two, batches)) == len(batches) - 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("apply_jit",),
+        ("enable_inplace_copy_batch",),
+        ("free_features_storage_early",),
+        ("async_inplace_copy",),
+        ("enable_inplace_copy_batch", "async_inplace_copy"),
+    ],
+    ids="+".join,
+)
+def test_stock_options_change_no_bit(names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in inspect.signature(TrainPipelineSparseDist).parameters]
+    if missing:
+        pytest.skip(f"the installed TorchRec has no {missing[0]}")
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    actual = drain(ours.pipeline(**dict.fromkeys(names, True)), copy.deepcopy(batches))  # may clear what it was given
+    assert_same_outputs(stock.train_plain(batches), actual)
+    assert_same_bits(stock, ours)
+
+
+def test_batches_that_another_thread_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What async_inplace_copy does on a device; on a CPU TorchRec switches it off."""
+    if "async_inplace_copy" not in inspect.signature(TrainPipelineSparseDist).parameters:
+        pytest.skip("the installed TorchRec has no async_inplace_copy")
+    copied = []
+
+    def set_up(pipeline: Any, enabled: bool, device: torch.device) -> None:
+        pipeline._async_inplace_copy, pipeline.batches = enabled, FutureDeque()
+        pipeline._inplace_copy_executor = ThreadPoolExecutor(max_workers=1)
+
+    def submit(pipeline: Any, batch: Batch, *_: Any) -> Future[Batch]:
+        copied.append(batch)
+        return pipeline._inplace_copy_executor.submit(copy.deepcopy, batch)
+
+    monkeypatch.setattr(TrainPipelineSparseDist, "_setup_async_inplace_copy", set_up)
+    monkeypatch.setattr(TrainPipelineSparseDist, "_submit_inplace_copy", submit)
+    stock, ours = twins()
+    batches = make_batches(SETTING)
+    actual = drain(ours.pipeline(enable_inplace_copy_batch=True, async_inplace_copy=True), batches)
+    assert len(copied) == len(batches)
+    assert_same_outputs(stock.train_plain(batches), actual)
+    assert_same_bits(stock, ours)
 
 
 def test_two_sharded_models_in_turn() -> None:

@@ -136,6 +136,15 @@ def test_formats_give_the_same_batches(npz: str, tmp_path: Path, ids: dict[str, 
     assert torch.equal(from_npz[0]["bought"].values(), torch.from_numpy(ids["bought"][:128]))
 
 
+def test_a_trace_stays_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "trace.npz", clicked=[1, 2], bought=[3, 4], small=[5, 6])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    batches = read_trace(["trace.npz"], CONFIGS, 2)
+    monkeypatch.chdir("elsewhere")
+    assert len(list(batches)) == 1
+
+
 def test_a_column_with_missing_values_has_fewer_ids(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet is read with pyarrow")
     from pyarrow import parquet

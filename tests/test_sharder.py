@@ -22,13 +22,16 @@ from helpers import (
     assert_same_outputs,
     drain,
     is_embedding,
+    make_bags,
     make_batches,
+    make_embeddings,
+    make_sharders,
     scratchpad_constraints,
 )
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import CacheParams, ShardingEnv2D
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingEnv2D
 from torchrec.modules.embedding_configs import DataType, PoolingType, data_type_to_sparse_type
 from torchrec.optim.clipping import GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
@@ -41,10 +44,12 @@ from torchrec_scratchpipe import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     ShardedScratchPipeEmbeddingBagCollection,
+    ShardedScratchPipeEmbeddingCollection,
     TableStorageError,
     scratchpad_stats,
     stage_spans,
 )
+from torchrec_scratchpipe.collection import scratchpad_collections
 from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, WeightDecayMode
 from torchrec_scratchpipe.options import CPU_OPTIMIZERS, optimizer_states
 from torchrec_scratchpipe.table_view import shown
@@ -217,6 +222,17 @@ def test_columns_that_fbgemm_cannot_take() -> None:
 def test_table_dir_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(TableStorageError, match="is not an existing directory"):
         Trainer.scratchpipe(SETTING, table_dir=str(tmp_path / "missing"))
+
+
+def test_relative_table_dir_stays_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tables").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sharders = make_sharders(SETTING, is_stock=False, table_dir="tables")
+    (tmp_path / "tables").joinpath("elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "tables" / "elsewhere")
+    ours = Trainer(SETTING, sharders)
+    ours.train_plain(make_batches(SETTING, num_batches=60))
+    assert ours.num_victims > 0
 
 
 def test_unconstrained_tables_get_the_sharding_that_stock_gives_them() -> None:
@@ -467,3 +483,21 @@ def test_tables_stay_where_they_are_when_the_model_is_moved(is_pooled: bool) -> 
     stock.train_plain(batches)
     drain(ours.pipeline(), batches)
     assert_same_bits(stock, ours)
+
+
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_collection_is_made_by_stock_arguments_in_stock_order(is_pooled: bool) -> None:
+    setting = replace(SETTING, is_pooled=is_pooled)
+    planned = Trainer.scratchpipe(setting)
+    plan = next(iter(planned.model.plan.plan.values()))
+    kind = ShardedScratchPipeEmbeddingBagCollection if is_pooled else ShardedScratchPipeEmbeddingCollection
+    module = make_bags(setting) if is_pooled else make_embeddings(setting)
+    env = ShardingEnv.from_process_group(dist.group.WORLD)
+    made = kind(module, plan, env, {"learning_rate": 0.25}, CPU)
+    expected = [pool.scratchpad.num_slots for each in scratchpad_collections(planned.model) for pool in each.pools]
+    assert expected == [pool.scratchpad.num_slots for pool in made.pools]
+    assert [group["lr"] for group in made.fused_optimizer.param_groups] == [0.25] * len(
+        made.fused_optimizer.param_groups
+    )
+    with pytest.raises(TypeError, match="positional argument"):
+        kind(module, plan, env, None, CPU, None, None, None, None)

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The signatures of TorchRec that this package overrides or calls from inside, as of the versions it supports.
 
-A new TorchRec that changes one fails here, with the method's name, before it fails in training.
+A new TorchRec that changes one fails here, with the method's name, before it fails in training. And what a user calls by
+position in TorchRec's classes can be called so in ours.
 """
 
 import importlib
 import inspect
+import os
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +24,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 import torchrec_scratchpipe
 
+ROOT = Path(__file__).parents[1]
 # Parameter names in torchrec 1.8.0.
 OVERRIDDEN = {
     "BaseBatchedEmbedding.forward": "self, features",
@@ -115,6 +121,8 @@ OLDER = {
         "custom_model_fwd, dmp_collection_sync_interval_batches, enqueue_batch_after_forward, enable_inplace_copy_batch"
     ),
 }
+# Where a newer version differs, torchrec 1.9.2.
+NEWER = {"TrainPipelineSparseDist.__init__": f"{OVERRIDDEN['TrainPipelineSparseDist.__init__']}, async_inplace_copy"}
 CALLED_CLASSES = {
     kind.__name__: kind
     for kind in (
@@ -163,7 +171,8 @@ def test_every_method_that_is_overridden_is_pinned() -> None:
 @pytest.mark.parametrize("name", sorted(OVERRIDDEN))
 def test_overridden_method_has_the_signature_that_is_overridden(name: str) -> None:
     actual = parameters_of(overridden_methods()[name])
-    assert actual in (OVERRIDDEN[name], OLDER.get(name)), f"torchrec changed {name}, which we override: now ({actual})"
+    pinned = (OVERRIDDEN[name], OLDER.get(name), NEWER.get(name))
+    assert actual in pinned, f"torchrec changed {name}, which we override: now ({actual})"
 
 
 @pytest.mark.parametrize("name", sorted(CALLED))
@@ -179,3 +188,104 @@ def test_control_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -
         AssertionError, match=r"torchrec changed TrainPipelineSparseDist.attach.*\(self, model, eager\)"
     ):
         test_overridden_method_has_the_signature_that_is_overridden("TrainPipelineSparseDist.attach")
+
+
+# The planner is compared in test_sharding_planner.py; the enumerator wraps another, and nobody else makes one.
+NOT_COMPARED = {"ScratchPipeShardingPlanner", "ScratchpadEnumerator"}
+POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def stand_ins() -> list[tuple[type[Any], type[Any]]]:
+    """Each class of ours that takes the place of one of TorchRec's, with the one whose constructor a user knows."""
+    found = []
+    for kind in own_classes():
+        theirs = [base for base in kind.__mro__ if base.__module__.startswith("torchrec.") and "__init__" in vars(base)]
+        if theirs and not kind.__name__.startswith("_") and kind.__name__ not in NOT_COMPARED:
+            found.append((kind, theirs[0]))
+    return found
+
+
+def constructor_parameters(kind: type[Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(inspect.unwrap(kind.__init__)).parameters.values())
+
+
+def test_there_are_classes_to_compare() -> None:
+    names = {ours.__name__ for ours, _ in stand_ins()}
+    assert names >= {
+        "ScratchPipeEmbeddingBagCollectionSharder",
+        "ScratchPipeEmbeddingCollectionSharder",
+        "ScratchPipeTrainPipeline",
+        "ScratchPipeTrainPipelineContext",
+        "ShardedScratchPipeEmbeddingBagCollection",
+        "ShardedScratchPipeEmbeddingCollection",
+    }
+
+
+@pytest.mark.parametrize(("ours", "stock"), stand_ins(), ids=lambda kind: kind.__name__)
+def test_constructor_takes_stock_arguments_in_stock_order(ours: type[Any], stock: type[Any]) -> None:
+    theirs, own = constructor_parameters(stock), constructor_parameters(ours)
+    own_names = {parameter.name for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert not own_names & {parameter.name for parameter in theirs}, "what is stock's can be given by position"
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in own):  # hands them on as they come
+        assert [str(parameter) for parameter in own if parameter.name not in own_names] == [
+            "self",
+            "*args: Any",
+            "**kwargs: Any",
+        ]
+        return
+    by_position = [parameter for parameter in own if parameter.kind is POSITIONAL]
+    for expected, actual in zip(theirs, by_position, strict=False):
+        assert expected.name == actual.name
+        assert expected.default == actual.default, expected.name
+    newer = NEWER.get(f"{stock.__name__}.__init__", "").split(", ")
+    beyond = [parameter.name for parameter in by_position[len(theirs) :]]
+    assert len(by_position) >= len(theirs)
+    assert beyond == (newer[len(theirs) :] if beyond else []), "ours are by keyword only"
+
+
+@pytest.mark.parametrize(("ours", "stock"), stand_ins(), ids=lambda kind: kind.__name__)
+def test_constructor_hides_nothing_but_what_it_hands_on(ours: type[Any], stock: type[Any]) -> None:
+    kinds = {parameter.kind for parameter in constructor_parameters(ours)}
+    has_rest = inspect.Parameter.VAR_KEYWORD in kinds
+    assert has_rest == (inspect.Parameter.VAR_POSITIONAL in kinds), "keywords that no signature shows"
+
+
+USER = """
+from collections.abc import Iterator
+import torch
+from torchrec_scratchpipe import ScratchPipeTrainPipeline
+
+def forward(batch: str | None) -> tuple[torch.Tensor, float]:
+    raise NotImplementedError
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[str]) -> None:
+    cpu = torch.device("cpu")
+    plain = ScratchPipeTrainPipeline(model, optimizer, cpu, lookahead=3)
+    plain.progress(batches)
+    typed = ScratchPipeTrainPipeline[str, int](model, optimizer, cpu)
+    reveal_type(typed.progress(batches))
+    reveal_type(ScratchPipeTrainPipeline(model, optimizer, cpu, custom_model_fwd=forward).progress(batches))
+    typed.progress(iter([3]))
+"""
+
+
+def test_pipeline_is_typed_for_a_user_and_asks_for_no_annotation(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(USER)
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = true\n[mypy-torchrec.*,fbgemm_gpu.*]\nignore_missing_imports = true\n"
+    )
+    command = ["--follow-imports=silent", f"--python-executable={sys.executable}", "--config-file=mypy.ini", "user.py"]
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-error-summary", *command],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.stderr == ""
+    assert [line.split(": ", 1)[1] for line in checked.stdout.splitlines()] == [
+        'note: Revealed type is "int"',
+        'note: Revealed type is "float"',
+        'error: List item 0 has incompatible type "int"; expected "str"  [list-item]',
+    ]

@@ -84,7 +84,7 @@ class CheckpointManager:
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ConfigError(f"keep_last is {keep_last}, it must be at least 1, or None to keep all checkpoints.")
-        self._directory = Path(directory)
+        self._directory = Path(directory).absolute()  # the job may change its working directory
         self._keep_last = keep_last
         self._ranks = Ranks(process_group)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scratchpipe-checkpoint")

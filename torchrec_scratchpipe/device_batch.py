@@ -63,8 +63,10 @@ def feature_rows(
         indices = [feature.table_index if feature.pool_index == pool_index else -1 for feature in features]
         rows.append(
             FeatureRows(
-                torch.tensor([table.row_offsets[max(0, index)] for index in indices], device=device),
-                torch.tensor([table.tables[max(0, index)].num_rows for index in indices], device=device),
+                torch.tensor([table.row_offsets[max(0, index)] for index in indices], dtype=torch.int64, device=device),
+                torch.tensor(
+                    [table.tables[max(0, index)].num_rows for index in indices], dtype=torch.int64, device=device
+                ),
                 torch.tensor(indices, dtype=torch.int32, device=device),
             )
         )

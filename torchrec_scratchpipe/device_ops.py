@@ -266,7 +266,7 @@ def make_maps(
         slot_to_row=slot_to_row,
         last_use=last_use,
         uses_ahead=uses_ahead,
-        frequency=torch.zeros(num_slots, device=device),
+        frequency=torch.zeros(num_slots, dtype=torch.float32, device=device),
         free_slots=torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device),
         listed=torch.zeros(list_capacity, dtype=torch.int32, device=device),
         listed_last_use=torch.zeros(list_capacity, dtype=torch.int32, device=device),

@@ -112,7 +112,12 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         num_ids, num_unique, num_misses, num_victims = torch.zeros(4, num_tables, dtype=torch.int64, device=device)
         num_misses_at_train = torch.zeros(1, dtype=torch.int64, device=device)
         self.table_counts = TableCounts(
-            torch.tensor(row_offsets, device=device), num_ids, num_unique, num_misses, num_victims, num_misses_at_train
+            torch.tensor(row_offsets, dtype=torch.int64, device=device),
+            num_ids,
+            num_unique,
+            num_misses,
+            num_victims,
+            num_misses_at_train,
         )
         self._num_listed = max(1, num_slots // 16)
         self._capacity = 0

@@ -10,6 +10,7 @@
     ├── ScratchpadFullError      (RuntimeError)  one batch needs more slots than there are
     ├── BatchesInFlightError     (RuntimeError)  batches were planned for another model
     ├── BackwardTwiceError       (RuntimeError)  a lookup's rows were already released
+    ├── TableOverwrittenError    (RuntimeError)  a table was written in place while the scratchpad held newer rows of it
     ├── PeerFailedError          (RuntimeError)  another rank of the job has failed or ended
     ├── TableStorageError        (OSError)       a table cannot be put where it was asked to be
     ├── CheckpointSaveError      (OSError)       a checkpoint could not be written; earlier ones are untouched
@@ -29,6 +30,7 @@ __all__ = [
     "ScratchPipeError",
     "ScratchpadFullError",
     "StageFailedError",
+    "TableOverwrittenError",
     "TableStorageError",
 ]
 
@@ -61,7 +63,7 @@ class BackwardTwiceError(ScratchPipeError, RuntimeError):
     """Backward ran through a lookup whose rows were already released."""
 
 
-class TableOverwrittenError(ScratchPipeError):
+class TableOverwrittenError(ScratchPipeError, RuntimeError):
     """A table was written in place, by other means than load_state_dict, while the scratchpad held newer rows of it."""
 
 

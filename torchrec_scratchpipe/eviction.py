@@ -132,7 +132,7 @@ class LeastFrequentlyUsed:
     def used(self, slots: Tensor, notes_of_new: Tensor, batch_index: int, last_use: Tensor) -> None:
         """See :class:`EvictionOrder`."""
         if self._frequency is None:
-            self._frequency = torch.zeros(self._num_slots, device=last_use.device)
+            self._frequency = torch.zeros(self._num_slots, dtype=torch.float32, device=last_use.device)
             self._listed = self._listed.to(last_use.device)
             self._last_use_of_listed = self._last_use_of_listed.to(last_use.device)
         half_lives = (batch_index - self._origin) / self._half_life
@@ -156,7 +156,9 @@ class LeastFrequentlyUsed:
     def _frequency_of(self, notes: Tensor) -> Tensor:
         if self._frequencies is None:
             origin = int(self._origin / self._half_life * NOTES_PER_OCTAVE)
-            since_origin = torch.arange(NUM_NOTES, device=notes.device).sub_(origin).remainder_(NUM_NOTES)
+            since_origin = (
+                torch.arange(NUM_NOTES, dtype=torch.int64, device=notes.device).sub_(origin).remainder_(NUM_NOTES)
+            )
             is_recent = since_origin < MAX_OCTAVES * NOTES_PER_OCTAVE
             since_origin = torch.where(is_recent, since_origin, since_origin - NUM_NOTES)
             of_note = torch.exp2(since_origin.float() / NOTES_PER_OCTAVE)
@@ -210,7 +212,7 @@ class LeastFrequentlyUsed:
         if uses.are_seen:
             next_use = uses.next_use()
             # Any known use ranks above any frequency, and the nearest (a next_use of 1) above all.
-            order = torch.where(next_use > 0, 1e30 / next_use, order)
+            order = torch.where(next_use > 0, 1e30 / next_use.float(), order)
         else:
             order = order.clone()
         order.masked_fill_((uses.last_use < 0) | (uses.last_use >= first_held), torch.inf)

@@ -473,7 +473,7 @@ class WriteBuffer:
         self._capacity = max(1, min(self._num_rows, WRITE_BUFFER_BYTES // layout.row_bytes))
         self._buffer = layout.empty(self._capacity)
         self._row_to_place = torch.full((self._num_rows,), -1, dtype=torch.int32)
-        self._free_places = torch.arange(self._capacity)
+        self._free_places = torch.arange(self._capacity, dtype=torch.int64)
         self._hand = 0
 
     def read_over(self, rows: Tensor, out: Sequence[Tensor]) -> None:

@@ -25,6 +25,7 @@ from torchrec.distributed.batched_embedding_kernel import (
 )
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardingType
+from torchrec.distributed.types import ShardingEnv
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import data_type_to_dtype, data_type_to_sparse_type
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
@@ -436,6 +437,7 @@ class ScratchPipeEmbeddingBag(ScratchpadKernel, BatchedFusedEmbeddingBag):
         pg: The process group that shards them.
         device: Where the scratchpads live.
         sharding_type: As the sharding passes it; it decides where MEAN is divided.
+        env: As stock; not used.
         options: What the sharder was given.
         runner: Runs the stages.
 
@@ -450,9 +452,11 @@ class ScratchPipeEmbeddingBag(ScratchpadKernel, BatchedFusedEmbeddingBag):
     def __init__(
         self,
         config: GroupedEmbeddingConfig,
-        pg: dist.ProcessGroup | None,
-        device: torch.device | None,
-        sharding_type: ShardingType | None,
+        pg: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        sharding_type: ShardingType | None = None,
+        env: ShardingEnv | None = None,
+        *,
         options: ScratchpadOptions,
         runner: StageRunner,
     ) -> None:
@@ -505,8 +509,9 @@ class ScratchPipeEmbedding(ScratchpadKernel, BatchedFusedEmbedding):
     def __init__(
         self,
         config: GroupedEmbeddingConfig,
-        pg: dist.ProcessGroup | None,
-        device: torch.device | None,
+        pg: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        *,
         options: ScratchpadOptions,
         runner: StageRunner,
     ) -> None:
@@ -536,7 +541,9 @@ def _feature_bounds(features: KeyedJaggedTensor) -> Tensor:
         return offsets.new_zeros(num_features + 1)
     if not features.variable_stride_per_key():
         return offsets[:: features.stride()]
-    positions = torch.tensor([0, *accumulate(features.stride_per_key())], pin_memory=offsets.device.type == "cuda")
+    positions = torch.tensor(
+        [0, *accumulate(features.stride_per_key())], dtype=torch.int64, pin_memory=offsets.device.type == "cuda"
+    )
     return offsets.index_select(0, positions.to(offsets.device, non_blocking=True))
 
 

@@ -115,11 +115,11 @@ class ScratchPipePooledLookup(ScratchpadLookup, GroupedPooledEmbeddingsLookup):
         torchrec GroupedPooledEmbeddingsLookup (1.8.0).
     """
 
-    def __init__(self, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
         # The base constructor makes the kernels, so what they need must be there before it.
         self._options = options
         self._runner = runner
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
 
     def _create_embedding_kernel(
         self,
@@ -130,7 +130,9 @@ class ScratchPipePooledLookup(ScratchpadLookup, GroupedPooledEmbeddingsLookup):
         *env: Any,
     ) -> BaseEmbedding:
         if _is_scratchpad_group(config, self._options):
-            return ScratchPipeEmbeddingBag(config, pg, device, sharding_type, self._options, self._runner)
+            return ScratchPipeEmbeddingBag(
+                config, pg, device, sharding_type, options=self._options, runner=self._runner
+            )
         return super()._create_embedding_kernel(config, device, pg, sharding_type, *env)
 
     def _forward_with_vbe_merging(self, features_by_group: list[KeyedJaggedTensor], device: torch.device) -> Tensor:
@@ -149,11 +151,11 @@ class ScratchPipeSequenceLookup(ScratchpadLookup, GroupedEmbeddingsLookup):
         torchrec GroupedEmbeddingsLookup (1.8.0).
     """
 
-    def __init__(self, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
         # The base constructor makes the kernels, so what they need must be there before it.
         self._options = options
         self._runner = runner
-        super().__init__(**kwargs)
+        super().__init__(*args, **kwargs)
 
     def _create_embedding_kernel(
         self,
@@ -163,7 +165,7 @@ class ScratchPipeSequenceLookup(ScratchpadLookup, GroupedEmbeddingsLookup):
         *env: Any,
     ) -> BaseEmbedding:
         if _is_scratchpad_group(config, self._options):
-            return ScratchPipeEmbedding(config, pg, device, self._options, self._runner)
+            return ScratchPipeEmbedding(config, pg, device, options=self._options, runner=self._runner)
         return super()._create_embedding_kernel(config, pg, device, *env)
 
 
@@ -218,8 +220,8 @@ def _create_lookup(
     if not any(_is_scratchpad_group(group, options) for group in groups):
         return sharding.create_lookup()
     return lookup_class(
-        options,
-        runner,
+        options=options,
+        runner=runner,
         grouped_configs=groups,
         pg=sharding._pg,
         device=sharding._device,

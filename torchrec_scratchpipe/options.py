@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -163,6 +164,8 @@ class ScratchpadOptions:
     load_factors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.table_dir is not None:  # tables are made later, when the job may have changed its working directory
+            object.__setattr__(self, "table_dir", os.path.abspath(self.table_dir))
         if self.host_access not in HOST_ACCESSES:
             raise ConfigError(f"host_access is {self.host_access!r}, it must be one of {', '.join(HOST_ACCESSES)}.")
         if self.on_full not in WAYS_WHEN_FULL:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """TorchRec's train pipeline, with the scratchpad's stages ahead of Train."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from importlib.metadata import version
+from typing import Any, Generic, cast
 
 import torch
 from torch.profiler import record_function
@@ -14,6 +16,7 @@ from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineCo
 from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForward
 from torchrec.distributed.types import Awaitable
 from torchrec.streamable import Pipelineable
+from typing_extensions import TypeVar
 
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection, collection_to_plan
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
@@ -24,8 +27,9 @@ __all__ = ["ScratchPipeTrainPipeline"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-In = TypeVar("In", bound=Pipelineable)
-Out = TypeVar("Out")
+# With defaults, a type checker asks for no annotation where only the model, which is untyped, could tell.
+In = TypeVar("In", bound=Pipelineable, default=Any)
+Out = TypeVar("Out", default=Any)
 
 # Batches that TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors.
 NUM_BATCHES_IN_DIST = 2
@@ -37,11 +41,11 @@ NUM_BATCHES_LEFT_BY_STOCK = 2
 class ScratchPipeTrainPipelineContext(TrainPipelineContext):
     """TorchRec's context of one batch; `planned_inputs` holds distributed features of planned batches, by module."""
 
-    planned_inputs: dict[str, Any] = field(default_factory=dict)
-    is_seen: bool = False
-    is_planned: bool = False
-    is_started: bool = False
-    is_in_forward: bool = False
+    planned_inputs: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    is_seen: bool = field(default=False, kw_only=True)
+    is_planned: bool = field(default=False, kw_only=True)
+    is_started: bool = field(default=False, kw_only=True)
+    is_in_forward: bool = field(default=False, kw_only=True)
 
 
 class _ScratchPipeForward(PipelinedForward):
@@ -88,7 +92,7 @@ class _ScratchPipeForward(PipelinedForward):
         return module.compute_and_output_dist(module_context, tensors.wait())
 
 
-class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
+class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out]):
     """Trains one batch while the rows of the coming ones travel to the scratchpad.
 
     ====================  =========================================  ==========================================
@@ -102,25 +106,38 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
     Train                 0: forward, backward, optimizer            default stream
     ====================  =========================================  ==========================================
 
-    Sharded modules without scratchpad tables are pipelined as in TrainPipelineSparseDist. One pipeline may serve training and evaluation in turn, each with a new iterator.
+    Sharded modules without scratchpad tables are pipelined as in TrainPipelineSparseDist. One pipeline may serve training
+    and evaluation in turn, each with a new iterator.
+
+    TorchRec has no types, so what :meth:`progress` returns is for the caller to say:
+    ``ScratchPipeTrainPipeline[Batch, Tensor](...)``.
 
     Args:
         model: A model sharded by DistributedModelParallel.
         optimizer: Its dense optimizer, or all of them combined.
         device: Where it trains.
+        execute_all_batches: As stock: False leaves the last two batches of the data untrained.
+        apply_jit: As stock.
+        context_type: Accepted for the order of stock's arguments; another than stock's default is refused.
+        pipeline_postproc: As stock.
+        custom_model_fwd: As stock.
+        dmp_collection_sync_interval_batches: As stock; has no effect, because DMPCollection is refused.
+        enqueue_batch_after_forward: Accepted for the order of stock's arguments; True is refused.
+        enable_inplace_copy_batch: As stock.
+        free_features_storage_early: As stock; needs TorchRec 1.8.
+        clear_data_dist_inputs: Accepted for the order of stock's arguments; True is refused.
+        async_inplace_copy: As stock; needs TorchRec 1.9.2. Batches are waited for when they are loaded, so that it saves
+            no time here.
         lookahead: How many batches are planned ahead of Train, at least 1. What must fit in a scratchpad is the
             unique rows of `lookahead + 1` batches; where they do not fit, Plan waits for Train.
-        execute_all_batches: As stock: False leaves the last two batches of the data untrained.
-        custom_model_fwd: As stock.
         num_batches_seen_ahead: How many batches beyond those are loaded and distributed, so that rows which they will
             use are not evicted now. Fewer rows travel; the input of these batches takes device memory, no slots.
-        **kwargs: Everything else that TrainPipelineSparseDist takes.
 
     Raises:
         ConfigError: `lookahead` is below 1, too many batches are to be seen ahead, or a stock option is asked for that cannot be honoured.
 
     Source:
-        torchrec TrainPipelineSparseDist (1.8.0).
+        torchrec TrainPipelineSparseDist (1.6.1 to 1.9.2, whose arguments differ in number).
     """
 
     _pipelined_forward_type = _ScratchPipeForward
@@ -131,22 +148,22 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
-        lookahead: int = 2,
         execute_all_batches: bool = True,
+        apply_jit: bool = False,
+        context_type: type[TrainPipelineContext] = TrainPipelineContext,
+        pipeline_postproc: bool = False,
         custom_model_fwd: Callable[[In | None], tuple[torch.Tensor, Out]] | None = None,
+        dmp_collection_sync_interval_batches: int | None = 1,
+        enqueue_batch_after_forward: bool = False,
+        enable_inplace_copy_batch: bool = False,
+        free_features_storage_early: bool = False,
+        clear_data_dist_inputs: bool = False,
+        async_inplace_copy: bool = False,
+        *,
+        lookahead: int = 2,
         num_batches_seen_ahead: int = 0,
-        **kwargs: Any,
     ) -> None:
-        if lookahead < 1:
-            raise ConfigError(f"lookahead is {lookahead}, it must be at least 1: the batch after the one that trains.")
-        if not 0 <= num_batches_seen_ahead < WINDOW_BITS:
-            raise ConfigError(
-                f"num_batches_seen_ahead is {num_batches_seen_ahead}, it must lie in [0, {WINDOW_BITS}): so many can be "
-                "noted for each row."
-            )
-        for name in ("clear_data_dist_inputs", "enqueue_batch_after_forward"):
-            if kwargs.get(name):
-                raise ConfigError(f"{name}=True is not supported by ScratchPipeTrainPipeline. Leave it out.")
+        _check_distances(lookahead, num_batches_seen_ahead)
         self._lookahead = lookahead
         self._num_batches_known = lookahead + num_batches_seen_ahead
         self._is_traced_in_vain = False
@@ -157,10 +174,19 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out]):
             model,
             optimizer,
             device,
-            execute_all_batches=execute_all_batches,
-            context_type=ScratchPipeTrainPipelineContext,
-            custom_model_fwd=custom_model_fwd,
-            **kwargs,
+            **_stock_options(
+                execute_all_batches=execute_all_batches,
+                apply_jit=apply_jit,
+                context_type=context_type,
+                pipeline_postproc=pipeline_postproc,
+                custom_model_fwd=custom_model_fwd,
+                dmp_collection_sync_interval_batches=dmp_collection_sync_interval_batches,
+                enqueue_batch_after_forward=enqueue_batch_after_forward,
+                enable_inplace_copy_batch=enable_inplace_copy_batch,
+                free_features_storage_early=free_features_storage_early,
+                clear_data_dist_inputs=clear_data_dist_inputs,
+                async_inplace_copy=async_inplace_copy,
+            ),
         )
 
     def progress(self, dataloader_iter: Iterator[In]) -> Out:
@@ -366,3 +392,37 @@ def _release(context: TrainPipelineContext) -> None:
     for module_context in context.module_contexts.values():
         if isinstance(module_context, PlannedBatches):
             module_context.release()
+
+
+def _check_distances(lookahead: int, num_batches_seen_ahead: int) -> None:
+    if lookahead < 1:
+        raise ConfigError(f"lookahead is {lookahead}, it must be at least 1: the batch after the one that trains.")
+    if not 0 <= num_batches_seen_ahead < WINDOW_BITS:
+        raise ConfigError(
+            f"num_batches_seen_ahead is {num_batches_seen_ahead}, it must lie in [0, {WINDOW_BITS}): so many can be "
+            "noted for each row."
+        )
+
+
+def _stock_options(**given: Any) -> dict[str, Any]:
+    """What the installed TorchRec's pipeline is to be given; refuses what it or ours cannot honour."""
+    for name in ("enqueue_batch_after_forward", "clear_data_dist_inputs"):
+        if given[name]:
+            raise ConfigError(
+                f"{name}={given[name]!r} is not supported by ScratchPipeTrainPipeline, which loads batches before forward "
+                "and keeps their input until they are planned. Leave it out."
+            )
+    if given["context_type"] not in (TrainPipelineContext, ScratchPipeTrainPipelineContext):
+        raise ConfigError(
+            f"context_type={given['context_type'].__name__} is not supported by ScratchPipeTrainPipeline, which needs "
+            "contexts of its own. Leave it out."
+        )
+    known = inspect.signature(TrainPipelineSparseDist.__init__).parameters
+    for name in given.keys() - known.keys():
+        if given[name]:
+            raise ConfigError(
+                f"{name}={given[name]!r} needs a newer TorchRec than the installed {version('torchrec')}. Leave it out, or "
+                "install one whose TrainPipelineSparseDist has it."
+            )
+    taken = {name: value for name, value in given.items() if name in known}
+    return taken | {"context_type": ScratchPipeTrainPipelineContext}

@@ -29,7 +29,11 @@ from torchrec.distributed.types import (
 )
 from torchrec.distributed.utils import add_params_from_parameter_sharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+)
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection
@@ -74,14 +78,60 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
     """Stock sharded collection whose `fused_uvm_caching` tables live on the host behind a scratchpad.
 
     Input and output distribution, parameters and state_dict are stock. :meth:`prefetch` sends a batch through
-    Plan, Collect, Exchange and Insert ahead of time; a batch that nobody sent is fetched on the spot.
+    Plan, Collect, Exchange and Insert ahead of time; a batch that nobody sent is fetched on the spot. The sharder makes it.
+
+    Args:
+        module: As stock.
+        table_name_to_parameter_sharding: As stock.
+        env: As stock.
+        fused_params: As stock.
+        device: Where features arrive and scratchpads live.
+        qcomm_codecs_registry: As stock.
+        module_fqn: As stock.
+        sharded_module_order_overwrite: As stock.
+        options: What all scratchpad tables share; None is all defaults.
+
+    Raises:
+        ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
+        TableStorageError: A table cannot be placed where it should be.
     """
 
     def __init__(
-        self, *args: Any, options: ScratchpadOptions, device: torch.device | None = None, **kwargs: Any
+        self,
+        module: EmbeddingBagCollectionInterface,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        module_fqn: str | None = None,
+        sharded_module_order_overwrite: list[str] | None = None,
+        *,
+        options: ScratchpadOptions | None = None,
     ) -> None:
+        name = module_fqn or "EmbeddingBagCollection"
+        plan = table_name_to_parameter_sharding
+        served, options = _serve(
+            name,
+            module.embedding_bag_configs(),
+            plan,
+            env,
+            device,
+            EMBEDDING_BAG_SHARDING_TYPES,
+            options or ScratchpadOptions(),
+            fused_params or {},
+        )
         self._set_up_stages(options, device)
-        super().__init__(*args, device=device, **kwargs)
+        super().__init__(
+            module,
+            served,
+            env,
+            fused_params,
+            device,
+            qcomm_codecs_registry,
+            module_fqn,
+            sharded_module_order_overwrite,
+        )
         self._set_up_checks(self._embedding_bag_configs)
 
     def create_context(self) -> ScratchPipeEmbeddingBagCollectionContext:
@@ -161,13 +211,59 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
     """Stock sharded collection of unpooled embeddings whose `fused_uvm_caching` tables live behind a scratchpad.
 
     As :class:`ShardedScratchPipeEmbeddingBagCollection`, in the same pipeline.
+
+    Args:
+        module: As stock.
+        table_name_to_parameter_sharding: As stock.
+        env: As stock.
+        fused_params: As stock.
+        device: Where features arrive and scratchpads live.
+        qcomm_codecs_registry: As stock.
+        use_index_dedup: As stock.
+        module_fqn: As stock.
+        options: What all scratchpad tables share; None is all defaults.
+
+    Raises:
+        ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
+        TableStorageError: A table cannot be placed where it should be.
     """
 
     def __init__(
-        self, *args: Any, options: ScratchpadOptions, device: torch.device | None = None, **kwargs: Any
+        self,
+        module: EmbeddingCollection,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        use_index_dedup: bool = False,
+        module_fqn: str | None = None,
+        *,
+        options: ScratchpadOptions | None = None,
     ) -> None:
+        name = module_fqn or "EmbeddingCollection"
+        plan = table_name_to_parameter_sharding
+        served, options = _serve(
+            name,
+            module.embedding_configs(),
+            plan,
+            env,
+            device,
+            EMBEDDING_SHARDING_TYPES,
+            options or ScratchpadOptions(),
+            fused_params or {},
+        )
         self._set_up_stages(options, device)
-        super().__init__(*args, device=device, **kwargs)
+        super().__init__(
+            module,
+            served,
+            env,
+            fused_params,
+            device,
+            qcomm_codecs_registry,
+            use_index_dedup,
+            module_fqn,
+        )
         self._set_up_checks(self._embedding_configs)
 
     def create_context(self) -> ScratchPipeEmbeddingCollectionContext:
@@ -271,20 +367,16 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
             TableStorageError: A table cannot be placed where it should be.
         """
-        name = module_fqn or "EmbeddingBagCollection"
-        served, options = _serve(
-            name, module.embedding_bag_configs(), params, env, device, EMBEDDING_BAG_SHARDING_TYPES, self
-        )
         return ShardedScratchPipeEmbeddingBagCollection(
             module=module,
-            table_name_to_parameter_sharding=served,
+            table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,
             device=device,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
-            options=options,
+            options=self._options,
         )
 
     @property
@@ -354,18 +446,16 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
             TableStorageError: A table cannot be placed where it should be.
         """
-        name = module_fqn or "EmbeddingCollection"
-        served, options = _serve(name, module.embedding_configs(), params, env, device, EMBEDDING_SHARDING_TYPES, self)
         return ShardedScratchPipeEmbeddingCollection(
             module=module,
-            table_name_to_parameter_sharding=served,
+            table_name_to_parameter_sharding=params,
             env=env,
             fused_params=self.fused_params,
             device=device,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             use_index_dedup=self._use_index_dedup,
             module_fqn=module_fqn,
-            options=options,
+            options=self._options,
         )
 
     @property
@@ -381,7 +471,8 @@ def _serve(
     env: ShardingEnv,
     device: torch.device | None,
     sharding_types: tuple[ShardingType, ...],
-    sharder: "ScratchPipeEmbeddingBagCollectionSharder | ScratchPipeEmbeddingCollectionSharder",
+    options: ScratchpadOptions,
+    fused_params: Mapping[str, Any],
 ) -> tuple[dict[str, ParameterSharding], ScratchpadOptions]:
     """A collection's plan as the stock code needs to see it, once it is known that it can be served, and its scratchpads."""
     tables = [config for config in configs if config.name in params and _is_scratchpad_table(params[config.name])]
@@ -394,17 +485,17 @@ def _serve(
             len(params),
             SCRATCHPAD_KERNEL.value,
         )
-        return params, sharder._options
+        return params, options
     if isinstance(env, ShardingEnv2D):
         raise ConfigError(
             f"{module_name}: DMPCollection (2D parallelism) averages tables between replicas without telling them, which "
             "a scratchpad would not notice. Use DistributedModelParallel, or compute kernel fused."
         )
-    served, load_factors = _serve_tables(tables, params, sharding_types, sharder.fused_params or {})
+    served, load_factors = _serve_tables(tables, params, sharding_types, fused_params)
     if device is not None and device.type == "meta":
         logger.warning("%s: on the meta device there is nothing to cache, so its tables use stock kernels", module_name)
-        return {name: _as_stock_table(sharding) for name, sharding in params.items()}, sharder._options
-    return served, dataclasses.replace(sharder._options, load_factors=load_factors)
+        return {name: _as_stock_table(sharding) for name, sharding in params.items()}, options
+    return served, dataclasses.replace(options, load_factors=load_factors)
 
 
 def _serve_tables(
@@ -456,7 +547,7 @@ def _check_table(
     if is_mean and sharding.sharding_type == ShardingType.GRID_SHARD.value:
         raise ConfigError(
             f"table {config.name}: TorchRec computes SUM where grid_shard is asked for MEAN pooling (its grid sharding "
-            "never divides by the length of the bag, up to 1.8.0 at least). Use table_row_wise or another sharding type."
+            "never divides by the length of the bag, up to 1.9.2 at least). Use table_row_wise or another sharding type."
         )
     if getattr(config, "enable_embedding_update", False) or getattr(config, "use_virtual_table", False):
         raise ConfigError(

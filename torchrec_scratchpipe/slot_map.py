@@ -36,7 +36,7 @@ class SlotMap(BaseSlotMap[Tensor]):
         super().__init__(num_rows, num_slots, device)
         self._eviction_order = eviction_order or LeastFrequentlyUsed(num_slots)
         self._first_seen_at = torch.empty(num_slots, dtype=torch.int32, device=self.device)
-        self._free_slots = torch.arange(num_slots, device=self.device)
+        self._free_slots = torch.arange(num_slots, dtype=torch.int64, device=self.device)
         self._slots_in_flight: dict[int, Tensor] = {}
         self._last_use_before_newest: tuple[Tensor, Tensor] | None = None
 
@@ -142,13 +142,13 @@ class SlotMap(BaseSlotMap[Tensor]):
         return self._free_slots
 
     def _add_free(self, num_new: int) -> None:
-        new = torch.arange(self.num_slots - num_new, self.num_slots, device=self.device)
+        new = torch.arange(self.num_slots - num_new, self.num_slots, dtype=torch.int64, device=self.device)
         self._free_slots = torch.cat([self._free_slots, new])
         self._first_seen_at = torch.empty(self.num_slots, dtype=torch.int32, device=self.device)
         self._eviction_order.grow(self.num_slots)
 
     def _free_all(self) -> None:
-        self._free_slots = torch.arange(self.num_slots, device=self.device)
+        self._free_slots = torch.arange(self.num_slots, dtype=torch.int64, device=self.device)
         self._eviction_order.purge()
 
     def _let_go(self, batch_index: int) -> None:

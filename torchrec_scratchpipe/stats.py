@@ -180,7 +180,7 @@ class HostPoolCounters(PoolCounters):
     def __init__(self, host_table: HostTable, num_slots: int, device: torch.device) -> None:
         super().__init__(host_table)
         num_tables = len(host_table.tables)
-        self._table_ends = torch.tensor(host_table.row_offsets[1:], device=device)
+        self._table_ends = torch.tensor(host_table.row_offsets[1:], dtype=torch.int64, device=device)
         # A row's table is looked up once, when it comes: for all rows of each batch that took a tenth of Plan.
         self._slot_to_table = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._num_ids = [0] * num_tables

@@ -39,24 +39,26 @@ def read_trace(
         tables: Whose features are read.
         batch_size: B.
 
-    Yields:
-        One KeyedJaggedTensor per batch, on the CPU.
+    Returns:
+        One KeyedJaggedTensor per batch, on the CPU; files are opened when their first batch is asked for, wherever the
+        working directory is by then.
 
     Raises:
-        MeasurementError: A file cannot be read as one of these, or lacks a feature; or no file fills a batch.
+        MeasurementError: `batch_size` is below 1; or, while it is read, a file cannot be read as one of these, or lacks a
+            feature, or no file fills a batch.
     """
     features = [feature for table in tables for feature in table.feature_names]
     rows_of = {feature: table.num_embeddings for table in tables for feature in table.feature_names}
     if batch_size < 1:
         raise MeasurementError(f"batch_size is {batch_size}, it must be at least 1.")
-    yield from _read_all(paths, features, rows_of, batch_size)
+    return _read_all([Path(path).absolute() for path in paths], features, rows_of, batch_size)
 
 
 def _read_all(
-    paths: Sequence[str | Path], features: Sequence[str], rows_of: dict[str, int], batch_size: int
+    paths: Sequence[Path], features: Sequence[str], rows_of: dict[str, int], batch_size: int
 ) -> Iterator[KeyedJaggedTensor]:
     num_samples, num_batches = 0, 0
-    for path in map(Path, paths):
+    for path in paths:
         if not path.is_file():
             raise MeasurementError(f"{path}: no such file. Give the path of a .npz, .parquet or .tsv file.")
         read = _READERS.get(path.suffix)

@@ -197,7 +197,7 @@ class TwinOps(CommonOps):
 
 def _rows_of_ids(ids: FeatureIds, features: FeatureRows) -> tuple[Tensor, int]:
     """[I] int64 rows, -1 for what is not this pool's or out of range; and where an id is, counted from 1, or 0."""
-    positions = torch.arange(ids.ids.numel(), device=ids.ids.device)
+    positions = torch.arange(ids.ids.numel(), dtype=torch.int64, device=ids.ids.device)
     feature = torch.bucketize(positions, ids.bounds[1:].contiguous(), right=True)
     is_mine = features.table[feature] >= 0
     values = ids.ids.long()

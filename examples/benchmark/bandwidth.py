@@ -40,14 +40,14 @@ def measure_bandwidth(device: torch.device, dim: int, rows_per_batch: int, num_r
     storage: TableStorage = PageLockedStorage() if device.type == "cuda" else RamStorage()
     table = storage.allocate(num_rows * dim, torch.float32, "table").view(num_rows, dim)
     table.fill_(1.0)
-    slots = torch.zeros(2 * rows_per_batch, dim, device=device)
+    slots = torch.zeros(2 * rows_per_batch, dim, dtype=torch.float32, device=device)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(num_rows, generator=generator)[: 2 * rows_per_batch].to(device)
-    places = torch.randperm(2 * rows_per_batch, generator=generator).to(device)
+    rows = torch.randperm(num_rows, generator=generator, dtype=torch.int64)[: 2 * rows_per_batch].to(device)
+    places = torch.randperm(2 * rows_per_batch, generator=generator, dtype=torch.int64).to(device)
     num_bytes = rows_per_batch * dim * 4
     if device.type == "cuda":
         return _measure_cuda(table, slots, rows, places, num_bytes)
-    out = torch.empty(rows_per_batch, dim)
+    out = torch.empty(rows_per_batch, dim, dtype=torch.float32)
     first = rows[:rows_per_batch]
     return {
         "plain copy": _gb_per_s(lambda: out.copy_(table[:rows_per_batch]), num_bytes),
@@ -60,8 +60,8 @@ def _measure_cuda(table: Tensor, slots: Tensor, rows: Tensor, places: Tensor, nu
     from torchrec_scratchpipe import triton_ops
 
     half = rows.numel() // 2
-    staging = torch.empty(half, table.shape[1], pin_memory=True)
-    back = torch.empty(half, table.shape[1], pin_memory=True)
+    staging = torch.empty(half, table.shape[1], dtype=torch.float32, pin_memory=True)
+    back = torch.empty(half, table.shape[1], dtype=torch.float32, pin_memory=True)
     streams = [torch.cuda.Stream() for _ in range(2)]
     counts = torch.full((len(Count),), half, dtype=torch.int64, device=slots.device)
     ops = triton_ops.TritonOps()

@@ -98,7 +98,11 @@ def measure(do: Callable[[], object]) -> dict[str, float]:
 def batches(num_rows: int, seed: int) -> Iterator[KeyedJaggedTensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        ids = (torch.rand(NUM_TABLES * BATCH_SIZE, generator=generator) ** 4 * num_rows).long().clamp_(max=num_rows - 1)
+        ids = (
+            (torch.rand(NUM_TABLES * BATCH_SIZE, generator=generator, dtype=torch.float32) ** 4 * num_rows)
+            .long()
+            .clamp_(max=num_rows - 1)
+        )
         lengths = torch.ones(NUM_TABLES * BATCH_SIZE, dtype=torch.int64)
         yield KeyedJaggedTensor([f"f{i}" for i in range(NUM_TABLES)], ids, lengths=lengths)
 

@@ -153,7 +153,7 @@ class Contender:
         self.built_bytes = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
         self.pipeline: TrainPipelineSparseDist[Any, Any] | None = None
         self.batches: PowerLawBatches | None = None
-        self.last_loss = torch.zeros(())
+        self.last_loss = torch.zeros((), dtype=torch.float32)
 
     def start(self, exponent: float, lookahead: int, seed: int, num_batches: int) -> None:
         """Begin with new batches; what is left of the others is trained first.

@@ -157,8 +157,12 @@ class PowerLawBatches(Iterator[Batch]):
         workload, device = self._workload, self._device
         shape = (workload.num_tables, workload.batch_size, workload.ids_per_bag)
         ranks = draw_ranks(shape, workload.num_embeddings, self._exponent, self._generator, device)
-        dense = torch.rand(workload.batch_size, NUM_DENSE, generator=self._generator, device=device)
-        labels = torch.randint(0, 2, (workload.batch_size,), generator=self._generator, device=device)
+        dense = torch.rand(
+            workload.batch_size, NUM_DENSE, generator=self._generator, dtype=torch.float32, device=device
+        )
+        labels = torch.randint(
+            0, 2, (workload.batch_size,), generator=self._generator, dtype=torch.int64, device=device
+        )
         if self._num_hot is None:
             values = ranks.mul_(self._step).remainder_(workload.num_embeddings).view(-1)
             lengths = torch.full((shape[0] * shape[1],), shape[2], dtype=torch.int32, device=device)

@@ -439,7 +439,7 @@ class Trainer:
         """Ranks get the signal at different batches, and have to save the same one."""
         if dist.get_world_size() == 1:
             return self._is_terminated
-        flag = torch.tensor(int(self._is_terminated), device=self._device)
+        flag = torch.tensor(int(self._is_terminated), dtype=torch.int64, device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 

@@ -93,7 +93,7 @@ class Twin:
         )
         weight_diff, num_weights = _largest_difference(_tensors(self._model.state_dict()), _tensors(model.state_dict()))
         largest = torch.tensor([self._max_loss_diff, weight_diff, state_diff], dtype=torch.float64, device=self._device)
-        counts = torch.tensor([num_weights, num_states], device=self._device)
+        counts = torch.tensor([num_weights, num_states], dtype=torch.int64, device=self._device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         dist.all_reduce(counts)
         loss_diff, weight_diff, state_diff = largest.tolist()
