@@ -160,6 +160,7 @@ def test_train_step_benchmark(tmp_path: Path) -> None:
         assert ours["misses_at_train"] == 0
         assert ours["last_loss"] == rows["sequential", lookahead]["last_loss"]
         assert ours["floor_ms"] > 0
+        "--json", str(tmp_path / "new" / "by_contender.json"),
         assert ours["traced_ms"].keys() >= {"plan", "collect", "insert", "forward", "backward"}
     assert rows["scratchpipe", 3]["last_loss"] == rows["fused", None]["last_loss"]  # the later of two points
     assert rows["static", None]["last_loss"] == pytest.approx(rows["fused", None]["last_loss"], rel=1e-4)
@@ -178,6 +179,45 @@ def test_train_step_benchmark_names_what_a_cpu_has_not() -> None:
     ):
         result = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=120)
         assert result.returncode == 2
+    by_contender = read_figures(tmp_path / "new" / "by_contender.json")
+    assert by_contender.keys() == {"args", "torch", "machine", "date", "points"}
+    assert [point["lookahead"] for point in by_contender["points"]] == [1, 3]
+    for point in by_contender["points"]:
+        ours = rows["scratchpipe", point["lookahead"]]
+        assert point["step_ms_p50"].keys() == {cache for cache, _ in rows}
+        assert point["step_ms_p50"]["scratchpipe"] == ours["step_ms"]
+        assert point["ratio_to_fused"]["scratchpipe"] == ours["ratio_to_fused"]
+
+
+def test_train_step_benchmark_writes_what_scripts_read(tmp_path: Path) -> None:
+    run_example(
+        str(EXAMPLES / "benchmark" / "train_step.py"), "--caches", "fused,scratchpipe", "--num_tables", "2",
+        "--num_embeddings", "2000", "--embedding_dim", "8", "--batch_size", "64", "--zipf", "1.05", "--load_factor", "0.2",
+        "--steps", "6", "--no_overlap", "--json", str(tmp_path / "result.json"),
+    )  # fmt: skip
+    result = read_figures(tmp_path / "result.json")
+    assert result["args"]["no_overlap"] is True
+    assert set(result["machine"]) == {"cpu", "num_threads"}
+    for name in ("step_ms_p50", "step_ms_p90", "step_ms"):
+        assert set(result[name]) == {"fused", "scratchpipe"}
+    assert result["ratio_to_fused"] == result["step_ms_p50"]["scratchpipe"] / result["step_ms_p50"]["fused"]
+    (pool,) = result["scratchpad"]
+    assert pool["num_victims"] > 0
+    assert pool["num_misses_at_train"] == 0
+    assert result["stage_ms"].keys() >= {"plan", "collect", "insert", "train"}
+    num_ids = pool["num_ids"] / pool["num_batches"]
+    assert result["plan_lookups_per_second"] == pytest.approx(1e3 * num_ids / result["stage_ms"]["plan"])
+    assert {"torch", "date"} <= result.keys()
+
+
+def test_train_step_benchmark_tries_its_outputs_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for flag in ("--json", "--out"):
+        path = str(tmp_path / "file" / "result")
+        command = [sys.executable, str(EXAMPLES / "benchmark" / "train_step.py"), flag, path]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 2
+        assert "cannot be written" in result.stderr.splitlines()[-1]
         assert message in result.stderr
 
 
