@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The examples run as their documentation says, and the Criteo reader says what is wrong with a file."""
 
+import gzip
 import json
 import random
 import shutil
@@ -272,8 +273,11 @@ def test_tsv_ids_are_hashed_into_their_tables(tsv: Path) -> None:
         (20, "xyz", r"line 5, column 21: 'xyz' is not at most 8 hexadecimal digits"),
         (20, "123456789", r"line 5, column 21: '123456789' is not at most 8"),
         (20, "12 34", r"line 5, column 21: '12 34' is not at most 8"),
-        (3, "1.5", r"line 5, column 4: '1.5' is not an integer"),
-        (0, "yes", r"line 5, column 1: 'yes' is not an integer"),
+        (3, "1.5", r"line 5, column 4: '1.5' is not an integer of 64 bits"),
+        (3, "9" * 20, r"line 5, column 4: '9{20}' is not an integer"),
+        (0, "yes", r"line 5, column 1: the label is 'yes', needs to be 0 or 1"),
+        (0, "2", r"line 5, column 1: the label is '2'"),
+        (0, "", r"line 5, column 1: the label is ''"),
     ],
 )
 def test_bad_tsv_names_line_and_column(column: int | None, value: str, message: str, tsv: Path) -> None:
@@ -297,6 +301,53 @@ def test_missing_and_empty_tsv(tmp_path: Path) -> None:
 
 def test_generated_rows_follow_the_measured_head() -> None:
     rows = [20_000] * NUM_SPARSE
+def equal_batches(left: CriteoTsv, right: CriteoTsv) -> bool:
+    pairs = zip([*left.train(), *left.validate()], [*right.train(), *right.validate()], strict=True)
+    return all(
+        torch.equal(a.labels, b.labels)
+        and torch.equal(a.dense_features, b.dense_features)
+        and torch.equal(a.sparse_features.values(), b.sparse_features.values())
+        for a, b in pairs
+    )
+
+
+def test_a_compressed_tsv_and_one_with_names_are_read(tsv: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = CriteoTsv(str(tsv), ROWS, 10, Share())
+    names = "\t".join(["label", *(f"I{i}" for i in range(13)), *(f"C{i}" for i in range(26))]) + "\n"
+    with_names, compressed = tsv.with_name("names.tsv"), tsv.with_name("both.tsv.gz")
+    with_names.write_text(names + tsv.read_text())
+    compressed.write_bytes(gzip.compress(with_names.read_bytes()))
+    for path in (with_names, compressed):
+        caplog.clear()
+        assert equal_batches(plain, CriteoTsv(str(path), ROWS, 10, Share()))
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{path}: line 1 is taken for names of columns (label, I0, I1, ...) and left out"
+        ]
+    lines = with_names.read_text().splitlines()
+    lines[4] = lines[4].replace("\t", ",")
+    compressed.write_bytes(gzip.compress("\n".join(lines).encode()))
+    with pytest.raises(CriteoFormatError, match=r"both.tsv.gz, line 5: 1 columns, expected 40"):
+        list(CriteoTsv(str(compressed), ROWS, 3, Share()).train())
+
+
+def test_a_file_that_is_no_tsv_is_refused_before_training(tsv: Path) -> None:
+    content = tsv.read_bytes()
+    for bad, message in (
+        (gzip.compress(content)[:5000], r"cannot be decompressed \(.*\)\. Get the file again"),
+        (content.replace(b"\t", b","), r"line 1: 1 columns, expected 40"),
+        (b"label\tI0\n" + content, r"line 1: 2 columns, expected 40"),
+        (b"yes" + content, r"line 1, column 1: the label is 'yes[01]'"),
+    ):
+        tsv.write_bytes(bad)
+        with pytest.raises(CriteoFormatError, match=message):
+            CriteoTsv(str(tsv), ROWS, 10, Share())
+    tsv.write_bytes(content)
+    with pytest.raises(
+        CriteoFormatError, match=r"700 samples, .* 2 ranks need 1,?000 for one batch each\. Lower --batch_size"
+    ):
+        CriteoTsv(str(tsv), ROWS, 500, Share(0, 2))
+
+
     source = GeneratedCriteo(rows, 5000, 2, 1, seed=0, share=Share())
     first, second = list(source.train()), list(source.train())
     assert all(a.sparse_features.values().equal(b.sparse_features.values()) for a, b in zip(first, second, strict=True))
