@@ -265,3 +265,26 @@ def test_validation_is_marked_and_the_legend_covers_no_data(drawn: Any) -> None:
     legend = times.get_legend()
     assert [text.get_text() for text in legend.get_texts()].count("validation") == 1
     assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in drawn.axes)
+
+
+def test_figures_of_the_readme_are_made_by_a_script(tmp_path: Path) -> None:
+    import figures
+
+    flags = figures.demo_flags()
+    assert flags[:2] == ["--batch_size", "256"]
+    assert "--json" not in flags
+    path = write_tsv(tmp_path / "criteo.tsv", 3000)
+    script = str(EXAMPLES / "criteo_dlrm" / "figures.py")
+    out = run_example(script, "--criteo_tsv", str(path), "--budgets_mb", "7", "--limit_train_batches", "40")
+    equality, planning = out.splitlines()
+    assert re.match(
+        r"\| 3,000 real Criteo rows .* \| largest difference 0\.0 over 27\.6 M weights and 27\.6 M", equality
+    )
+    assert re.match(
+        r"\| misses per batch, .* at 1 budgets, .* \| planned is \d\.\d % (less|more) to \d\.\d %", planning
+    )
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    for row in (equality, planning):  # what the row is called, and what its command is
+        what = re.sub(r"at 1 budgets", "at four budgets", row.split("|")[1].replace("3,000", "10,000")).strip()
+        (line,) = [line for line in readme.splitlines() if what in line]
+        assert "`python examples/criteo_dlrm/figures.py --criteo_tsv FILE`" in line
