@@ -43,6 +43,7 @@ class Figures:
     floor_ms: float | None = None  # no scratchpad can be faster: the step of fused, or the bus
     stage_ms: dict[str, float] | None = None
     traced_ms: dict[str, float] | None = None
+    scratchpad: list[dict[str, Any]] | None = None  # statistics of each pool since construction
 
     @property
     def point(self) -> tuple[Any, ...]:
@@ -113,12 +114,59 @@ def write_report(
         "machine": where,
         "command": command,
         "gb_per_s": bandwidth,
-        "rows": [dataclasses.asdict(row) for row in figures],
+        "rows": [dataclasses.asdict(dataclasses.replace(row, scratchpad=None)) for row in figures],
     }
     (directory / "results.json").write_text(json.dumps(results, indent=2))
     (directory / "results.md").write_text(_markdown(figures, where, command, bandwidth))
     for name in dict.fromkeys(row.workload["name"] for row in figures):
         _plot([row for row in figures if row.workload["name"] == name], directory / f"{name}.png")
+
+
+def write_by_contender(path: Path, figures: list[Figures], args: dict[str, Any]) -> None:
+    """Write one JSON file whose keys are stable, so that scripts can read it.
+
+    Args:
+        path: The file.
+        figures: In the order of measurement.
+        args: The command line.
+    """
+    groups: list[list[Figures]] = []
+    for row in figures:  # a point has each contender once
+        if not groups or row.point != groups[-1][0].point or row.cache in {other.cache for other in groups[-1]}:
+            groups.append([])
+        groups[-1].append(row)
+    points = [_by_contender(rows) for rows in groups]
+    result = {
+        "args": args,
+        "torch": torch.__version__,
+        "machine": {"cpu": _processor(), "num_threads": torch.get_num_threads()},
+        "date": time.strftime("%Y-%m-%d"),
+        **(points[0] if len(points) == 1 else {"points": points}),
+    }
+    path.write_text(json.dumps(result, indent=2))
+
+
+def _by_contender(rows: list[Figures]) -> dict[str, Any]:
+    """One point of the grid."""
+    name, optimizer, load_factor, exponent = rows[0].point
+    result: dict[str, Any] = {
+        "model": name,
+        "optimizer": optimizer,
+        "load_factor": load_factor,
+        "zipf": exponent,
+        "lookahead": next((row.lookahead for row in rows if row.lookahead is not None), None),
+        "step_ms_p50": {row.cache: row.step_ms for row in rows},
+        "step_ms_p90": {row.cache: row.spread_ms[1] for row in rows},
+        "step_ms": {row.cache: row.step_ms_of_blocks for row in rows},
+    }
+    ratios = {row.cache: row.ratio_to_fused for row in rows if row.cache != "fused" and row.ratio_to_fused is not None}
+    if ratios:
+        result["ratio_to_fused"] = next(iter(ratios.values())) if len(ratios) == 1 else ratios
+    for row in rows:
+        if row.cache == "scratchpipe" and row.stage_ms is not None:
+            result |= {"scratchpad": row.scratchpad, "stage_ms": row.stage_ms}
+            result["plan_lookups_per_second"] = 1e3 * row.workload["ids_per_batch"] / row.stage_ms["plan"]
+    return result
 
 
 def _markdown(figures: list[Figures], where: dict[str, Any], command: str, bandwidth: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ their favour: FBGEMM's caching keeps row-wise optimizer state on the device, whi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,13 +138,22 @@ class Contender:
         device: Where it trains.
         table_dir: For memory-mapped tables of scratchpads.
         seed: Of the weights.
+        overlap: Whether a scratchpad that can run its stages beside training does.
     """
 
     def __init__(
-        self, name: str, shape: Shape, device: torch.device, table_dir: str | None = None, seed: int = 0
+        self,
+        name: str,
+        shape: Shape,
+        device: torch.device,
+        table_dir: str | None = None,
+        seed: int = 0,
+        overlap: bool = True,
     ) -> None:
         self.name = name
         self.rival = RIVALS[name]
+        if self.rival.is_scratchpad and not overlap:
+            self.rival = replace(self.rival, sharder_kwargs={**self.rival.sharder_kwargs, "overlap": False})
         self.shape = shape
         self.device = device
         self.num_hot = shape.num_hot if self.rival.is_static else None

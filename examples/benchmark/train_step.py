@@ -10,7 +10,8 @@
 `--caches` chooses among the ways of rivals.py; by default all that exist on this machine's device. All train on the same
 samples. Blocks of steps alternate, whoever went first goes last in the next round; a block ends when all of its work is
 done, the stages of coming batches included. Slots are filled before the first step, so that every measured batch evicts.
-Batches are made before the clock starts. `--out` gets results.json, results.md and plots.
+Batches are made before the clock starts. `--out` gets results.json, results.md and plots; `--json` one file by contender,
+with a list of `points` where the grid has several.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bandwidth import measure_bandwidth
-from results import Figures, machine, write_report
+from results import Figures, machine, write_by_contender, write_report
 from rivals import CPU_OPTIMIZERS, OPTIMIZERS, RIVALS, Contender, Shape
 from torch._C._profiler import _ExperimentalConfig
 from tqdm import tqdm
@@ -70,7 +71,7 @@ def run_grid(args: argparse.Namespace, device: torch.device) -> Iterator[Figures
     for optimizer, load_factor in itertools.product(args.optimizer, args.load_factor):
         shape = Shape(workload, optimizer, load_factor, max(args.lookahead))
         check_host_memory(shape, caches, device)
-        contenders = [Contender(name, shape, device, args.table_dir, args.seed) for name in caches]
+        contenders = [Contender(name, shape, device, args.table_dir, args.seed, not args.no_overlap) for name in caches]
         num_batches = NUM_WARMUP_STEPS + args.steps + PIPELINE_DEPTH
         if args.profile_trace:
             num_batches += NUM_PROFILED_STEPS
@@ -188,6 +189,7 @@ def figures_of(
         figures.misses_at_train = sum(pool.num_misses_at_train for pool in stats)
         figures.stalls = per_batch("num_stalls")
         figures.stage_ms = median_stage_ms(contender)
+        figures.scratchpad = [dataclasses.asdict(pool) for pool in stats]
         bus = min(
             speed
             for way, speed in bandwidth.items()
@@ -264,10 +266,24 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each contender")
     parser.add_argument("--block_steps", type=int, default=3, help="steps before it is another contender's turn")
     parser.add_argument("--table_dir", help="existing directory for memory-mapped tables of scratchpads; default: RAM")
+    parser.add_argument("--no_overlap", action="store_true", help="run the scratchpads' stages on the training thread")
     parser.add_argument("--profile_trace", help="write traces and their plots into this directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write results.json, results.md and plots into this directory")
+    parser.add_argument("--json", help="write all figures there, by contender")
     return parser
+
+
+def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Make what will be written, before minutes are spent on it."""
+    try:
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).open("a").close()
+    except OSError as error:
+        parser.error(f"{error.filename}: cannot be written ({error.strerror}). Give another name.")
 
 
 def main() -> None:
@@ -286,6 +302,7 @@ def main() -> None:
         for name in grid.caches or [] if device.type == "cpu" else []:
             if RIVALS[name].is_cuda_only:
                 parser.error(f"{name} exists on CUDA only")
+    check_outputs(parser, args)
     start = time.perf_counter()
     figures: list[Figures] = []
     with tempfile.TemporaryDirectory() as directory:
@@ -300,6 +317,8 @@ def main() -> None:
     bandwidth = measure_bandwidth(device, 128, 100_000, 1_000_000)
     command = shlex.join(["python", "examples/benchmark/train_step.py", *sys.argv[1:]])
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
+    if args.json:
+        write_by_contender(Path(args.json), figures, vars(args))
     if args.out:
         where = {**machine(device), "minutes": round((time.perf_counter() - start) / 60, 1)}
         write_report(Path(args.out), figures, where, command, bandwidth)

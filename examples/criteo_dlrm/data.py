@@ -4,8 +4,12 @@
 Shapes: ``B`` samples of a batch, 13 dense and 26 sparse features, one id per sparse feature and sample.
 """
 
+import gzip
 import itertools
+import logging
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,10 +20,13 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+logger = logging.getLogger(__name__)
+
 NUM_DENSE = 13
 NUM_SPARSE = 26
 NUM_COLUMNS = 1 + NUM_DENSE + NUM_SPARSE
 FEATURE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
+GZIP_MAGIC = b"\x1f\x8b"
 VALIDATION_SHARE = 0.1  # the last tenth of a TSV, in time order
 
 # Criteo Kaggle: distinct values per column in the whole training file.
@@ -195,7 +202,8 @@ def _cumulative_popularity(num_rows: int, popularity: Popularity) -> npt.NDArray
 class CriteoTsv:
     """Samples from a raw Criteo TSV, hashed into the tables while reading; the last tenth is for validation.
 
-    A line is: label, 13 integers, 26 hexadecimal values, separated by tabs, empty where missing.
+    A line is: label, 13 integers, 26 hexadecimal values, separated by tabs, empty where missing. The file may be gzip'd,
+    and begin with a line of names, which is left out.
 
     Args:
         path: The file.
@@ -204,7 +212,7 @@ class CriteoTsv:
         share: This rank's part.
 
     Raises:
-        CriteoFormatError: The file is missing or empty.
+        CriteoFormatError: The file is missing, empty, damaged or too short, or its first line is no sample.
     """
 
     def __init__(self, path: str, num_embeddings: Sequence[int], batch_size: int, share: Share) -> None:
@@ -214,14 +222,44 @@ class CriteoTsv:
         self._share = share
         if not self._path.is_file():
             raise CriteoFormatError(f"{path}: no such file. Give --criteo_tsv the path of a raw Criteo TSV.")
-        with self._path.open("rb") as file:
-            num_lines = sum(1 for _ in file)
+        with self._lines() as lines:
+            first_line = next(lines, b"")
+            num_lines = int(bool(first_line)) + sum(1 for _ in lines)
+        self._num_header_lines = int(_is_header(first_line))
+        num_lines -= self._num_header_lines
         if num_lines == 0:
             raise CriteoFormatError(f"{path}: the file is empty, expected one sample per line.")
+        if self._num_header_lines and share.rank == 0:
+            names = first_line.decode("utf-8", "replace").split("\t")
+            logger.warning(
+                "%s: line 1 is taken for names of columns (%s, ...) and left out", path, ", ".join(names[:3])
+            )
         self._num_val_lines = int(num_lines * VALIDATION_SHARE)
         self._num_train_lines = num_lines - self._num_val_lines
         self.num_train_batches = self._num_batches(self._num_train_lines)
         self.num_val_batches = self._num_batches(self._num_val_lines)
+        if self.num_train_batches == 0:
+            raise CriteoFormatError(
+                f"{path}: {num_lines} samples, of which {self._num_train_lines} are for training; {share.world_size} ranks need "
+                f"{batch_size * share.world_size} for one batch each. Lower --batch_size."
+            )
+        with self._lines() as lines:
+            first_sample = next(itertools.islice(lines, self._num_header_lines, None))
+        self._parse([first_sample], 1 + self._num_header_lines)
+
+    @contextmanager
+    def _lines(self) -> Iterator[Iterator[bytes]]:
+        """All lines of the file, decompressed if need be."""
+        with self._path.open("rb") as file:
+            is_gzip = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+            file.seek(0)
+            try:
+                with gzip.open(file) if is_gzip else nullcontext(file) as lines:
+                    yield lines
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise CriteoFormatError(
+                    f"{self._path}: cannot be decompressed ({error}). Get the file again."
+                ) from None
 
     def train(self, first_batch: int = 0) -> Iterator[Batch]:
         """The rank's training batches, in time order; lines before the first are not parsed."""
@@ -239,9 +277,10 @@ class CriteoTsv:
             return -(-num_lines // self._batch_size)
         return num_lines // (self._batch_size * self._share.world_size)
 
-    def _batches(self, first_line: int, num_lines: int, num_batches: int) -> Iterator[Batch]:
-        with self._path.open("rb") as file:
-            lines = itertools.islice(file, first_line, first_line + num_lines)
+    def _batches(self, first_sample: int, num_samples: int, num_batches: int) -> Iterator[Batch]:
+        with self._lines() as all_lines:
+            first_line = self._num_header_lines + first_sample
+            lines = itertools.islice(all_lines, first_line, first_line + num_samples)
             line_number = first_line + 1
             num_given = 0
             for index in itertools.count():
@@ -261,18 +300,25 @@ class CriteoTsv:
                     f"{self._path}, line {line_number + offset}: {len(row)} columns, expected {NUM_COLUMNS} (label, "
                     f"{NUM_DENSE} integers, {NUM_SPARSE} hexadecimal values) separated by tabs."
                 )
-        labels = self._integers([row[:1] for row in rows], line_number, first_column=1).reshape(-1)
+        labels = self._labels([row[0] for row in rows], line_number)
         dense = self._integers([row[1 : 1 + NUM_DENSE] for row in rows], line_number, first_column=2)
         values = self._hexadecimals([row[1 + NUM_DENSE :] for row in rows], line_number)
-        return make_batch(
-            np.log1p(np.maximum(dense, 0)).astype(np.float32), self._hash(values), labels.astype(np.int32)
-        )
+        return make_batch(np.log1p(np.maximum(dense, 0)).astype(np.float32), self._hash(values), labels)
+
+    def _labels(self, cells: list[bytes], line_number: int) -> npt.NDArray[np.int32]:
+        for offset, cell in enumerate(cells):
+            if cell not in (b"0", b"1"):
+                raise CriteoFormatError(
+                    f"{self._path}, line {line_number + offset}, column 1: the label is {_shown(cell)}, needs to be 0 or 1."
+                )
+        return np.array([cell == b"1" for cell in cells], dtype=np.int32)
 
     def _integers(self, rows: list[list[bytes]], line_number: int, first_column: int) -> npt.NDArray[np.int64]:
         try:
             return np.array([[int(cell or b"0") for cell in row] for row in rows], dtype=np.int64)
-        except ValueError:
-            raise self._bad_cell(rows, line_number, first_column, base=10, what="an integer") from None
+        except (ValueError, OverflowError):
+            what = "an integer of 64 bits"
+            raise self._bad_cell(rows, line_number, first_column, base=10, what=what) from None
 
     def _hexadecimals(self, rows: list[list[bytes]], line_number: int) -> npt.NDArray[np.uint64]:
         cells = b"".join(cell.rjust(8, b"0") for row in rows for cell in row)
@@ -296,13 +342,29 @@ class CriteoTsv:
         for row_offset, row in enumerate(rows):
             for column_offset, cell in enumerate(row):
                 try:
-                    is_good = len(cell) <= 8 or base == 10
-                    int(cell or b"0", base)
+                    number = int(cell or b"0", base)
+                    is_good = -(1 << 63) <= number < 1 << 63 if base == 10 else len(cell) <= 8
                 except ValueError:
                     is_good = False
                 if not is_good or b" " in cell:
                     return CriteoFormatError(
                         f"{self._path}, line {line_number + row_offset}, column {first_column + column_offset}: "
-                        f"{cell.decode('ascii', 'replace')!r} is not {what}."
+                        f"{_shown(cell)} is not {what}."
                     )
         return CriteoFormatError(f"{self._path}, lines from {line_number}: a value cannot be read.")
+
+
+def _is_header(line: bytes) -> bool:
+    """Whether a line has a sample's columns, and a name where each of its integers should be."""
+    cells = line.rstrip(b"\r\n").split(b"\t")
+    return len(cells) == NUM_COLUMNS and not any(_is_integer_or_empty(cell) for cell in cells[: 1 + NUM_DENSE])
+
+
+def _is_integer_or_empty(cell: bytes) -> bool:
+    return not cell or cell.lstrip(b"-").isdigit()
+
+
+def _shown(cell: bytes) -> str:
+    """A cell that may be anything, for a message."""
+    text = cell.decode("ascii", "replace")
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Measures the example and shows what it measured: plan, summary line, picture."""
+"""Measures the example and shows what it measured: plan, summary line."""
 
 import resource
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch._C._profiler import _ExperimentalConfig
 from torchrec.distributed.types import ParameterSharding
 
-from torchrec_scratchpipe import PoolStats, Stage, StageSpan
+from torchrec_scratchpipe import PlanReport, PoolStats
 
 NUM_WARMUP_STEPS = 5  # not timed: first batches build the input dist and fill an empty scratchpad
 NUM_STEPS_BEFORE_TRACE = 50
 NUM_TRACED_STEPS = 6
-NUM_PLOTTED_BATCHES = 60
-NUM_TIMELINE_BATCHES = 8
-STAGES = [Stage.PLAN, Stage.COLLECT, Stage.EXCHANGE, Stage.INSERT, Stage.TRAIN]
-COLOURS = ["#4477aa", "#66ccee", "#bbbbbb", "#ccbb44", "#228833"]
 
 
 class Trace:
@@ -83,14 +80,14 @@ class Measurements:
             samples_per_step: Over all ranks.
 
         Returns:
-            Step times in ms, samples per second, peak memory in bytes.
+            Step times in ms, samples per second, peak memory in bytes; None where nothing was left to train.
         """
-        timed = self._step_ms[NUM_WARMUP_STEPS:] or self._step_ms or [float("nan")]  # nothing was left to train
+        timed = self._step_ms[NUM_WARMUP_STEPS:] or self._step_ms
         return {
             "num_train_batches": len(self._step_ms),
-            "samples_per_second": 1e3 * samples_per_step * len(timed) / sum(timed),
-            "step_ms_p50": statistics.median(timed),
-            "step_ms_p90": float(np.percentile(timed, 90)),
+            "samples_per_second": 1e3 * samples_per_step * len(timed) / sum(timed) if timed else None,
+            "step_ms_p50": statistics.median(timed) if timed else None,
+            "step_ms_p90": float(np.percentile(timed, 90)) if timed else None,
             "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             "peak_anonymous_bytes": self._peak_anonymous_bytes,
         }
@@ -105,25 +102,115 @@ def anonymous_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def print_plan(plan: Mapping[str, ParameterSharding], pools: Sequence[PoolStats]) -> None:
-    """Print where every table went.
+class ScratchpadCounts:
+    """Unique ids and misses of training batches, over parts of the run.
+
+    A batch is counted when it is planned, some batches ahead of Train; so a reading says how many batches it is of, and
+    is taken when so many are planned. What validation counts is taken off.
+
+    Args:
+        read: Statistics of this rank's pools, of batches whose planning has ended.
+        ends: Where the parts begin and end, in training batches of this run.
+        lookahead: Batches planned ahead.
+    """
+
+    def __init__(self, read: Callable[[], list[PoolStats]], ends: Iterable[int], lookahead: int) -> None:
+        self._read = read
+        self._lookahead = lookahead
+        self._of_validation = np.zeros((), dtype=np.int64)
+        self._at = {0: self._now()}
+        self._due = sorted(set(ends) - {0})
+
+    def step_done(self, num_steps: int) -> None:
+        """Take the readings that are due.
+
+        Args:
+            num_steps: Batches that this run has trained.
+        """
+        while self._due and num_steps + self._lookahead >= self._due[0]:
+            counts = self._now() - self._of_validation
+            if num_steps < self._due[0] and counts.size and counts[:, 0].min() < self._due[0]:
+                return  # before a validation, batches are not planned so far ahead
+            self._at[self._due.pop(0)] = counts
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """While entered, batches are not of training; no batch may be in flight before and after."""
+        before = self._now()
+        yield
+        self._of_validation = self._of_validation + self._now() - before
+
+    def between(self, first: int, last: int) -> dict[str, float] | None:
+        """Means per training batch over one part of the run.
+
+        Args:
+            first: Where it begins, as given at first.
+            last: Where it ends.
+
+        Returns:
+            From which batch to which (counted from 1, both included), unique ids and misses; None if nothing was counted.
+        """
+        if last not in self._at or first not in self._at:
+            return None
+        counted = self._at[last] - self._at[first]  # [pools, 3]
+        if not counted.size or not counted[:, 0].all():
+            return None
+        unique_ids, misses = (counted[:, 1:] / counted[:, :1]).sum(0).tolist()
+        first_batch, last_batch = int(self._at[first][0, 0]) + 1, int(self._at[last][0, 0])
+        return {"first_batch": first_batch, "last_batch": last_batch, "unique_ids": unique_ids, "misses": misses}
+
+    def _now(self) -> npt.NDArray[np.int64]:
+        counts = [(pool.num_batches, pool.num_unique_ids, pool.num_unique_misses) for pool in self._read()]
+        return np.array(counts, dtype=np.int64)
+
+
+def planned_part(report: PlanReport | None, num_batches: int) -> tuple[int, int] | None:
+    """Which batches the plan's misses are those of: the later half of the measured ones.
+
+    Args:
+        report: The planner's.
+        num_batches: That will be trained from the first one on.
+
+    Returns:
+        As `[first, last)`; None without a plan, or if training does not come so far.
+    """
+    if report is None:
+        return None
+    sizes = report.tables[0].sized.table.reuse.bin_sizes
+    first, last = int(sizes[: len(sizes) // 2].sum()), int(sizes.sum())
+    return (first, last) if last <= num_batches else None
+
+
+def print_plan(
+    plan: Mapping[str, ParameterSharding], pools: Sequence[PoolStats], report: PlanReport | None, is_long: bool
+) -> None:
+    """Print what the scratchpads got.
 
     Args:
         plan: The sharding plan of the embedding collection.
         pools: This rank's pools.
+        report: The planner's, for a budget.
+        is_long: Print every table, too.
     """
-    local_rows = {table.table_name: table.num_rows for pool in pools for table in pool.tables}
-    print(f"{'table':10s} {'sharding':18s} {'compute kernel':18s} {'ranks':10s} {'rows here':>12s}")
-    for name, sharding in plan.items():
-        ranks = ",".join(map(str, sharding.ranks or []))
-        rows = f"{local_rows[name]:,}" if name in local_rows else "-"
-        print(f"{name:10s} {sharding.sharding_type:18s} {sharding.compute_kernel:18s} {ranks:10s} {rows:>12s}")
+    if report is not None:
+        print(report if is_long else str(report).rpartition("\n\n")[2])
+    if is_long:
+        _print_tables(plan, pools)
     for pool in pools:
         print(
             f"scratchpad of {len(pool.table_names)} tables: {pool.num_slots:,} slots ({pool.scratchpad_bytes / 1e6:,.1f} "
             f"MB) for {pool.num_rows:,} rows ({pool.table_bytes / 1e6:,.1f} MB), optimizer state included",
             flush=True,
         )
+
+
+def _print_tables(plan: Mapping[str, ParameterSharding], pools: Sequence[PoolStats]) -> None:
+    local_rows = {table.table_name: table.num_rows for pool in pools for table in pool.tables}
+    print(f"{'table':10s} {'sharding':18s} {'compute kernel':18s} {'ranks':10s} {'rows here':>12s}")
+    for name, sharding in plan.items():
+        ranks = ",".join(map(str, sharding.ranks or []))
+        rows = f"{local_rows[name]:,}" if name in local_rows else "-"
+        print(f"{name:10s} {sharding.sharding_type:18s} {sharding.compute_kernel:18s} {ranks:10s} {rows:>12s}")
 
 
 def summary_line(figures: Mapping[str, Any]) -> str:
@@ -135,30 +222,9 @@ def summary_line(figures: Mapping[str, Any]) -> str:
     Returns:
         The line.
     """
-    parts = [
-        f"auroc {figures['auroc']:.4f}",
-        f"logloss {figures['logloss']:.4f}",
-        f"{figures['samples_per_second']:,.0f} samples/s",
-        f"step P50 {figures['step_ms_p50']:.1f} ms P90 {figures['step_ms_p90']:.1f} ms",
-    ]
-    if "stock_auroc" in figures:
-        parts[0] += f" (plain TorchRec modules: {figures['stock_auroc']:.4f})"
-    pools = figures["scratchpad"]
-    if pools:
-        total = {
-            key: sum(pool[key] for pool in pools) for key, value in pools[0].items() if isinstance(value, (int, float))
-        }
-        per_batch = 1 / max(1, max(pool["num_batches"] for pool in pools))
-        parts += [
-            f"scratchpad {total['scratchpad_bytes'] / 1e6:,.1f} of {total['table_bytes'] / 1e6:,.1f} MB",
-            f"per batch {total['num_unique_ids'] * per_batch:,.0f} unique ids, "
-            f"{total['num_unique_misses'] * per_batch:,.0f} misses",
-            f"evictions {total['num_victims']:,}",
-            f"fill {total['fill_bytes'] / 1e6:,.1f} MB",
-            f"writeback {total['writeback_bytes'] / 1e6:,.1f} MB",
-            f"stalls {total['num_stalls']} ({total['stall_ms']:,.0f} ms)",
-            f"misses at Train {total['num_misses_at_train']}",
-        ]
+    parts = [*_of_quality(figures), *_of_speed(figures)]
+    if figures["scratchpad"]:
+        parts += _of_scratchpad(figures)
     parts.append(f"peak memory {figures['peak_rss_bytes'] / 1e9:.2f} GB")
     if "verify" in figures:
         verify = figures["verify"]
@@ -166,53 +232,42 @@ def summary_line(figures: Mapping[str, Any]) -> str:
     return "summary: " + " | ".join(parts)
 
 
-def plot(spans_per_pool: Sequence[Sequence[StageSpan]], path: str) -> None:
-    """Draw when the stages ran, how long they took and how much they moved, for the first pool.
+def _of_quality(figures: Mapping[str, Any]) -> list[str]:
+    if figures["auroc"] is None:
+        return ["not validated"]
+    stock = f" (plain TorchRec modules: {figures['stock_auroc']:.4f})" if "stock_auroc" in figures else ""
+    return [f"auroc {figures['auroc']:.4f}{stock}", f"logloss {figures['logloss']:.4f}"]
 
-    Args:
-        spans_per_pool: From `stage_spans`.
-        path: Where the picture goes.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def _of_speed(figures: Mapping[str, Any]) -> list[str]:
+    if not figures["num_train_batches"]:
+        return ["nothing was left to train"]
+    return [
+        f"{figures['samples_per_second']:,.0f} samples/s",
+        f"step P50 {figures['step_ms_p50']:.1f} ms P90 {figures['step_ms_p90']:.1f} ms",
+    ]
 
-    spans = list(spans_per_pool[0]) if spans_per_pool else []
-    if not spans:
-        raise SystemExit("--plot: no scratchpad was used, so there are no stages to draw")
-    trained = sorted({span.batch_index for span in spans if span.stage is Stage.TRAIN})
-    figure, (timeline, times, moved) = plt.subplots(3, 1, figsize=(11, 10), layout="constrained")
-    middle = trained[len(trained) // 2 :][:NUM_TIMELINE_BATCHES]
-    _draw_timeline(timeline, [span for span in spans if span.batch_index in middle])
-    recent = trained[-NUM_PLOTTED_BATCHES:]
-    for stage, colour in zip(STAGES, COLOURS, strict=True):
-        by_batch = {span.batch_index: span for span in spans if span.stage is stage}
-        shown = [batch for batch in recent if batch in by_batch]
-        times.plot(
-            shown,
-            [1e3 * (by_batch[batch].end_s - by_batch[batch].start_s) for batch in shown],
-            color=colour,
-            label=stage.value.capitalize(),
+
+def _of_scratchpad(figures: Mapping[str, Any]) -> list[str]:
+    pools = figures["scratchpad"]
+    total = {
+        key: sum(pool[key] for pool in pools) for key, value in pools[0].items() if isinstance(value, (int, float))
+    }
+    parts = [f"scratchpad {total['scratchpad_bytes'] / 1e6:,.1f} of {total['table_bytes'] / 1e6:,.1f} MB"]
+    half, misses = figures["later_half"], figures.get("misses_per_batch")
+    if half is not None:
+        parts.append(f"per batch of the later half {half['unique_ids']:,.0f} unique ids, {half['misses']:,.0f} misses")
+    if misses is not None:
+        first_batch, last_batch = misses["first_batch"], misses["last_batch"]
+        parts.append(
+            f"misses per batch from {first_batch} to {last_batch}: planned {misses['planned']:,.1f}, counted "
+            f"{misses['counted']:,.1f}"
         )
-        if stage is Stage.INSERT:
-            moved.bar(shown, [by_batch[batch].num_bytes / 1e6 for batch in shown], color=colour)
-    times.set(title="Time of each stage", xlabel="batch", ylabel="ms", yscale="log")
-    times.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    moved.set(title="Bytes moved, fill and writeback together", xlabel="batch", ylabel="MB")
-    figure.savefig(path, dpi=120)
-
-
-def _draw_timeline(axes: Any, spans: Sequence[StageSpan]) -> None:
-    start = min(span.start_s for span in spans)
-    for span in spans:
-        row = STAGES.index(span.stage)
-        left, width = 1e3 * (span.start_s - start), 1e3 * (span.end_s - span.start_s)
-        axes.barh(row, width, left=left, color=COLOURS[row], edgecolor="white", linewidth=0.5)
-        if span.stage is Stage.TRAIN:
-            axes.text(left + width / 2, row, str(span.batch_index), ha="center", va="center", color="white")
-        elif span.stage is Stage.PLAN:
-            axes.text(left, row - 0.5, str(span.batch_index), ha="center", va="bottom", fontsize=8)
-    axes.set_yticks(range(len(STAGES)), [stage.value.capitalize() for stage in STAGES])
-    axes.invert_yaxis()
-    axes.set(title="Stages of some batches: rows of coming batches travel while earlier ones train", xlabel="ms")
+    return [
+        *parts,
+        f"evictions {total['num_victims']:,}",
+        f"fill {total['fill_bytes'] / 1e6:,.1f} MB",
+        f"writeback {total['writeback_bytes'] / 1e6:,.1f} MB",
+        f"stalls {total['num_stalls']} ({total['stall_ms']:,.0f} ms)",
+        f"misses at Train {total['num_misses_at_train']}",
+    ]
