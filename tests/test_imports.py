@@ -14,7 +14,8 @@ PACKAGE = Path(torchrec_scratchpipe.__file__).parent
 LAYERS = [
     ["__init__", "plan"],
     ["pipeline"],
-    ["sharder", "sharding_planner", "plan_plot"],
+    ["sharding_planner", "plan_plot"],
+    ["sharder"],
     ["working_set", "plan_report", "trace", "enumerator"],
     ["checkpoint", "stock"],
     ["checkpoint_files", "table_sources", "optimizer_states"],
@@ -44,7 +45,7 @@ LAYERS = [
     ["types"],
     ["errors", "_version", "spelling", "random_states"],
 ]
-CORE_STARTS_AT = 12
+CORE_STARTS_AT = 13
 
 
 def imported_modules(path: Path) -> set[str]:

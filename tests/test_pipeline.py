@@ -2,7 +2,9 @@
 """The edges of the pipeline: short data, draining, new iterators, evaluation, detaching, errors."""
 
 import copy
+import gc
 import inspect
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -20,11 +22,12 @@ from helpers import (
     assert_same_outputs,
     check_equal,
     drain,
+    make_bags,
     make_batches,
     scratchpad_constraints,
 )
 from torchrec.datasets.utils import Batch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import EvalPipelineSparseDist, TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.distributed.train_pipeline.utils import FutureDeque
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -547,3 +550,160 @@ def test_flush_finds_rows_that_gave_way_to_a_loss_that_is_kept() -> None:
 def train_alike(stock: Trainer, ours: Trainer, batches: list[Batch]) -> None:
     for batch in batches:
         assert torch.equal(stock.step(batch), ours.step(batch))
+
+
+def _validate_in_turns(trainer: Trainer, other: Any, *, detach: bool, in_flight: bool) -> list[torch.Tensor]:
+    """Three times: some training, then a validation by another pipeline on the same model."""
+    batches = make_batches(SETTING)
+    validation = make_batches(replace(SETTING, seed=9), num_batches=5)
+    is_stock = not any(scratchpad_stats(trainer.model))
+    pipeline = (
+        TrainPipelineSparseDist(trainer.model, trainer.optimizer, CPU) if is_stock else trainer.pipeline(lookahead=3)
+    )
+    validator = other(trainer)
+    outputs, iterator = [], iter(batches)
+    for turn in range(3):
+        if in_flight:
+            outputs += [pipeline.progress(iterator) for _ in range(8)]
+        else:
+            outputs += drain(pipeline, batches[10 * turn : 10 * turn + 10])
+        if detach:
+            pipeline.detach()
+        trainer.model.eval()
+        with torch.no_grad():
+            outputs += [output.clone() for output in drain(validator, validation)]
+        trainer.model.train()
+        if detach:
+            validator.detach()
+    return outputs
+
+
+VALIDATORS = {
+    "own": lambda trainer: (
+        trainer.pipeline()
+        if any(scratchpad_stats(trainer.model))
+        else TrainPipelineSparseDist(trainer.model, trainer.optimizer, CPU)
+    ),
+    "TrainPipelineSparseDist": lambda trainer: TrainPipelineSparseDist(trainer.model, trainer.optimizer, CPU),
+    "EvalPipelineSparseDist": lambda trainer: EvalPipelineSparseDist(trainer.model, trainer.optimizer, CPU),
+}
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("other", VALIDATORS.values(), ids=VALIDATORS)
+def test_another_pipeline_validates_the_model(other: Any, detach: bool, in_flight: bool) -> None:
+    stock, ours = twins()
+    ours.copy_from(stock)
+    expected = _validate_in_turns(stock, other, detach=detach, in_flight=in_flight)
+    assert_same_outputs(expected, _validate_in_turns(ours, other, detach=detach, in_flight=in_flight))
+    assert_same_bits(stock, ours)
+    assert ours.num_victims > 0
+
+
+class CalledTwice(torch.nn.Module):
+    """One collection, asked twice for the same batch in one forward."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.ebc = make_bags(setting)
+        self.over = torch.nn.Linear(2 * sum(setting.dims) + 3, 1)
+        self.names = [f"f{i}" for i in range(len(setting.dims))]
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        once, again = self.ebc(batch.sparse_features), self.ebc(batch.sparse_features)
+        columns = [bags[name] for bags in (once, again) for name in self.names]
+        logits = self.over(torch.cat([*columns, batch.dense_features], dim=1)).squeeze(1)
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels), logits.detach()
+
+
+def test_a_collection_that_is_called_twice_says_so_and_trains_without_a_pipeline() -> None:
+    stock, ours = Trainer(SETTING, make_model=CalledTwice), Trainer.scratchpipe(SETTING, make_model=CalledTwice)
+    ours.copy_from(stock)
+    batches = make_batches(SETTING)
+    pipeline = ours.pipeline()
+    for _ in range(2):
+        with pytest.raises(ScratchPipeError, match="module ebc is called twice in one forward"):
+            pipeline.progress(iter(batches))
+        pipeline.reset()
+        assert num_in_flight(ours) == 0
+    pipeline.detach()
+    assert_same_outputs(stock.train_plain(batches), ours.train_plain(batches))
+    assert_same_bits(stock, ours)
+
+
+@pytest.mark.parametrize("num_buffers", [1, 2, 3, 4])
+def test_a_loader_that_reuses_its_buffers_too_early_is_noticed(num_buffers: int) -> None:
+    """Other ids would be trained than were planned; lookahead + 3 buffers are enough."""
+    setting = replace(SETTING, num_rows=(200, 200, 200))  # what is written over a batch is in range for it too
+    batches = make_batches(setting, num_batches=20)
+    size = max(batch.sparse_features.values().numel() for batch in batches)
+    buffers = [torch.zeros(size, dtype=torch.int64) for _ in range(num_buffers)]
+
+    def reusing() -> Iterator[Batch]:
+        for index, batch in enumerate(batches):
+            features = batch.sparse_features
+            buffer = buffers[index % num_buffers][: features.values().numel()]
+            buffer.copy_(features.values())
+            reused = KeyedJaggedTensor(features.keys(), buffer, lengths=features.lengths())
+            yield replace(batch, sparse_features=reused)
+
+    ours = Trainer.scratchpipe(setting)
+    with pytest.raises(ScratchPipeError, match="have changed between Plan and Train"):
+        drain(ours.pipeline(lookahead=2), reusing())
+    assert num_in_flight(ours) <= 5
+
+
+def test_a_loader_with_as_many_buffers_as_batches_in_flight() -> None:
+    stock, ours = twins()
+    ours.copy_from(stock)
+    batches = make_batches(SETTING)
+    size = max(batch.sparse_features.values().numel() for batch in batches)
+    buffers = [torch.zeros(size, dtype=torch.int64) for _ in range(2 + 3)]
+
+    def reusing() -> Iterator[Batch]:
+        for index, batch in enumerate(batches):
+            features = batch.sparse_features
+            buffer = buffers[index % len(buffers)][: features.values().numel()]
+            buffer.copy_(features.values())
+            reused = KeyedJaggedTensor(features.keys(), buffer, lengths=features.lengths())
+            yield replace(batch, sparse_features=reused)
+
+    assert_same_outputs(stock.train_plain(batches), drain(ours.pipeline(lookahead=2), reusing()))
+    assert_same_bits(stock, ours)
+
+
+def test_eval_begins_with_training_batches_in_flight_as_in_stock() -> None:
+    """Stock hands out two of them, this pipeline as many as are in flight."""
+    for lookahead in (1, 3):
+        ours = Trainer.scratchpipe(SETTING)
+        pipeline, iterator = ours.pipeline(lookahead), iter(make_batches(SETTING))
+        for _ in range(4):
+            pipeline.progress(iterator)
+        ours.model.eval()
+        validation = make_batches(replace(SETTING, seed=9), num_batches=5)
+        outputs = drain(pipeline, validation)
+        assert len(outputs) == len(validation) + lookahead + 2
+
+
+def test_compiled_model_prints_nothing_about_holds(capfd: pytest.CaptureFixture[str]) -> None:
+    stock, ours = twins()
+    ours.copy_from(stock)
+    batches = make_batches(SETTING)[:6]
+    expected = stock.train_plain(batches)
+    ours.model = torch.compile(ours.model, backend="eager")
+    assert_same_outputs(expected, ours.train_plain(batches))
+    gc.collect()
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_without_our_pipeline_one_line_says_that_rows_are_fetched_on_the_spot(caplog: pytest.LogCaptureFixture) -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
+        drain(TrainPipelineSparseDist(ours.model, ours.optimizer, CPU), make_batches(SETTING)[:6])
+    assert sum("fetched on the spot" in record.getMessage() for record in caplog.records) == 1
+    caplog.clear()
+    ours = Trainer.scratchpipe(SETTING)
+    with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
+        drain(ours.pipeline(), make_batches(SETTING)[:6])
+    assert not any("fetched on the spot" in record.getMessage() for record in caplog.records)

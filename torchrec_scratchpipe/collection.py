@@ -4,19 +4,22 @@
 Shapes: ``I`` ids.
 """
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import KJTList, ShardingType
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_scratchpipe.lookup import ScratchpadLookup
+from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
 from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.planned_batch import PlannedBatch, check_ids
 from torchrec_scratchpipe.pool import Pool
@@ -33,7 +36,11 @@ __all__ = [
     "scratchpad_collections",
     "scratchpad_stats",
     "stage_spans",
+    "warn_of_missing_scratchpads",
+    "warn_of_stock_sharder",
 ]
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Shardings whose input distribution sends an id to the rank that holds its block of rows.
 _ROW_WISE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
@@ -86,12 +93,13 @@ class ScratchpadCollection:
 
     def _set_up_checks(self, configs: Iterable[BaseEmbeddingConfig]) -> None:
         """What a constructor does after TorchRec's."""
-        self._row_wise_features: dict[str, list[BaseEmbeddingConfig]] = {}
-        for config in configs:
+        self._has_said_on_the_spot = False
+        self._checked_features: dict[str, list[BaseEmbeddingConfig]] = {}
+        for config in configs if self._options.load_factors and self._options.out_of_range_ids == "error" else ():
             sharding: ParameterSharding = self.module_sharding_plan[config.name]
-            if sharding.sharding_type in _ROW_WISE and config.name in self._options.load_factors:
+            if sharding.sharding_type in _ROW_WISE or config.name not in self._options.load_factors:
                 for feature in config.feature_names:
-                    self._row_wise_features.setdefault(feature, []).append(config)
+                    self._checked_features.setdefault(feature, []).append(config)
         # Gigabytes of initial weights would otherwise be written out during the first minutes of training.
         for pool in self.pools:
             pool.host_table.persist()
@@ -163,12 +171,12 @@ class ScratchpadCollection:
         """Wait until no stage runs, nor will before the next batch is sent or looked up."""
         self._runner.settle()
 
-    def _check_row_wise_ids(self, features: Any) -> None:
-        """Refuse ids that stock's row-wise distribution would wrap onto rows of other ids, where nobody can tell any more.
+    def _check_ids(self, features: Any) -> None:
+        """Refuse ids out of range that Plan does not see; on a CPU only.
 
-        Only on a CPU. Ids of other shardings are checked at Plan.
+        Those of tables that are kept whole, and those that stock's row-wise distribution would wrap onto rows of other ids.
         """
-        for key, configs in self._row_wise_features.items():
+        for key, configs in self._checked_features.items():
             if key not in features.keys():  # noqa: SIM118 - a KeyedJaggedTensor is no mapping
                 continue
             feature = features[key]
@@ -181,6 +189,8 @@ class ScratchpadCollection:
     def _looking_up(self, ctx: Any) -> Iterator[None]:
         """While entered, lookups are for the batches planned with this context, where there are any."""
         if isinstance(ctx, PlannedBatches):
+            if not ctx.planned_batches:
+                self._say_on_the_spot()
             for index, lookup in self._scratchpad_lookups():
                 if index in ctx.planned_batches:
                     lookup.expect(ctx.planned_batches[index])
@@ -190,6 +200,16 @@ class ScratchpadCollection:
             # If one lookup raises, those after it have not taken their batch, and must not take it next time.
             for _, lookup in self._scratchpad_lookups():
                 lookup.forget()
+
+    def _say_on_the_spot(self) -> None:
+        """Once, when a training step has to wait for rows because nobody has planned it."""
+        if not self._has_said_on_the_spot and torch.is_grad_enabled() and self.training:  # type: ignore[attr-defined]
+            self._has_said_on_the_spot = True
+            logger.warning(
+                "rows of tables %s are fetched on the spot, while the training step waits: right, but slow. ScratchPipeTrainPipeline "
+                "brings them ahead of time.",
+                ", ".join(self._options.load_factors),
+            )
 
     def _scratchpad_lookups(self) -> list[tuple[int, ScratchpadLookup]]:
         return [(index, lookup) for index, lookup in enumerate(self._lookups) if isinstance(lookup, ScratchpadLookup)]
@@ -252,6 +272,50 @@ def stage_spans(module: nn.Module) -> list[list[StageSpan]]:
         Per pool, in the order of :func:`scratchpad_stats`.
     """
     return [list(pool.counters.spans) for collection in scratchpad_collections(module) for pool in collection.pools]
+
+
+def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
+    """Say which tables were meant to have a scratchpad and have none, and whether more batches are planned ahead than was planned for.
+
+    Args:
+        module: A sharded model.
+        lookahead: Of the pipeline.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, ScratchpadCollection):
+            planned = part._options.lookahead
+            if planned is not None and lookahead > planned:
+                logger.warning(
+                    "collection %s: lookahead is %d, the sharding plan was made for %d. Its scratchpads may be too small, and Plan will "
+                    "wait for Train. Set lookahead=planner.lookahead, or plan for more.",
+                    name,
+                    lookahead,
+                    planned,
+                )
+        elif isinstance(part, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
+            plan = part.module_sharding_plan
+            warn_of_stock_sharder(
+                [table for table, sharding in plan.items() if sharding.compute_kernel == SCRATCHPAD_KERNEL.value],
+                f"collection {name}",
+            )
+
+
+def warn_of_stock_sharder(table_names: Sequence[str], where: str) -> None:
+    """Say that tables which are planned for a scratchpad get none.
+
+    Args:
+        table_names: Which; nothing is said if there are none.
+        where: The collection.
+    """
+    if table_names:
+        logger.warning(
+            "%s: tables %s are planned as %s, and no scratchpad serves them: another sharder than ScratchPipe's takes their collection. "
+            "Of several sharders for one type of module the last in the list counts. Put ours last, or leave TorchRec's (such as those "
+            "of get_default_sharders()) out.",
+            where,
+            ", ".join(table_names),
+            SCRATCHPAD_KERNEL.value,
+        )
 
 
 def scratchpad_collections(module: nn.Module) -> list[ScratchpadCollection]:

@@ -230,6 +230,9 @@ class DeviceBatch(PlannedBatch):
             "the ids of a batch that was given to the pipeline."
         )
 
+    def _check_unchanged(self) -> None:
+        """Nothing: the device has a copy of the batch."""
+
     def _count_misses_at_train(self) -> None:
         for pool, plan in zip(self._pools, self._plans, strict=True):
             slot_map = pool.slot_map

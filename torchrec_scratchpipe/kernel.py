@@ -31,13 +31,14 @@ from torchrec.modules.embedding_configs import data_type_to_dtype, data_type_to_
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, PoolingMode
+from torchrec_scratchpipe.compat import BoundsCheckMode, ComputeDevice, EmbeddingLocation, PoolingMode
 from torchrec_scratchpipe.device_batch import DeviceBatch, feature_rows
 from torchrec_scratchpipe.device_ops import DeviceOps, FeatureIds, FeatureRows
 from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
 from torchrec_scratchpipe.errors import BackwardTwiceError
 from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.lent_memory import LentMemory
+from torchrec_scratchpipe.memory import SLOT_BYTES_OF_MAPS
 from torchrec_scratchpipe.options import (
     CACHE_SETTINGS,
     ScratchpadBudget,
@@ -100,6 +101,8 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._flat_weights = [nn.Parameter(pool.host_table.parts[0].view(-1)) for pool in self.pools]
         self._emb_module = self._make_tbe(pooling, fused_params)
         self._point_tbe_at_memory()
+        mode = fused_params.get("bounds_check_mode", BoundsCheckMode.WARNING)
+        self._bounds_check = self._make_bounds_check(options, mode)
         self._in_train: WeakSet[Hold] = WeakSet()  # of forwards whose backward may still come
         self._features = [
             FeatureSource(feature_name, *self._pool_of_table.get(table_index, (None, 0)))
@@ -124,15 +127,39 @@ class ScratchpadKernel(FusedOptimizerModule):
         """
         batch: PlannedBatch
         if self._rows_of_features is None:
-            ids, bounds = features.values(), features.offset_per_key()
+            bounds = features.offset_per_key()
+            ids = self._within_tables(features.values(), torch.tensor(bounds, dtype=torch.int64))
             batch = PlannedBatch(self.pools, self._features, ids, bounds, self._runner, may_plan=may_plan)
         else:  # the sizes of the features stay on the device
-            on_device = FeatureIds(features.values(), _feature_bounds(features))
+            feature_bounds = _feature_bounds(features)
+            on_device = FeatureIds(self._within_tables(features.values(), feature_bounds), feature_bounds)
             batch = DeviceBatch(
                 self.pools, self._features, on_device, self._rows_of_features, self._runner, may_plan=may_plan
             )
         self._runner.submit(batch)
         return batch
+
+    def _within_tables(self, ids: Tensor, bounds: Tensor) -> Tensor:
+        """Do to ids that are out of range what FBGEMM does to them, if the user wants that; its own check sees slots only."""
+        if self._bounds_check is None or ids.numel() == 0:
+            return ids
+        ids = ids.clone()
+        mode, rows_of_features, num_warnings = self._bounds_check
+        torch.ops.fbgemm.bounds_check_indices(rows_of_features, ids, bounds.to(ids.dtype), mode, num_warnings, None)
+        return ids
+
+    def _make_bounds_check(
+        self, options: ScratchpadOptions, mode: BoundsCheckMode
+    ) -> tuple[int, Tensor, Tensor] | None:
+        if options.out_of_range_ids == "error" or mode is BoundsCheckMode.NONE:
+            return None
+        rows = [self._local_rows[table] for table in self._feature_table_map]
+        device = self._scratchpad_device
+        return (
+            mode.value,
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
 
     def expect(self, batch: PlannedBatch | None) -> None:
         """Say which planned batch the next forward looks up; None plans it on the spot.
@@ -348,9 +375,10 @@ class ScratchpadKernel(FusedOptimizerModule):
             return "cannot grow beside tables that are kept whole on this device"
         if is_moved and any(not hold.is_released for hold in self._in_train):
             return "cannot grow before the backward of an earlier forward"
-        num_new_bytes = (num_slots - scratchpad.num_slots) * scratchpad.layout.row_bytes
-        if not budget.take(num_new_bytes):
-            return f"may not take {num_new_bytes:,} bytes more (max_scratchpad_bytes is {budget.max_bytes:,})"
+        num_new_bytes = (num_slots - scratchpad.num_slots) * (scratchpad.layout.row_bytes + SLOT_BYTES_OF_MAPS)
+        refused = budget.take(num_new_bytes)
+        if refused:
+            return refused
         try:
             if is_moved:
                 self._runner.wait_for_device()
@@ -373,9 +401,11 @@ class ScratchpadKernel(FusedOptimizerModule):
     ) -> SlotMap | DeviceSlotMap:
         device = self._scratchpad_device
         if device_ops is None:
-            return SlotMap(host_table.num_rows, num_slots, options.make_eviction_order(num_slots), device)
+            return SlotMap(host_table.num_rows, num_slots, options.eviction_order(num_slots), device)
         offsets = host_table.row_offsets
-        return DeviceSlotMap(host_table.num_rows, num_slots, offsets, device_ops, device, self._runner.streams)
+        return DeviceSlotMap(
+            host_table.num_rows, num_slots, offsets, device_ops, device, self._runner.streams, options.half_life
+        )
 
     def _make_tbe(self, pooling: PoolingMode, fused_params: dict[str, Any]) -> ScratchpadTbe:
         is_cuda = self._scratchpad_device.type == "cuda"

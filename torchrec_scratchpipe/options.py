@@ -8,18 +8,19 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
+from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 
 from torchrec_scratchpipe.compat import WeightDecayMode
 from torchrec_scratchpipe.device_ops import DeviceOps
 from torchrec_scratchpipe.errors import ConfigError
-from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed
+from torchrec_scratchpipe.eviction import HALF_LIFE, EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.host_table import MappedStorage, PageLockedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.types import TableSpec
 
@@ -27,6 +28,7 @@ __all__ = [
     "CACHE_SETTINGS",
     "DEFAULT_LOAD_FACTOR",
     "OptimizerState",
+    "PlannedCacheParams",
     "ScratchpadBudget",
     "ScratchpadOptions",
     "check_load_factor",
@@ -42,6 +44,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 DEFAULT_LOAD_FACTOR = 0.2  # FBGEMM's default cache_load_factor
 HOST_ACCESSES = ("direct", "staged")
 WAYS_WHEN_FULL = ("grow", "error")
+WAYS_OUT_OF_RANGE = ("error", "fbgemm")
 MIN_SLOTS_PER_TABLE = 32  # rows of one set of FBGEMM's cache, its smallest; a table of 3 rows simply fits
 
 
@@ -98,16 +101,38 @@ CACHE_SETTINGS = frozenset(
 )
 
 
+@dataclass
+class PlannedCacheParams(CacheParams):
+    """TorchRec's words for a scratchpad table in a sharding plan, and what the plan was made for."""
+
+    _: KW_ONLY
+    lookahead: int | None = None  # batches planned ahead
+    growth_bytes: int | None = None  # of the budget, not used on the fullest rank
+
+    __hash__ = CacheParams.__hash__
+
+
 class ScratchpadBudget:
     """Bytes that the scratchpads of a sharder may take on this rank, slots and what grows with them.
 
     Args:
-        max_bytes: None for as many as there are.
+        max_bytes: In all; None for as many as there are, or as the sharding plan leaves.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
+        self._max_growth_bytes: int | None = None
         self._taken_bytes = 0
+        self._grown_bytes = 0
+
+    def limit_growth(self, num_bytes: int) -> None:
+        """Take note of what a sharding plan leaves, unless the user has set a limit.
+
+        Args:
+            num_bytes: By which all scratchpads together may grow.
+        """
+        if self.max_bytes is None:
+            self._max_growth_bytes = min(num_bytes, self._max_growth_bytes or num_bytes)
 
     def charge(self, num_bytes: int) -> None:
         """Count what is taken in any case, because the sharding plan says so.
@@ -117,19 +142,25 @@ class ScratchpadBudget:
         """
         self._taken_bytes += num_bytes
 
-    def take(self, num_bytes: int) -> bool:
-        """Take bytes if there are so many left.
+    def take(self, num_bytes: int) -> str:
+        """Take bytes for a scratchpad that grows, if there are so many left.
 
         Args:
             num_bytes: How many.
 
         Returns:
-            Whether they were taken.
+            Why they were not taken; nothing if they were.
         """
         if self.max_bytes is not None and self._taken_bytes + num_bytes > self.max_bytes:
-            return False
+            return f"may not take {num_bytes:,} bytes more: max_scratchpad_bytes is {self.max_bytes:,}"
+        if self._max_growth_bytes is not None and self._grown_bytes + num_bytes > self._max_growth_bytes:
+            return (
+                f"may not take {num_bytes:,} bytes more: the sharding plan leaves {self._max_growth_bytes:,} bytes of its budget. Give "
+                "the planner a larger one, or the sharder max_scratchpad_bytes"
+            )
         self._taken_bytes += num_bytes
-        return True
+        self._grown_bytes += num_bytes
+        return ""
 
     def give_back(self, num_bytes: int) -> None:
         """Take back what :meth:`take` took.
@@ -138,6 +169,7 @@ class ScratchpadBudget:
             num_bytes: How many.
         """
         self._taken_bytes -= num_bytes
+        self._grown_bytes -= num_bytes
 
 
 @dataclass(frozen=True)
@@ -152,6 +184,9 @@ class ScratchpadOptions:
             place; or ``"staged"``, rows are gathered on the host and copied.
         on_full: What happens if one batch alone needs more slots than there are: ``"grow"``, its pool gets more; or ``"error"``.
         budget: What scratchpads may take when they grow.
+        half_life: After so many batches a use counts half, when victims are chosen; for the default eviction order.
+        out_of_range_ids: ``"error"``, or ``"fbgemm"`` for what FBGEMM does, by its `bounds_check_mode`.
+        lookahead: Batches planned ahead that the sharding plan was made for, if it says so.
         load_factors: Slots per row of each scratchpad table of a collection, by name; the sharder adds them.
     """
 
@@ -161,6 +196,9 @@ class ScratchpadOptions:
     host_access: str = "direct"
     on_full: str = "grow"
     budget: ScratchpadBudget = field(default_factory=ScratchpadBudget)
+    half_life: float = HALF_LIFE
+    out_of_range_ids: str = "error"
+    lookahead: int | None = None
     load_factors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,6 +208,25 @@ class ScratchpadOptions:
             raise ConfigError(f"host_access is {self.host_access!r}, it must be one of {', '.join(HOST_ACCESSES)}.")
         if self.on_full not in WAYS_WHEN_FULL:
             raise ConfigError(f"on_full is {self.on_full!r}, it must be one of {', '.join(WAYS_WHEN_FULL)}.")
+        if self.out_of_range_ids not in WAYS_OUT_OF_RANGE:
+            raise ConfigError(
+                f"out_of_range_ids is {self.out_of_range_ids!r}, it must be one of {', '.join(WAYS_OUT_OF_RANGE)}."
+            )
+        if not self.half_life > 0:
+            raise ConfigError(f"half_life is {self.half_life}, it must be a positive number of batches.")
+
+    def eviction_order(self, num_slots: int) -> EvictionOrder:
+        """Make the eviction order of a pool whose slots are planned by the host.
+
+        Args:
+            num_slots: S.
+
+        Returns:
+            The user's, or the default one.
+        """
+        if self.make_eviction_order is LeastFrequentlyUsed:
+            return LeastFrequentlyUsed(num_slots, self.half_life)
+        return self.make_eviction_order(num_slots)
 
     def make_storage(self, device_ops: DeviceOps | None) -> TableStorage:
         """Where host tables come from.

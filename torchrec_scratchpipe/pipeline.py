@@ -18,7 +18,12 @@ from torchrec.distributed.types import Awaitable
 from torchrec.streamable import Pipelineable
 from typing_extensions import TypeVar
 
-from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection, collection_to_plan
+from torchrec_scratchpipe.collection import (
+    PlannedBatches,
+    ScratchpadCollection,
+    collection_to_plan,
+    warn_of_missing_scratchpads,
+)
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.eviction import WINDOW_BITS
 from torchrec_scratchpipe.peers import forget_failure, peer_failure, tell_peers
@@ -169,6 +174,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         self._is_traced_in_vain = False
         self._failed_to_load: TrainPipelineContext | None = None
         self._collections_warned_of: set[str] = set()
+        warn_of_missing_scratchpads(model, lookahead)
         self._own_forwards: list[Callable[..., Any]] = []
         super().__init__(
             model,

@@ -205,6 +205,7 @@ class PlannedBatch:
             self.hold.release()
             raise self._error
         self._check_planned()
+        self._check_unchanged()
         self.refresh()
         self._runner.let_current_stream_wait(self)
         self._count_misses_at_train()
@@ -371,28 +372,43 @@ class PlannedBatch:
     def _check_planned(self) -> None:
         """Raise what has come out since the stages were enqueued; nothing here, where the host has waited for them."""
 
+    def _check_unchanged(self) -> None:
+        """Raise if ids on the host are not those that were planned: somebody has used their memory again.
+
+        Raises:
+            ScratchPipeError: Says how many batches are in flight.
+        """
+        for pool_index, planned in enumerate(self._planned):
+            if not torch.equal(self._rows_of_pool(pool_index), planned.rows):
+                self.hold.release()
+                raise ScratchPipeError(
+                    "the ids of a batch have changed between Plan and Train: the memory of a batch in flight was written. A data loader that "
+                    "reuses its buffers needs lookahead + num_batches_seen_ahead + 3 of them; or give each batch memory of its own."
+                )
+
     def _count_misses_at_train(self) -> None:
         for pool, cache_plan in zip(self._pools, self._planned, strict=True):
             pool.counters.add_misses_at_train(pool.slot_map.count_mismatches(cache_plan.rows, cache_plan.slots))
 
     def _ids_of_pools(self) -> list[Any]:
         """Row ids of each pool, [I of the pool] int64; checks every id before anything is planned."""
-        row_ids = []
         for pool_index, pool in enumerate(self._pools):
-            segments = list(self._segments(pool_index))
-            for feature, first, last in segments:
+            for feature, first, last in self._segments(pool_index):
                 table = pool.host_table.tables[feature.table_index]
                 check_ids(table.name, feature.feature_name, self._ids[first:last], table.num_rows)
-            rows = torch.empty(
-                sum(last - first for _, first, last in segments), dtype=torch.int64, device=self._ids.device
+        return [self._rows_of_pool(pool_index) for pool_index in range(len(self._pools))]
+
+    def _rows_of_pool(self, pool_index: int) -> Tensor:
+        segments = list(self._segments(pool_index))
+        offsets = self._pools[pool_index].host_table.row_offsets
+        rows = torch.empty(sum(last - first for _, first, last in segments), dtype=torch.int64, device=self._ids.device)
+        position = 0
+        for feature, first, last in segments:
+            torch.add(
+                self._ids[first:last].long(), offsets[feature.table_index], out=rows[position : position + last - first]
             )
-            position = 0
-            for feature, first, last in segments:
-                offset = pool.host_table.row_offsets[feature.table_index]
-                torch.add(self._ids[first:last].long(), offset, out=rows[position : position + last - first])
-                position += last - first
-            row_ids.append(rows)
-        return row_ids
+            position += last - first
+        return rows
 
     def _ids_of_pool(self, pool_index: int) -> Any:
         assert self._pool_ids is not None

@@ -38,10 +38,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError
-from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed
+from torchrec_scratchpipe.eviction import HALF_LIFE, EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, create_pooled_lookup, create_sequence_lookup
 from torchrec_scratchpipe.options import (
     DEFAULT_LOAD_FACTOR,
+    PlannedCacheParams,
     ScratchpadBudget,
     ScratchpadOptions,
     check_load_factor,
@@ -53,6 +54,7 @@ __all__ = [
     "ScratchPipeEmbeddingCollectionSharder",
     "ShardedScratchPipeEmbeddingBagCollection",
     "ShardedScratchPipeEmbeddingCollection",
+    "serves_scratchpads",
 ]
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -141,7 +143,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
     def input_dist(
         self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
     ) -> Awaitable[Awaitable[KJTList]]:
-        """As stock; on a CPU, ids of row-wise scratchpad tables are checked before they are distributed.
+        """As stock; on a CPU, ids that Plan does not see, or not in time, are checked before they are distributed.
 
         Args:
             ctx: The batch's context.
@@ -153,9 +155,10 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
         Raises:
             IdOutOfRangeError: Names the table, the id and the range.
         """
-        self._check_row_wise_ids(features)
+        self._check_ids(features)
         return super().input_dist(ctx, features)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """As stock, over planned batches where there are any.
 
@@ -271,7 +274,7 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
         return ScratchPipeEmbeddingCollectionContext(sharding_contexts=[])
 
     def input_dist(self, ctx: EmbeddingCollectionContext, features: Any) -> Awaitable[Awaitable[KJTList]]:
-        """As stock; on a CPU, ids of row-wise scratchpad tables are checked before they are distributed.
+        """As stock; on a CPU, ids that Plan does not see, or not in time, are checked before they are distributed.
 
         Args:
             ctx: The batch's context.
@@ -283,9 +286,10 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
         Raises:
             IdOutOfRangeError: Names the table, the id and the range.
         """
-        self._check_row_wise_ids(features)
+        self._check_ids(features)
         return super().input_dist(ctx, features)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo
     def compute_and_output_dist(
         self, ctx: EmbeddingCollectionContext, input: KJTList
     ) -> LazyAwaitable[dict[str, JaggedTensor]]:
@@ -323,7 +327,12 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
         on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
             gets a quarter more than the batch needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
-        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is.
+        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for what the sharding plan leaves
+            of its budget, or for as much as there is where it has none.
+        half_life: After so many batches a use counts half, when victims are chosen.
+        out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that is kept whole too
+            (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its `bounds_check_mode`; by default it warns
+            and takes row 0.
     """
 
     def __init__(
@@ -338,10 +347,14 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         host_access: Literal["direct", "staged"] = "direct",
         on_full: Literal["grow", "error"] = "grow",
         max_scratchpad_bytes: int | None = None,
+        half_life: float = HALF_LIFE,
+        out_of_range_ids: Literal["error", "fbgemm"] = "error",
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
         budget = ScratchpadBudget(max_scratchpad_bytes)
-        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order, host_access, on_full, budget)
+        self._options = ScratchpadOptions(
+            table_dir, overlap, make_eviction_order, host_access, on_full, budget, half_life, out_of_range_ids
+        )
 
     def shard(
         self,
@@ -402,7 +415,12 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
         on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
             gets a quarter more than the batch needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
-        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is.
+        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for what the sharding plan leaves
+            of its budget, or for as much as there is where it has none.
+        half_life: After so many batches a use counts half, when victims are chosen.
+        out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that is kept whole too
+            (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its `bounds_check_mode`; by default it warns
+            and takes row 0.
     """
 
     def __init__(
@@ -417,10 +435,14 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         host_access: Literal["direct", "staged"] = "direct",
         on_full: Literal["grow", "error"] = "grow",
         max_scratchpad_bytes: int | None = None,
+        half_life: float = HALF_LIFE,
+        out_of_range_ids: Literal["error", "fbgemm"] = "error",
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
         budget = ScratchpadBudget(max_scratchpad_bytes)
-        self._options = ScratchpadOptions(table_dir, overlap, make_eviction_order, host_access, on_full, budget)
+        self._options = ScratchpadOptions(
+            table_dir, overlap, make_eviction_order, host_access, on_full, budget, half_life, out_of_range_ids
+        )
 
     def shard(
         self,
@@ -464,6 +486,19 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         return ShardedScratchPipeEmbeddingCollection
 
 
+def serves_scratchpads(sharder: object) -> bool:
+    """Whether tables that are planned as `fused_uvm_caching` get a scratchpad from this sharder.
+
+    Args:
+        sharder: Any sharder of TorchRec's or of ours.
+
+    Returns:
+        True for ours, and for one of feature-processed collections that was given ours.
+    """
+    sharder = getattr(sharder, "_ebc_sharder", sharder)
+    return isinstance(sharder, ScratchPipeEmbeddingBagCollectionSharder | ScratchPipeEmbeddingCollectionSharder)
+
+
 def _serve(
     module_name: str,
     configs: Iterable[BaseEmbeddingConfig],
@@ -495,7 +530,13 @@ def _serve(
     if device is not None and device.type == "meta":
         logger.warning("%s: on the meta device there is nothing to cache, so its tables use stock kernels", module_name)
         return {name: _as_stock_table(sharding) for name, sharding in params.items()}, options
-    return served, dataclasses.replace(options, load_factors=load_factors)
+    planned = [params[config.name].cache_params for config in tables]
+    planned = [given for given in planned if isinstance(given, PlannedCacheParams)]
+    for given in planned:
+        if given.growth_bytes is not None:
+            options.budget.limit_growth(given.growth_bytes)
+    lookahead = min((given.lookahead for given in planned if given.lookahead is not None), default=None)
+    return served, dataclasses.replace(options, load_factors=load_factors, lookahead=lookahead)
 
 
 def _serve_tables(

@@ -32,16 +32,23 @@ from torchrec.distributed.planner.types import (
     Storage,
     StorageReservation,
 )
-from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan
+from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
+from torchrec_scratchpipe.collection import warn_of_stock_sharder
 from torchrec_scratchpipe.enumerator import FUSED, SCRATCHPAD, ScratchpadEnumerator
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError
 from torchrec_scratchpipe.memory import PoolDemand
-from torchrec_scratchpipe.options import MIN_SLOTS_PER_TABLE, OPTIMIZER_STATES, check_load_factor
+from torchrec_scratchpipe.options import (
+    MIN_SLOTS_PER_TABLE,
+    OPTIMIZER_STATES,
+    PlannedCacheParams,
+    check_load_factor,
+)
 from torchrec_scratchpipe.plan_report import PlanReport, RankReport, as_size, device_bytes_of, table_reports
 from torchrec_scratchpipe.reuse import Floats, Reuse
+from torchrec_scratchpipe.sharder import serves_scratchpads
 from torchrec_scratchpipe.sizing import ShardToSize, SizedTable, TableToSize, size_tables
 from torchrec_scratchpipe.spelling import did_you_mean, few
 from torchrec_scratchpipe.working_set import (
@@ -207,6 +214,11 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
             PlannerError: No plan fits; with the smallest budget, and what would fit instead.
         """
         _check_names(self._constraints or {}, module, sharders)
+        plan = self._plan(module, sharders)
+        _warn_of_stock_sharders(plan, module, sharders)
+        return plan
+
+    def _plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         if self._sizer is None:
             return super().plan(module, sharders)
         self._sizer.check(module)
@@ -508,9 +520,7 @@ class _Sizer:
             given = option.cache_params or CacheParams()
             # Half a slot less, so that a shard's `ceil(load_factor * rows)` is what was meant.
             load_factor = None if table.is_whole else (table.num_slots - 0.5) / table.table.reuse.num_rows
-            option.cache_params = (
-                None if table.is_whole else dataclasses.replace(given, load_factor=load_factor, stats=None)
-            )
+            option.cache_params = None if table.is_whole else self._planned(given, load_factor, int(left.min()))
             self._set_storage(option, table)
         reports, bus_bytes = table_reports(
             [(table, option.sharding_type) for option, table in zip(sized_options, sized, strict=True)]
@@ -529,6 +539,11 @@ class _Sizer:
             step_ms=_step_ms(options, self._topology.world_size),
             bus_bytes_per_ms=float(self._topology.hbm_to_ddr_mem_bw),
         )
+
+    def _planned(self, given: CacheParams, load_factor: float | None, growth_bytes: int) -> PlannedCacheParams:
+        settings = {field.name: getattr(given, field.name) for field in dataclasses.fields(CacheParams)}
+        settings |= {"load_factor": load_factor, "stats": None}
+        return PlannedCacheParams(**settings, lookahead=self.lookahead, growth_bytes=growth_bytes)
 
     def _table_to_size(self, option: ShardingOption) -> TableToSize:
         reuse, choice = self._reuses[option.name], self.choice(option.name)
@@ -754,6 +769,16 @@ def _check_numbers(batch_size: int | None, lookahead: int | None, scratchpad_byt
         check_number("scratchpad_bytes", scratchpad_bytes)
     if lookahead is not None:
         check_count("lookahead", lookahead, 1)
+
+
+def _warn_of_stock_sharders(plan: ShardingPlan, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> None:
+    """Say which tables are planned for a scratchpad and will get none from the sharder that takes them."""
+    last_of_type = {sharder.module_type: sharder for sharder in sharders}
+    for path, tables in plan.plan.items():
+        sharder = last_of_type.get(type(module.get_submodule(path)))
+        if isinstance(tables, EmbeddingModuleShardingPlan) and sharder is not None and not serves_scratchpads(sharder):
+            names = [name for name, table in tables.items() if table.compute_kernel == SCRATCHPAD]
+            warn_of_stock_sharder(names, f"collection {path}")
 
 
 def _check_names(
