@@ -18,7 +18,8 @@ LAYERS = [
     ["working_set", "plan_report", "trace"],
     ["checkpoint", "stock"],
     ["checkpoint_files", "table_sources", "optimizer_states"],
-    ["collection", "peers", "ranks"],
+    ["collection", "ranks"],
+    ["peers"],
     ["lookup"],
     ["kernel"],
     ["options", "fused_optimizer"],
@@ -43,7 +44,7 @@ LAYERS = [
     ["types"],
     ["errors", "_version"],
 ]
-CORE_STARTS_AT = 11
+CORE_STARTS_AT = 12
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -138,8 +138,9 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
         Raises:
             IdOutOfRangeError: Names the table, the id and the range.
         """
-        self._check_row_wise_ids(features)
-        return super().input_dist(ctx, features)
+        with self._peers.told():
+            self._check_row_wise_ids(features)
+            return self._peers.watch(super().input_dist(ctx, features))
 
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """As stock, over planned batches where there are any.
@@ -152,7 +153,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             As stock.
         """
         with self._looking_up(ctx):
-            return super().compute_and_output_dist(ctx, input)
+            return self._peers.watch(super().compute_and_output_dist(ctx, input))
 
     def update_shards(
         self,
@@ -259,8 +260,9 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
         Raises:
             IdOutOfRangeError: Names the table, the id and the range.
         """
-        self._check_row_wise_ids(features)
-        return super().input_dist(ctx, features)
+        with self._peers.told():
+            self._check_row_wise_ids(features)
+            return self._peers.watch(super().input_dist(ctx, features))
 
     def compute_and_output_dist(
         self, ctx: EmbeddingCollectionContext, input: KJTList
@@ -275,7 +277,7 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
             As stock.
         """
         with self._looking_up(ctx):
-            return super().compute_and_output_dist(ctx, input)
+            return self._peers.watch(super().compute_and_output_dist(ctx, input))
 
     def _create_lookups(self) -> None:
         for sharding in self._sharding_type_to_sharding.values():
