@@ -18,8 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import Setting, Trainer, drain, full_state, make_batches
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe import CheckpointManager, CheckpointSaveError, PeerFailedError, TableStorageError
+from torchrec_scratchpipe import (
+    CheckpointManager,
+    CheckpointSaveError,
+    IdOutOfRangeError,
+    PeerFailedError,
+    TableStorageError,
+)
 
 SETTING = Setting(num_batches=60, load_factor=0.25)
 
@@ -158,6 +166,51 @@ def lose_a_rank(directory: Path, rank: int, how: str) -> None:
         if how == "raises and lives on":
             time.sleep(20)
     os._exit(0)
+
+
+def lose_a_rank_outside_the_pipeline(directory: Path, rank: int, sharding_type: str, how: str) -> None:
+    """Rank 1 meets ids out of range at batch 10, in a plain forward; rank 0 says what it was told."""
+    set_up(directory, rank, 2, timeout_s=5)
+    setting = replace(SETTING, sharding_type=sharding_type, num_rows=(200, 150, 40))
+    ours = Trainer.scratchpipe(setting)
+    if how == "lives on, attached":
+        drain(ours.pipeline(), make_batches(setting, rank=rank)[:2])
+    told = directory / "rank_0"
+    try:
+        for index, batch in enumerate(make_batches(setting, rank=rank)):
+            if rank == 1 and index == 10:
+                _train_on_bad_ids(ours, batch)
+                if how.startswith("lives on"):
+                    wait_for(told)
+                if how != "goes on":
+                    os._exit(0)
+            if rank == 1 and index == 20:
+                os._exit(0)
+            ours.step(batch)
+    except PeerFailedError as error:
+        told.write_text(str(error))
+    os._exit(0)
+
+
+def _train_on_bad_ids(ours: Trainer, batch: Batch) -> None:
+    """Of tables that rank 1 plans for, so that it fails alone; the error is caught."""
+    features = batch.sparse_features
+    plans = {key: ours.model.plan.plan["ebc"][f"t{index}"] for index, key in enumerate(features.keys())}
+    is_bad = torch.cat([torch.full_like(features[key].values(), 1 in plan.ranks) for key, plan in plans.items()])
+    ids = torch.where(is_bad.bool(), 10_000, features.values())
+    bad = replace(batch, sparse_features=KeyedJaggedTensor(features.keys(), ids, lengths=features.lengths()))
+    try:
+        ours.step(bad)
+    except IdOutOfRangeError:
+        return
+    raise AssertionError("ids out of range were trained")
+
+
+def wait_for(path: Path) -> float:
+    """Until another process has made a file; the time when it was seen."""
+    while not path.exists():
+        time.sleep(0.001)
+    return time.monotonic()
 
 
 def leave_a_table(directory: Path) -> None:

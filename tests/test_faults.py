@@ -43,12 +43,6 @@ def end(process: Any, timeout_s: float = 120) -> int:
     return int(process.exitcode)
 
 
-def wait_for(path: Path) -> float:
-    while not path.exists():
-        time.sleep(0.001)
-    return time.monotonic()
-
-
 @pytest.mark.fault("kill -9 at a random moment, then resume")
 @pytest.mark.parametrize("is_mapped", [False, True])
 def test_killed_jobs_resume_to_the_same_bits(
@@ -63,7 +57,7 @@ def test_killed_jobs_resume_to_the_same_bits(
         return start(server, fault_jobs.train_and_save, directory, table_dir, 5)
 
     whole = run(directories[0])
-    began_s = wait_for(directories[0] / "began_at_0")
+    began_s = fault_jobs.wait_for(directories[0] / "began_at_0")
     assert end(whole) == 0
     training_s = time.monotonic() - began_s
     expected = torch.load(directories[0] / "final.pt")
@@ -71,7 +65,7 @@ def test_killed_jobs_resume_to_the_same_bits(
     num_killed_in_training = 0
     for directory in directories[1:]:
         killed = run(directory)
-        wait_for(directory / "began_at_0")
+        fault_jobs.wait_for(directory / "began_at_0")
         time.sleep(rng.random() * training_s)
         killed.kill()
         killed.join()
@@ -133,6 +127,35 @@ def test_the_other_rank_ends_with_the_reason(how: str, server: Any, tmp_path: Pa
         assert reason == "another rank has failed. rank 1: ValueError: line 77 of the data is broken"
     else:
         assert "another rank has ended or stands still without a word" in reason
+
+
+@pytest.mark.fault("one rank of two meets a bad id outside the pipeline")
+@pytest.mark.parametrize(
+    ("sharding_type", "how"),
+    [
+        ("row_wise", "dies"),
+        ("row_wise", "lives on"),
+        ("row_wise", "lives on, attached"),
+        ("table_wise", "dies"),
+        ("table_wise", "lives on"),
+    ],
+)
+def test_the_other_rank_ends_with_the_reason_outside_the_pipeline(
+    sharding_type: str, how: str, server: Any, tmp_path: Path
+) -> None:
+    job = fault_jobs.lose_a_rank_outside_the_pipeline
+    ranks = [start(server, job, tmp_path, rank, sharding_type, how) for rank in range(2)]
+    assert [end(each, timeout_s=60) for each in ranks] == [0, 0]
+    reason = (tmp_path / "rank_0").read_text()
+    assert reason.startswith("another rank has failed. rank 1: IdOutOfRangeError: ")
+    assert "10000" in reason
+
+
+def test_a_rank_that_goes_on_takes_its_word_back(server: Any, tmp_path: Path) -> None:
+    job = fault_jobs.lose_a_rank_outside_the_pipeline
+    ranks = [start(server, job, tmp_path, rank, "row_wise", "goes on") for rank in range(2)]
+    assert [end(each, timeout_s=60) for each in ranks] == [0, 0]
+    assert "ended or stands still without a word" in (tmp_path / "rank_0").read_text()
 
 
 @pytest.mark.fault("a memory-mapped table left by a crash")

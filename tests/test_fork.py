@@ -40,8 +40,10 @@ def in_child(do: Callable[[], None]) -> int:
     raise AssertionError("the child waits for ever")
 
 
-def evaluate(trainer: Trainer, expected: torch.Tensor) -> Callable[[], None]:
+def evaluate(trainer: Trainer, expected: torch.Tensor, pipeline: Any) -> Callable[[], None]:
     def do() -> None:
+        if pipeline is not None:
+            pipeline.detach()  # its batches stay in flight
         trainer.model.eval()
         with torch.no_grad():
             assert torch.equal(expected, trainer.model(make_batches(SETTING)[20])[1])
@@ -69,7 +71,7 @@ def test_child_evaluates_and_reads_tables(lookahead: int | None, overlap: bool) 
         actual = ours.step(next(iterator)) if pipeline is None else pipeline.progress(iterator)
         assert torch.equal(stock.step(batch), actual)
         if index % 3 == 0:
-            assert in_child(evaluate(ours, expected_of(stock))) == 0
+            assert in_child(evaluate(ours, expected_of(stock), pipeline)) == 0
             assert in_child(lambda: ours.model.state_dict()["ebc.embedding_bags.t0.weight"]) == 0
             assert in_child(lambda: assert_same_bits(stock, ours)) == 0
     rest = batches[16:]

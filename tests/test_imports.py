@@ -19,7 +19,8 @@ LAYERS = [
     ["working_set", "plan_report", "trace", "enumerator"],
     ["checkpoint", "stock"],
     ["checkpoint_files", "table_sources", "optimizer_states"],
-    ["collection", "peers", "ranks"],
+    ["collection", "ranks"],
+    ["peers"],
     ["lookup"],
     ["kernel"],
     ["tbe", "table_view"],
@@ -45,7 +46,7 @@ LAYERS = [
     ["types"],
     ["errors", "_version", "spelling", "random_states"],
 ]
-CORE_STARTS_AT = 13
+CORE_STARTS_AT = 14
 
 
 def imported_modules(path: Path) -> set[str]:

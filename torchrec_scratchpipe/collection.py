@@ -21,6 +21,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
 from torchrec_scratchpipe.options import ScratchpadOptions
+from torchrec_scratchpipe.peers import PeerNotice
 from torchrec_scratchpipe.planned_batch import PlannedBatch, check_ids
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
@@ -88,6 +89,7 @@ class ScratchpadCollection:
     def _set_up_stages(self, options: ScratchpadOptions, device: torch.device | None) -> None:
         """What a constructor does before TorchRec's, which makes the lookups."""
         self._options = options
+        self._peers = PeerNotice()
         make_runner = OverlappedStageRunner if options.overlap else StageRunner
         self._runner: StageRunner = make_runner(device or torch.device("cpu"))
 
@@ -195,11 +197,13 @@ class ScratchpadCollection:
                 if index in ctx.planned_batches:
                     lookup.expect(ctx.planned_batches[index])
         try:
-            yield
+            with self._peers.told():
+                yield
         finally:
             # If one lookup raises, those after it have not taken their batch, and must not take it next time.
             for _, lookup in self._scratchpad_lookups():
                 lookup.forget()
+        self._peers.forget()
 
     def _say_on_the_spot(self) -> None:
         """Once, when a training step has to wait for rows because nobody has planned it."""

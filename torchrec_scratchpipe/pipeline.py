@@ -26,7 +26,7 @@ from torchrec_scratchpipe.collection import (
 )
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.eviction import WINDOW_BITS
-from torchrec_scratchpipe.peers import forget_failure, peer_failure, tell_peers
+from torchrec_scratchpipe.peers import PeerNotice
 
 __all__ = ["ScratchPipeTrainPipeline"]
 
@@ -91,7 +91,8 @@ class _ScratchPipeForward(PipelinedForward):
         request = module.input_dist(module_context, *args, **kwargs)
         if isinstance(request, KJTListSplitsAwaitable):
             pg = next((awaitable.pg for awaitable in request.awaitables if hasattr(awaitable, "pg")), None)
-            tensors = FusedKJTListSplitsAwaitable([request], [module_context], pg).wait()[0]
+            splits = FusedKJTListSplitsAwaitable([request], [module_context], pg)
+            tensors = PeerNotice().watch(splits).wait()[0]
         else:
             tensors = request.wait()
         return module.compute_and_output_dist(module_context, tensors.wait())
@@ -176,6 +177,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         self._collections_warned_of: set[str] = set()
         warn_of_missing_scratchpads(model, lookahead)
         self._own_forwards: list[Callable[..., Any]] = []
+        self._peers = PeerNotice()
         super().__init__(
             model,
             optimizer,
@@ -209,16 +211,10 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             ScratchPipeError: A batch cannot be served; :meth:`reset` makes the pipeline usable again.
             PeerFailedError: Another rank has failed, and left word of it, or ended.
         """
-        try:
-            return self._progress(dataloader_iter)
-        except StopIteration:
-            raise
-        except BaseException as error:
-            failure = peer_failure(error)
-            if failure is not None:
-                raise failure from error
-            tell_peers(error)
-            raise
+        with self._peers.told():
+            output = self._progress(dataloader_iter)
+        self._peers.forget()
+        return output
 
     def _progress(self, dataloader_iter: Iterator[In]) -> Out:
         if not self._model_attached:
@@ -305,7 +301,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         super().reset()
         self._dataloader_iter = None
         self._failed_to_load = None
-        forget_failure()
+        self._peers.forget()
 
     def _pipeline_model(self, batch: In | None, context: TrainPipelineContext, *args: Any, **kwargs: Any) -> None:
         """As stock; collections that cannot be planned ahead are named once, and are fetched on the spot."""

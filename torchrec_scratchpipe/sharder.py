@@ -155,8 +155,9 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
         Raises:
             IdOutOfRangeError: Names the table, the id and the range.
         """
-        self._check_ids(features)
-        return super().input_dist(ctx, features)
+        with self._peers.told():
+            self._check_ids(features)
+            return self._peers.watch(super().input_dist(ctx, features))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
@@ -170,7 +171,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             As stock.
         """
         with self._looking_up(ctx):
-            return super().compute_and_output_dist(ctx, input)
+            return self._peers.watch(super().compute_and_output_dist(ctx, input))
 
     def update_shards(
         self,
@@ -286,8 +287,9 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
         Raises:
             IdOutOfRangeError: Names the table, the id and the range.
         """
-        self._check_ids(features)
-        return super().input_dist(ctx, features)
+        with self._peers.told():
+            self._check_ids(features)
+            return self._peers.watch(super().input_dist(ctx, features))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo
     def compute_and_output_dist(
@@ -303,7 +305,7 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
             As stock.
         """
         with self._looking_up(ctx):
-            return super().compute_and_output_dist(ctx, input)
+            return self._peers.watch(super().compute_and_output_dist(ctx, input))
 
     def _create_lookups(self) -> None:
         for sharding in self._sharding_type_to_sharding.values():
