@@ -155,12 +155,12 @@ def _check_row_wise_ids(rank: int, sharding_type: str) -> None:
     ours.copy_from(stock)
     batches[5].sparse_features.values()[0] = 1000  # beyond both ranks' blocks: stock would wrap it onto another row
     pipeline, iterator = ours.pipeline(), iter(batches)
-    actual = [pipeline.progress(iterator)]
+    actual = [pipeline.progress(iterator) for _ in range(5)]
     with pytest.raises(IdOutOfRangeError, match=r"table t0: feature f0 has id 1000, there are rows \[0, 200\)"):
         pipeline.progress(iterator)
     pipeline.reset()
     actual += drain(pipeline, batches[6:])
-    assert_same_outputs(stock.train_plain(batches[:1] + batches[6:]), actual)
+    assert_same_outputs(stock.train_plain(batches[:5] + batches[6:]), actual)
     assert_same_bits(stock, ours)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device_path import device_path
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from helpers import (
@@ -30,19 +31,24 @@ from helpers import (
 )
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingEnv2D
 from torchrec.modules.embedding_configs import DataType, PoolingType, data_type_to_sparse_type
 from torchrec.optim.clipping import GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import (
     BackwardTwiceError,
     BatchesInFlightError,
     ConfigError,
+    IdOutOfRangeError,
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
+    ScratchPipeTrainPipeline,
     ShardedScratchPipeEmbeddingBagCollection,
     ShardedScratchPipeEmbeddingCollection,
     TableStorageError,
@@ -50,8 +56,9 @@ from torchrec_scratchpipe import (
     stage_spans,
 )
 from torchrec_scratchpipe.collection import scratchpad_collections
-from torchrec_scratchpipe.compat import ComputeDevice, EmbeddingLocation, WeightDecayMode
+from torchrec_scratchpipe.compat import BoundsCheckMode, ComputeDevice, EmbeddingLocation, WeightDecayMode
 from torchrec_scratchpipe.options import CPU_OPTIMIZERS, optimizer_states
+from torchrec_scratchpipe.sharder import serves_scratchpads
 from torchrec_scratchpipe.table_view import shown
 
 SETTING = Setting(num_batches=10)
@@ -501,3 +508,146 @@ def test_collection_is_made_by_stock_arguments_in_stock_order(is_pooled: bool) -
     )
     with pytest.raises(TypeError, match="positional argument"):
         kind(module, plan, env, None, CPU, None, None, None, None)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("torchrec_scratchpipe")]
+
+
+def sharded_by(make: Any, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Plan and shard with these sharders, make a pipeline; what this package says."""
+    torch.manual_seed(0)
+    model = TinyModel(SETTING)
+    sharders = make()
+    planner = ScratchPipeShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cpu"),
+        batch_size=6,
+        constraints=scratchpad_constraints(SETTING),
+        debug=False,
+    )
+    with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
+        plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+        said_by_plan = said(caplog)
+        caplog.clear()
+        sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+        ScratchPipeTrainPipeline(sharded, sharded.fused_optimizer, torch.device("cpu"))
+    said_by_pipeline = said(caplog)
+    assert bool(scratchpad_stats(sharded)) == (not any("no scratchpad serves" in text for text in said_by_plan))
+    return said_by_plan + said_by_pipeline
+
+
+def test_a_stock_sharder_that_takes_scratchpad_tables_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    ours = ScratchPipeEmbeddingBagCollectionSharder
+    for make in (
+        lambda: [ours(), *get_default_sharders()],
+        lambda: get_default_sharders(),
+        lambda: [EmbeddingBagCollectionSharder()],
+    ):
+        texts = sharded_by(make, caplog)
+        for text in (texts[0], texts[-1]):
+            assert "tables t0, t1, t2 are planned as fused_uvm_caching, and no scratchpad serves them" in text
+        caplog.clear()
+    for make in (lambda: [*get_default_sharders(), ours()], lambda: [ours()]):
+        assert not any("no scratchpad serves" in text for text in sharded_by(make, caplog))
+        caplog.clear()
+
+
+def test_feature_processed_bags_whose_inner_sharder_is_ours_have_a_scratchpad() -> None:
+    ours = ScratchPipeEmbeddingBagCollectionSharder()
+    assert serves_scratchpads(ours)
+    assert serves_scratchpads(FeatureProcessedEmbeddingBagCollectionSharder(ebc_sharder=ours))
+    assert not serves_scratchpads(FeatureProcessedEmbeddingBagCollectionSharder())
+    assert not serves_scratchpads(EmbeddingBagCollectionSharder())
+
+
+def with_bad_id(setting: Setting, table: int, position: int, bad: int) -> list[Any]:
+    """Batches of which one has a bad id in a table's feature."""
+    batches = make_batches(setting)[:6]
+    features = batches[3].sparse_features
+    values = features.values().clone()
+    first = features.offset_per_key()[table]
+    assert features.offset_per_key()[table + 1] > first + position
+    values[first + position] = bad
+    batches[3] = replace(
+        batches[3], sparse_features=KeyedJaggedTensor(features.keys(), values, lengths=features.lengths())
+    )
+    return batches
+
+
+OUT_OF_RANGE = replace(SETTING, num_rows=(200, 150, 90), batch_size=20)
+
+
+@pytest.mark.parametrize("fused_tables", [(), ("t1",), ("t0", "t1")], ids=str)
+@pytest.mark.parametrize("bad", [150, 10_000, -7])
+def test_an_id_out_of_range_is_an_error_whether_its_table_is_whole_or_not(
+    fused_tables: tuple[str, ...], bad: int
+) -> None:
+    setting = replace(OUT_OF_RANGE, fused_tables=fused_tables)
+    batches = with_bad_id(setting, 1, 2, bad)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    ours.copy_from(stock)
+    pipeline, iterator = ours.pipeline(lookahead=1), iter(batches)
+    assert_same_outputs(stock.train_plain(batches[:3]), [pipeline.progress(iterator) for _ in range(3)])
+    with pytest.raises(IdOutOfRangeError, match=rf"table t1: feature f1 has id {bad}, there are rows \[0, 150\)"):
+        pipeline.progress(iterator)
+    pipeline.reset()
+    assert_same_outputs(stock.train_plain(batches[4:]), drain(pipeline, batches[4:]))
+    assert_same_bits(stock, ours)
+
+
+@pytest.mark.parametrize("mode", [None, BoundsCheckMode.IGNORE, BoundsCheckMode.WARNING], ids=str)
+@pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise"])
+@pytest.mark.parametrize("fused_tables", [(), ("t1",)], ids=str)
+def test_an_id_out_of_range_may_be_what_fbgemm_makes_of_it(
+    fused_tables: tuple[str, ...], sharding_type: str, mode: BoundsCheckMode | None
+) -> None:
+    if sharding_type == "row_wise" and fused_tables:
+        pytest.skip("on a CPU stock offers row-wise sharding to no whole table")
+    fused_params = None if mode is None else {"bounds_check_mode": mode}
+    setting = replace(OUT_OF_RANGE, fused_tables=fused_tables, sharding_type=sharding_type, fused_params=fused_params)
+    for bad in (150, 10_000, -7):
+        batches = with_bad_id(setting, 1, 2, bad)
+        stock, ours = Trainer(setting), Trainer.scratchpipe(setting, out_of_range_ids="fbgemm")
+        ours.copy_from(stock)
+        assert_same_outputs(stock.train_plain(batches), drain(ours.pipeline(), batches))
+        assert_same_bits(stock, ours)
+
+
+def test_half_life_is_for_every_device() -> None:
+    ours = Trainer.scratchpipe(SETTING, half_life=7)
+    orders = [pool.slot_map for pool in ours.model.module.ebc.pools]
+    assert all(getattr(order, "_half_life", None) or order._eviction_order._half_life == 7 for order in orders)
+    with device_path("twin"):
+        ours = Trainer.scratchpipe(SETTING, half_life=7)
+        assert [pool.slot_map._half_life for pool in ours.model.module.ebc.pools] == [7]
+    with pytest.raises(ConfigError, match="half_life is 0"):
+        Trainer.scratchpipe(SETTING, half_life=0)
+
+
+def test_columns_and_optimizers_are_in_stock_order_whatever_has_a_scratchpad() -> None:
+    """Which tables stay whole depends on the memory budget; what a model reads by position must not."""
+    for dims in ((8, 16, 8), (16, 8, 16), (8, 16, 32), (8, 8, 16)):
+        for fused in ((), ("t0",), ("t1",), ("t2",), ("t0", "t2")):
+            setting = replace(SETTING, num_rows=(200, 150, 90), dims=dims, fused_tables=fused)
+            stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+            ours.copy_from(stock)
+            features = make_batches(setting)[0].sparse_features
+            expected, actual = stock.model.module.ebc(features), ours.model.module.ebc(features)
+            assert expected.keys() == actual.keys()
+            assert torch.equal(expected.values(), actual.values())
+            groups = [trainer.model.fused_optimizer.param_groups for trainer in (stock, ours)]
+            assert [len(group["params"]) for group in groups[0]] == [len(group["params"]) for group in groups[1]]
+            for trainer in (stock, ours):
+                trainer.model.fused_optimizer.param_groups[0]["lr"] = 0.01
+            assert_same_outputs(stock.train_plain(make_batches(setting)), drain(ours.pipeline(), make_batches(setting)))
+            assert_same_bits(stock, ours)
+
+
+def test_freezing_after_sharding_is_stock_error() -> None:
+    messages = []
+    for trainer in (Trainer(SETTING), Trainer.scratchpipe(SETTING)):
+        parameter = next(trainer.model.module.ebc.parameters())
+        with pytest.raises(RuntimeError) as caught:
+            parameter.requires_grad_(False)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]

@@ -19,6 +19,7 @@ from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from torchrec_scratchpipe.errors import IdOutOfRangeError
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
 from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.peers import PeerNotice
@@ -49,6 +50,8 @@ _ROW_WISE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, Sha
 
 class PlannedBatches:
     """One batch's way through the stages, by lookup, until it is dropped; mixed into TorchRec's context."""
+
+    id_error: IdOutOfRangeError | None = None  # found before distribution; the batch's own Train raises it
 
     @property
     def planned_batches(self) -> dict[int, list[PlannedBatch]]:
@@ -173,11 +176,20 @@ class ScratchpadCollection:
         """Wait until no stage runs, nor will before the next batch is sent or looked up."""
         self._runner.settle()
 
-    def _check_ids(self, features: Any) -> None:
-        """Refuse ids out of range that Plan does not see; on a CPU only.
+    def _check_ids(self, ctx: Any, features: Any) -> None:
+        """Find ids out of range that Plan does not see; on a CPU only.
 
-        Those of tables that are kept whole, and those that stock's row-wise distribution would wrap onto rows of other ids.
+        Those of tables that are kept whole, and those that stock's row-wise distribution would wrap onto rows of other ids. Batches
+        in flight are good, so that the error waits until it is this one's turn.
         """
+        try:
+            self._check_features(features)
+        except IdOutOfRangeError as error:
+            if not isinstance(ctx, PlannedBatches):
+                raise
+            ctx.id_error = error
+
+    def _check_features(self, features: Any) -> None:
         for key, configs in self._checked_features.items():
             if key not in features.keys():  # noqa: SIM118 - a KeyedJaggedTensor is no mapping
                 continue
@@ -198,6 +210,8 @@ class ScratchpadCollection:
                     lookup.expect(ctx.planned_batches[index])
         try:
             with self._peers.told():
+                if isinstance(ctx, PlannedBatches) and ctx.id_error is not None:
+                    raise ctx.id_error
                 yield
         finally:
             # If one lookup raises, those after it have not taken their batch, and must not take it next time.

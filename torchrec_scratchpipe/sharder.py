@@ -151,12 +151,9 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
 
         Returns:
             As stock.
-
-        Raises:
-            IdOutOfRangeError: Names the table, the id and the range.
         """
         with self._peers.told():
-            self._check_ids(features)
+            self._check_ids(ctx, features)
             return self._peers.watch(super().input_dist(ctx, features))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo
@@ -169,6 +166,9 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
 
         Returns:
             As stock.
+
+        Raises:
+            IdOutOfRangeError: Names the table, the id and the range.
         """
         with self._looking_up(ctx):
             return self._peers.watch(super().compute_and_output_dist(ctx, input))
@@ -283,12 +283,9 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
 
         Returns:
             As stock.
-
-        Raises:
-            IdOutOfRangeError: Names the table, the id and the range.
         """
         with self._peers.told():
-            self._check_ids(features)
+            self._check_ids(ctx, features)
             return self._peers.watch(super().input_dist(ctx, features))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo
@@ -303,6 +300,9 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
 
         Returns:
             As stock.
+
+        Raises:
+            IdOutOfRangeError: Names the table, the id and the range.
         """
         with self._looking_up(ctx):
             return self._peers.watch(super().compute_and_output_dist(ctx, input))
