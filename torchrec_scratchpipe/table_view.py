@@ -119,6 +119,18 @@ class _ShowsTable:
         self._owner.prepare_write()
         return self._shown.data_ptr()
 
+    def is_pinned(self, *args: Any, **kwargs: Any) -> bool:
+        """False, even of a page-locked table: TorchRec makes ShardedTensors of tables that say so, and refuses others.
+
+        Args:
+            *args: As of a tensor.
+            **kwargs: As of a tensor.
+
+        Returns:
+            False.
+        """
+        return False
+
     def share_memory_(self) -> NoReturn:
         """Refused: the table would stay where it is.
 
