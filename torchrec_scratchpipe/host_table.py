@@ -346,8 +346,13 @@ class HostTable:
             To be read by :meth:`read_snapshot`.
 
         Raises:
-            TableStorageError: There is no room for it.
+            TableStorageError: There is no room for it, or memory is lent, which may be written without being kept.
         """
+        if self.lent.is_any_lent:
+            raise TableStorageError(
+                f"memory of tables {', '.join(table.name for table in self.tables)} is in somebody's hands (NumPy, DLPack, a storage), who may "
+                "write it while it is being saved. Let go of it, or save with save()."
+            )
         self.drain()
         with self._own_writes():  # writes of others until now belong to the snapshot
             snapshot = TableSnapshot(self.parts, self.layout, storage)
