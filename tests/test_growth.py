@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A batch that alone needs more slots than there are: its pool grows, and the bits stay."""
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from helpers import (
     drain,
     full_state,
     make_batches,
+    make_sharders,
     run_ranks,
     with_optimizer,
 )
@@ -237,3 +239,13 @@ def _check_on_two_ranks(rank: int) -> None:
 @pytest.mark.dist
 def test_growth_on_two_ranks() -> None:
     run_ranks(2, _check_on_two_ranks)
+
+
+def test_a_model_that_is_gone_leaves_its_budget() -> None:
+    sharders = make_sharders(SMALL, is_stock=False, max_scratchpad_bytes=30_000)
+    for _ in range(3):
+        ours = Trainer(SMALL, sharders)
+        ours.train_plain(make_batches(LARGE, 0, 1))
+        assert num_growths(ours) > 0
+        del ours
+        gc.collect()

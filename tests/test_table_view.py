@@ -3,6 +3,7 @@
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -509,3 +510,80 @@ def test_page_locked_tables_are_sharded_saved_and_trained(
     assert_same_bits(stock, ours)
     pools = (ours.model.module.ebc if is_pooled else ours.model.module.ec).pools
     assert all(part.is_pinned() for pool in pools for part in pool.host_table.parts)
+
+
+@pytest.mark.parametrize("read", ["state_dict", "numpy", "kept"])
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_another_thread_that_reads_disturbs_nothing(read: str, is_pipelined: bool) -> None:
+    """Also in the middle of a step, between the forward and the update of a batch."""
+    setting = replace(SETTING, batch_size=64, num_batches=120)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+    ours.copy_from(stock)
+    kept = ROADS["model.named_parameters"](ours)
+    errors: list[BaseException] = []
+    is_done = threading.Event()
+
+    def read_on() -> None:
+        try:
+            while not is_done.is_set():
+                if read == "state_dict":
+                    ours.model.state_dict()
+                elif read == "numpy":
+                    assert all(np.isfinite(tensor.detach().numpy().sum()) for tensor in kept)
+                else:
+                    assert all(bool(tensor.isfinite().all()) for tensor in kept)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    try:
+        batches = make_batches(setting)
+        actual = drain(ours.pipeline(), batches) if is_pipelined else ours.train_plain(batches)
+    finally:
+        is_done.set()
+        thread.join()
+    assert errors == []
+    assert_same_outputs(stock.train_plain(make_batches(setting)), actual)
+    assert_same_bits(stock, ours)
+
+
+def test_reading_in_the_midst_of_a_step() -> None:
+    """As another thread may, but for certain: marked as written, or lent, after the check before the update."""
+    for read in (
+        lambda t: t.model.state_dict(),
+        lambda t: ROADS["model.named_parameters"](t)[0].detach().numpy().sum(),
+    ):
+        stock, ours = Trainer(SETTING), Trainer.scratchpipe(SETTING)
+        ours.copy_from(stock)
+        for batch in make_batches(SETTING)[:10]:
+            loss, _ = ours.model(batch)
+            pool = collection(ours).pools[0]
+            note_update = pool.note_update
+            pool.note_update = lambda read=read, ours=ours: read(
+                ours
+            )  # in place of the count, at the moment it is made
+            loss.backward()
+            pool.note_update = note_update
+            pool.note_update()
+            read(ours)
+            ours.optimizer.step()
+            ours.optimizer.zero_grad()
+            stock.step(batch)
+        assert_same_bits(stock, ours)
+
+
+def test_copies_are_what_stock_copies_are() -> None:
+    stock, ours = Trainer(SETTING), Trainer.scratchpipe(SETTING)
+    for make in (
+        lambda t: copy.deepcopy(ROADS["model.named_parameters"](t)[0]),
+        lambda t: copy.copy(ROADS["model.named_parameters"](t)[0].detach()),
+        lambda t: copy.deepcopy(ROADS["model.state_dict"](t)[0]),
+        lambda t: copy.deepcopy(to_stock(t.model)).ebc.embedding_bags["t1"].weight,
+        lambda t: copy.copy(ROADS["lookup.named_parameters"](t)[0]),
+    ):
+        expected, actual = make(stock), make(ours)
+        assert isinstance(actual, torch.nn.Parameter) == isinstance(expected, torch.nn.Parameter)
+        assert actual.requires_grad == expected.requires_grad
+    weight = ROADS["model.named_parameters"](ours)[0]
+    assert f"{weight[0, 0]:.3f}" == f"{float(weight[0, 0]):.3f}"

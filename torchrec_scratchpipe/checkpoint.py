@@ -143,7 +143,8 @@ class CheckpointManager:
 
         Tables in host memory are not copied: old values of rows that are written back meanwhile are kept in files in the
         checkpoint's directory, and 4 bytes per row. Everything else, dense parameters and tables that are kept
-        whole, is copied first. An earlier save that is under way is awaited.
+        whole, is copied first. An earlier save that is under way is awaited; and this one, if memory of a table is in the hands of NumPy, DLPack
+        or the like.
 
         Args:
             step: As :meth:`save`.
@@ -198,6 +199,8 @@ class CheckpointManager:
             _close(taken)
             raise
         self._pending = done
+        if any(pool.host_table.lent.is_any_lent for pool, _ in taken):
+            done.exception()  # whoever has memory of a table may write it unseen: nothing could be kept of it before
         return done
 
     def wait(self) -> None:

@@ -302,6 +302,11 @@ class HostTable:
         return self._is_overwritten or self.lent.is_any_lent or self._versions() != self._own_versions
 
     @property
+    def is_seen_overwritten(self) -> bool:
+        """Whether somebody else has written `parts` for certain; not only that somebody has or was given them."""
+        return self._versions() != self._own_versions
+
+    @property
     def is_marked_overwritten(self) -> bool:
         """Whether :meth:`mark_overwritten` was called since :meth:`accept_overwrite`."""
         return self._is_overwritten
@@ -346,13 +351,8 @@ class HostTable:
             To be read by :meth:`read_snapshot`.
 
         Raises:
-            TableStorageError: There is no room for it, or memory is lent, which may be written without being kept.
+            TableStorageError: There is no room for it.
         """
-        if self.lent.is_any_lent:
-            raise TableStorageError(
-                f"memory of tables {', '.join(table.name for table in self.tables)} is in somebody's hands (NumPy, DLPack, a storage), who may "
-                "write it while it is being saved. Let go of it, or save with save()."
-            )
         self.drain()
         with self._own_writes():  # writes of others until now belong to the snapshot
             snapshot = TableSnapshot(self.parts, self.layout, storage)

@@ -354,7 +354,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         device_ops: DeviceOps | None,
     ) -> Pool:
         slot_map = self._make_slot_map(host_table, scratchpad.num_slots, options, device_ops)
-        options.budget.charge(scratchpad.num_bytes)
+        options.budget.charge(scratchpad)
         enlarge = partial(self._enlarge, index, options.budget) if options.on_full == "grow" else None
         pool = Pool(host_table, scratchpad, slot_map, enlarge)
         logger.info(
@@ -376,7 +376,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         if is_moved and any(not hold.is_released for hold in self._in_train):
             return "cannot grow before the backward of an earlier forward"
         num_new_bytes = (num_slots - scratchpad.num_slots) * (scratchpad.layout.row_bytes + SLOT_BYTES_OF_MAPS)
-        refused = budget.take(num_new_bytes)
+        refused = budget.refusal(num_new_bytes)
         if refused:
             return refused
         try:
@@ -386,7 +386,6 @@ class ScratchpadKernel(FusedOptimizerModule):
             if is_moved:
                 self._runner.wait_for_device()
         except (RuntimeError, MemoryError) as error:
-            budget.give_back(num_new_bytes)
             return f"cannot grow ({str(error).splitlines()[0]})"
         for tensor in self._memory.flat_parts:
             self._runner.streams.record_use(tensor)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -22,6 +23,7 @@ from torchrec_scratchpipe.device_ops import DeviceOps
 from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.eviction import HALF_LIFE, EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.host_table import MappedStorage, PageLockedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.scratchpad import Scratchpad
 from torchrec_scratchpipe.types import TableSpec
 
 __all__ = [
@@ -113,7 +115,7 @@ class PlannedCacheParams(CacheParams):
 
 
 class ScratchpadBudget:
-    """Bytes that the scratchpads of a sharder may take on this rank, slots and what grows with them.
+    """Bytes that the scratchpads of a sharder may take on this rank, as long as they live.
 
     Args:
         max_bytes: In all; None for as many as there are, or as the sharding plan leaves.
@@ -122,8 +124,7 @@ class ScratchpadBudget:
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
         self._max_growth_bytes: int | None = None
-        self._taken_bytes = 0
-        self._grown_bytes = 0
+        self._planned_bytes: WeakKeyDictionary[Scratchpad, int] = WeakKeyDictionary()
 
     def limit_growth(self, num_bytes: int) -> None:
         """Take note of what a sharding plan leaves, unless the user has set a limit.
@@ -132,44 +133,36 @@ class ScratchpadBudget:
             num_bytes: By which all scratchpads together may grow.
         """
         if self.max_bytes is None:
-            self._max_growth_bytes = min(num_bytes, self._max_growth_bytes or num_bytes)
+            limits = [num_bytes] if self._max_growth_bytes is None else [num_bytes, self._max_growth_bytes]
+            self._max_growth_bytes = min(limits)
 
-    def charge(self, num_bytes: int) -> None:
-        """Count what is taken in any case, because the sharding plan says so.
+    def charge(self, scratchpad: Scratchpad) -> None:
+        """Count a scratchpad, as large as the sharding plan says it is.
 
         Args:
-            num_bytes: How many.
+            scratchpad: A new one.
         """
-        self._taken_bytes += num_bytes
+        self._planned_bytes[scratchpad] = scratchpad.num_bytes
 
-    def take(self, num_bytes: int) -> str:
-        """Take bytes for a scratchpad that grows, if there are so many left.
+    def refusal(self, num_bytes: int) -> str:
+        """Whether a scratchpad may grow.
 
         Args:
-            num_bytes: How many.
+            num_bytes: By how many.
 
         Returns:
-            Why they were not taken; nothing if they were.
+            Why it may not; nothing if it may.
         """
-        if self.max_bytes is not None and self._taken_bytes + num_bytes > self.max_bytes:
+        taken = sum(scratchpad.num_bytes for scratchpad in self._planned_bytes)
+        if self.max_bytes is not None and taken + num_bytes > self.max_bytes:
             return f"may not take {num_bytes:,} bytes more: max_scratchpad_bytes is {self.max_bytes:,}"
-        if self._max_growth_bytes is not None and self._grown_bytes + num_bytes > self._max_growth_bytes:
+        grown = taken - sum(self._planned_bytes.values())
+        if self._max_growth_bytes is not None and grown + num_bytes > self._max_growth_bytes:
             return (
                 f"may not take {num_bytes:,} bytes more: the sharding plan leaves {self._max_growth_bytes:,} bytes of its budget. Give "
                 "the planner a larger one, or the sharder max_scratchpad_bytes"
             )
-        self._taken_bytes += num_bytes
-        self._grown_bytes += num_bytes
         return ""
-
-    def give_back(self, num_bytes: int) -> None:
-        """Take back what :meth:`take` took.
-
-        Args:
-            num_bytes: How many.
-        """
-        self._taken_bytes -= num_bytes
-        self._grown_bytes -= num_bytes
 
 
 @dataclass(frozen=True)

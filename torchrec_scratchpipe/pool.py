@@ -181,6 +181,9 @@ class Pool:
         Raises:
             TableOverwrittenError: Some of them are newer in the scratchpad, and would be lost.
         """
+        if self._num_updates != self._num_updates_flushed and not self.host_table.is_seen_overwritten:
+            # Somebody was given the table in the middle of a step, by another thread or a hook: the step's rows are newer.
+            self.flush()
         if self._num_updates != self._num_updates_flushed:
             raise TableOverwrittenError(
                 f"{self.name}: a table was written, behind the back of PyTorch's operations or by another thread, while the scratchpad held newer "

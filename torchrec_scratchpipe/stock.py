@@ -26,7 +26,7 @@ def to_stock(module: nn.Module) -> Any:
     """Make a plain model of a sharded one: every sharded collection becomes an unsharded one, all else is shared.
 
     In a job of one process no table is copied, unless it is sharded by columns: weights are views of the sharded model's
-    tables, and lie on the host, while all else stays where it is. Rows that train later show after the next flush (`state_dict()`), as they do in `named_parameters()`. With several
+    tables, and lie on the host, while all else stays where it is. Rows that train later show there too, and what is written there is trained on. With several
     processes, all call it, and rank 0 gets copies of whole tables, one after another.
 
     Args:

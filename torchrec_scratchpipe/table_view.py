@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol, Self, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 
@@ -72,7 +72,12 @@ class _ShowsTable:
         return memo[id(self)]
 
     def __copy__(self) -> Any:
-        return cast(Tensor, self).detach()
+        alias = cast(Tensor, self).detach()
+        return nn.Parameter(alias, self.requires_grad) if isinstance(self, nn.Parameter) else alias
+
+    def __format__(self, spec: str) -> str:
+        self._owner.prepare_read()
+        return self._shown.detach().__format__(spec)
 
     def __repr__(self, **kwargs: Any) -> str:
         self._owner.prepare_read()
@@ -83,7 +88,10 @@ class _ShowsTable:
         return self._copied().__reduce_ex__(protocol)  # files, and other processes, get a tensor of torch
 
     def _copied(self) -> Tensor:
-        return self._shown.detach().clone()
+        copied = self._shown.detach().clone()
+        if isinstance(self, nn.Parameter):
+            return nn.Parameter(copied, self.requires_grad)
+        return copied.requires_grad_(cast(Tensor, self).requires_grad)
 
     def _lend(self) -> Tensor:
         return self._lend_memory(self._shown.detach()).requires_grad_(self._shown.requires_grad)
@@ -192,11 +200,12 @@ class TableParameter(_ShowsTable, TableBatchedEmbeddingSlice):
 
     def _copied(self) -> Tensor:
         values = self._shown.clone().view(-1)
-        return TableBatchedEmbeddingSlice(values, 0, values.numel(), -1, self._shown.shape[1])
+        copied = TableBatchedEmbeddingSlice(values, 0, values.numel(), -1, self._shown.shape[1])
+        return copied.requires_grad_(self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self._owner.prepare_read()
-        return torch.nn.Parameter(self._shown.clone(), self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(self._shown.clone(), self.requires_grad).__reduce_ex__(protocol)
 
 
 def shown(tensor: Tensor) -> Tensor:
