@@ -548,31 +548,6 @@ def test_another_thread_that_reads_disturbs_nothing(read: str, is_pipelined: boo
     assert_same_bits(stock, ours)
 
 
-def test_reading_in_the_midst_of_a_step() -> None:
-    """As another thread may, but for certain: marked as written, or lent, after the check before the update."""
-    for read in (
-        lambda t: t.model.state_dict(),
-        lambda t: ROADS["model.named_parameters"](t)[0].detach().numpy().sum(),
-    ):
-        stock, ours = Trainer(SETTING), Trainer.scratchpipe(SETTING)
-        ours.copy_from(stock)
-        for batch in make_batches(SETTING)[:10]:
-            loss, _ = ours.model(batch)
-            pool = collection(ours).pools[0]
-            note_update = pool.note_update
-            pool.note_update = lambda read=read, ours=ours: read(
-                ours
-            )  # in place of the count, at the moment it is made
-            loss.backward()
-            pool.note_update = note_update
-            pool.note_update()
-            read(ours)
-            ours.optimizer.step()
-            ours.optimizer.zero_grad()
-            stock.step(batch)
-        assert_same_bits(stock, ours)
-
-
 def test_copies_are_what_stock_copies_are() -> None:
     stock, ours = Trainer(SETTING), Trainer.scratchpipe(SETTING)
     for make in (
