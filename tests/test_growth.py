@@ -2,6 +2,7 @@
 """A batch that alone needs more slots than there are: its pool grows, and the bits stay."""
 
 import gc
+import io
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,10 +130,10 @@ def test_control_a_scratchpad_that_moves_without_its_rows(monkeypatch: pytest.Mo
 
 
 def test_a_system_that_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(num_values: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def refuse(num_values: int, dtype: torch.dtype, device: torch.device) -> Any:
         if num_values > 3000:
             raise OSError(12, "Cannot allocate memory")
-        return torch.zeros(num_values, dtype=dtype, device=device)
+        return torch.zeros(num_values, dtype=dtype, device=device), None
 
     monkeypatch.setattr(scratchpad_module, "_zeros", refuse)
     memory = scratchpad_module.allocate_scratchpads(
@@ -249,3 +250,19 @@ def test_a_model_that_is_gone_leaves_its_budget() -> None:
         assert num_growths(ours) > 0
         del ours
         gc.collect()
+
+
+def test_saved_tensors_do_not_carry_what_is_reserved() -> None:
+    """torch.save writes whole storages: those of whole tables must not reach into the scratchpads beside them."""
+    sizes = []
+    for trainer in (Trainer(WITH_WHOLE), Trainer.scratchpipe(WITH_WHOLE)):
+        for state in (trainer.model.state_dict(), trainer.model.module.ebc.embedding_bags.state_dict()):
+            stream = io.BytesIO()
+            torch.save(state, stream)
+            sizes.append(stream.tell())
+    stock_model, stock_bags, ours_model, ours_bags = sizes
+    assert ours_model < 1.1 * stock_model
+    assert ours_bags < 1.1 * stock_bags
+
+
+WITH_WHOLE = replace(SMALL, num_rows=(40_000, 30_000, 900), load_factor=0.01, fused_tables=("t2",))

@@ -21,7 +21,6 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_scratchpipe import (
-    ScratchpadFullError,
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
@@ -144,7 +143,7 @@ def test_control_a_measurement_that_draws_random_numbers_is_noticed(monkeypatch:
 
 
 def test_what_the_plan_was_made_for_is_known_where_it_is_used(caplog: pytest.LogCaptureFixture) -> None:
-    """A pipeline that looks further ahead is told; a scratchpad grows within what the plan leaves of the budget."""
+    """A pipeline that looks further ahead is told; one that grows says by how much it is beyond the budget."""
     _, moved, optimizer = run_job(is_moved=True, num_workers=0)
     planned = moved.module.ebc._options.lookahead
     for lookahead in (planned, planned + 1):
@@ -158,7 +157,8 @@ def test_what_the_plan_was_made_for_is_known_where_it_is_used(caplog: pytest.Log
     ids = torch.cat([torch.arange(rows).repeat(4000 // rows) for rows in ROWS.values()])
     lengths = torch.tensor([rows * (4000 // rows) for rows in ROWS.values()], dtype=torch.int32)
     whole_tables = Batch(torch.rand(1, 4), KeyedJaggedTensor(list(ROWS), ids, lengths=lengths), torch.ones(1))
-    with pytest.raises(
-        ScratchpadFullError, match=r"the sharding plan leaves [\d,]+ bytes of its budget. Give the planner a larger"
-    ):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
         moved(whole_tables)
+    assert any("beyond the budget of the sharding plan" in record.getMessage() for record in caplog.records)
+    assert sum(pool.num_growths for pool in scratchpad_stats(moved)) > 0

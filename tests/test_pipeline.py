@@ -450,16 +450,23 @@ def test_attaching_another_model_with_batches_in_flight_is_refused() -> None:
     assert_same_bits(stock, other)
 
 
-def test_batch_that_fails_while_it_is_loaded_asks_for_reset() -> None:
+def test_batch_that_fails_while_it_is_loaded_asks_for_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(sharding_type="row_wise", num_batches=12)
     stock, ours = twins(setting)
     batches = make_batches(setting)
-    values = batches[5].sparse_features.values().clone()
-    values[0] = 10_000  # row-wise ids are checked before they are distributed
+    collection = ours.model.module.ebc
+    distribute = collection.input_dist
+
+    def distribute_or_fail(ctx: Any, features: KeyedJaggedTensor) -> Any:
+        if features.values() is batches[5].sparse_features.values():
+            raise ValueError("batch 5")
+        return distribute(ctx, features)
+
+    monkeypatch.setattr(collection, "input_dist", distribute_or_fail)
     pipeline = ours.pipeline()
-    iterator = iter([*batches[:5], with_values(batches[5], values), *batches[6:8]])
+    iterator = iter(batches[:8])
     actual = [pipeline.progress(iterator)]
-    with pytest.raises(IdOutOfRangeError):
+    with pytest.raises(ValueError, match="batch 5"):
         pipeline.progress(iterator)
     for _ in range(2):
         with pytest.raises(ScratchPipeError, match=r"batch 5 has failed in an earlier progress\(\). Call reset\(\)"):
@@ -707,3 +714,10 @@ def test_without_our_pipeline_one_line_says_that_rows_are_fetched_on_the_spot(ca
     with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
         drain(ours.pipeline(), make_batches(SETTING)[:6])
     assert not any("fetched on the spot" in record.getMessage() for record in caplog.records)
+
+
+def test_lookahead_by_position_is_named() -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    for given in (1, 3):
+        with pytest.raises(ConfigError, match=rf"execute_all_batches is {given}.* lookahead={given}"):
+            ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, given)

@@ -221,7 +221,8 @@ class ScratchpadCollection:
 
     def _say_on_the_spot(self) -> None:
         """Once, when a training step has to wait for rows because nobody has planned it."""
-        if not self._has_said_on_the_spot and torch.is_grad_enabled() and self.training:  # type: ignore[attr-defined]
+        is_waiting = bool(self._options.load_factors) and torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]
+        if is_waiting and not self._has_said_on_the_spot:
             self._has_said_on_the_spot = True
             logger.warning(
                 "rows of tables %s are fetched on the spot, while the training step waits: right, but slow. ScratchPipeTrainPipeline "
@@ -304,8 +305,8 @@ def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
             planned = part._options.lookahead
             if planned is not None and lookahead > planned:
                 logger.warning(
-                    "collection %s: lookahead is %d, the sharding plan was made for %d. Its scratchpads may be too small, and Plan will "
-                    "wait for Train. Set lookahead=planner.lookahead, or plan for more.",
+                    "collection %s: lookahead is %d, the sharding plan was made for %d. Its scratchpads may be too small: Plan will wait "
+                    "for Train, and evaluation beside it will make them grow. Set lookahead=planner.lookahead, or plan for more.",
                     name,
                     lookahead,
                     planned,

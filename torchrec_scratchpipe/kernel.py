@@ -276,7 +276,8 @@ class ScratchpadKernel(FusedOptimizerModule):
             return TableParameter.of(self._flat_weights[pool_index], *bounds, dim, self._owners[pool_index])
         start = self._memory.value_offsets[0][self._block_of_table[first]]
         num_values = sum(self._local_rows[first : first + count]) * dim
-        return TableBatchedEmbeddingSlice(self._emb_module.flat_weights, start, start + num_values, -1, dim)
+        weights = nn.Parameter(self._memory.piece(0, start, num_values))
+        return TableBatchedEmbeddingSlice(weights, 0, num_values, -1, dim)
 
     def _make_optimizer(self, **kwargs: Any) -> EmbeddingFusedOptimizer:
         """TorchRec's optimizer surface: settings of the TBE, weights and states of the tables."""
@@ -390,6 +391,12 @@ class ScratchpadKernel(FusedOptimizerModule):
         for tensor in self._memory.flat_parts:
             self._runner.streams.record_use(tensor)
         self._point_tbe_at_memory()
+        if budget.bytes_beyond_plan:
+            logger.warning(
+                "scratchpads have grown by %s bytes beyond the budget of the sharding plan. Give the planner a larger one, or "
+                "measure batches as large as this one; max_scratchpad_bytes of the sharder sets a limit.",
+                f"{budget.bytes_beyond_plan:,}",
+            )
         return ""
 
     def _point_tbe_at_memory(self) -> None:

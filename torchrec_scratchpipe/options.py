@@ -118,7 +118,7 @@ class ScratchpadBudget:
     """Bytes that the scratchpads of a sharder may take on this rank, as long as they live.
 
     Args:
-        max_bytes: In all; None for as many as there are, or as the sharding plan leaves.
+        max_bytes: In all; None for as many as there are.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
@@ -126,15 +126,14 @@ class ScratchpadBudget:
         self._max_growth_bytes: int | None = None
         self._planned_bytes: WeakKeyDictionary[Scratchpad, int] = WeakKeyDictionary()
 
-    def limit_growth(self, num_bytes: int) -> None:
-        """Take note of what a sharding plan leaves, unless the user has set a limit.
+    def note_plan(self, num_bytes: int) -> None:
+        """Take note of what a sharding plan leaves of its budget; a job is told when it takes more, and goes on.
 
         Args:
-            num_bytes: By which all scratchpads together may grow.
+            num_bytes: By which all scratchpads together can grow within it.
         """
-        if self.max_bytes is None:
-            limits = [num_bytes] if self._max_growth_bytes is None else [num_bytes, self._max_growth_bytes]
-            self._max_growth_bytes = min(limits)
+        limits = [num_bytes] if self._max_growth_bytes is None else [num_bytes, self._max_growth_bytes]
+        self._max_growth_bytes = min(limits)
 
     def charge(self, scratchpad: Scratchpad) -> None:
         """Count a scratchpad, as large as the sharding plan says it is.
@@ -153,16 +152,21 @@ class ScratchpadBudget:
         Returns:
             Why it may not; nothing if it may.
         """
-        taken = sum(scratchpad.num_bytes for scratchpad in self._planned_bytes)
-        if self.max_bytes is not None and taken + num_bytes > self.max_bytes:
+        if self.max_bytes is not None and self._taken_bytes + num_bytes > self.max_bytes:
             return f"may not take {num_bytes:,} bytes more: max_scratchpad_bytes is {self.max_bytes:,}"
-        grown = taken - sum(self._planned_bytes.values())
-        if self._max_growth_bytes is not None and grown + num_bytes > self._max_growth_bytes:
-            return (
-                f"may not take {num_bytes:,} bytes more: the sharding plan leaves {self._max_growth_bytes:,} bytes of its budget. Give "
-                "the planner a larger one, or the sharder max_scratchpad_bytes"
-            )
         return ""
+
+    @property
+    def bytes_beyond_plan(self) -> int:
+        """By how much scratchpads have grown beyond what their sharding plan left of its budget."""
+        if self._max_growth_bytes is None:
+            return 0
+        grown = self._taken_bytes - sum(self._planned_bytes.values())
+        return max(0, grown - self._max_growth_bytes)
+
+    @property
+    def _taken_bytes(self) -> int:
+        return sum(scratchpad.num_bytes for scratchpad in self._planned_bytes)
 
 
 @dataclass(frozen=True)

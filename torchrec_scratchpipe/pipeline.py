@@ -169,6 +169,11 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         lookahead: int = 2,
         num_batches_seen_ahead: int = 0,
     ) -> None:
+        if type(execute_all_batches) is int:
+            raise ConfigError(
+                f"execute_all_batches is {execute_all_batches}, it must be True or False. The lookahead is given by name: "
+                f"lookahead={execute_all_batches}."
+            )
         _check_distances(lookahead, num_batches_seen_ahead)
         self._lookahead = lookahead
         self._num_batches_known = lookahead + num_batches_seen_ahead

@@ -55,6 +55,23 @@ class ScratchpadMemory(NamedTuple):
     capacities: list[int]  # slots that each scratchpad has room for, where it is
     flat_parts: list[Tensor]  # one per part of a row
     value_offsets: list[list[int]]  # per part: where each scratchpad begins in its flat tensor, in values
+    buffers: list[mmap.mmap | None]  # per part: what a flat tensor on a CPU lies in
+
+    def piece(self, part_index: int, first: int, num_values: int) -> Tensor:
+        """A range of a flat tensor; on a CPU with a storage of its own, because `torch.save` writes whole storages, reserved or not.
+
+        Args:
+            part_index: Which part of a row.
+            first: Where the range begins, in values.
+            num_values: Its length.
+
+        Returns:
+            [num_values].
+        """
+        flat, buffer = self.flat_parts[part_index], self.buffers[part_index]
+        if buffer is None or num_values == 0:
+            return flat[first : first + num_values]
+        return torch.frombuffer(buffer, dtype=flat.dtype, count=num_values, offset=first * flat.dtype.itemsize)
 
 
 def allocate_scratchpads(
@@ -87,19 +104,25 @@ def _allocate(
     layouts: Sequence[RowLayout], nums_slots: Sequence[int], capacities: Sequence[int], device: torch.device
 ) -> ScratchpadMemory:
     shapes = [layout.part_shapes(capacity) for layout, capacity in zip(layouts, capacities, strict=True)]
-    parts_per_scratchpad: list[list[Tensor]] = [[] for _ in layouts]
-    flat_parts: list[Tensor] = []
-    value_offsets: list[list[int]] = []
+    memory = ScratchpadMemory([], list(capacities), [], [], [])
     for part_index, (_, dtype, _) in enumerate(shapes[0]):
         sizes = [int(torch.Size(shape[part_index][0]).numel()) for shape in shapes]
-        flat = _zeros(sum(sizes), dtype, device)
-        flat_parts.append(flat)
-        value_offsets.append([sum(sizes[:i]) for i in range(len(sizes))])
-        for index, piece in enumerate(flat.split(sizes)):
-            part = piece.view(shapes[index][part_index][0])
-            parts_per_scratchpad[index].append(part[: nums_slots[index]])
-    scratchpads = [Scratchpad(layout, parts) for layout, parts in zip(layouts, parts_per_scratchpad, strict=True)]
-    return ScratchpadMemory(scratchpads, list(capacities), flat_parts, value_offsets)
+        flat, buffer = _zeros(sum(sizes), dtype, device)
+        memory.flat_parts.append(flat)
+        memory.buffers.append(buffer)
+        memory.value_offsets.append([sum(sizes[:i]) for i in range(len(sizes))])
+    for index, (layout, num_slots) in enumerate(zip(layouts, nums_slots, strict=True)):
+        memory.scratchpads.append(Scratchpad(layout, _parts_of(memory, layout, index, num_slots)))
+    return memory
+
+
+def _parts_of(memory: ScratchpadMemory, layout: RowLayout, index: int, num_slots: int) -> list[Tensor]:
+    return [
+        memory.piece(part_index, offsets[index], int(torch.Size(shape).numel())).view(shape)
+        for part_index, ((shape, _, _), offsets) in enumerate(
+            zip(layout.part_shapes(num_slots), memory.value_offsets, strict=True)
+        )
+    ]
 
 
 def grow_scratchpad(memory: ScratchpadMemory, index: int, num_slots: int) -> ScratchpadMemory:
@@ -115,14 +138,8 @@ def grow_scratchpad(memory: ScratchpadMemory, index: int, num_slots: int) -> Scr
     """
     if num_slots > memory.capacities[index]:
         memory = _moved(memory, index, num_slots)
-    parts = []
     scratchpad = memory.scratchpads[index]
-    for (shape, _, _), flat, offsets in zip(
-        scratchpad.layout.part_shapes(num_slots), memory.flat_parts, memory.value_offsets, strict=True
-    ):
-        num_values = int(torch.Size(shape).numel())
-        parts.append(flat[offsets[index] : offsets[index] + num_values].view(shape))
-    scratchpad.replace(parts)
+    scratchpad.replace(_parts_of(memory, scratchpad.layout, index, num_slots))
     return memory
 
 
@@ -138,9 +155,10 @@ def _moved(memory: ScratchpadMemory, index: int, num_slots: int) -> ScratchpadMe
     return larger._replace(scratchpads=memory.scratchpads)
 
 
-def _zeros(num_values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(num_values: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, mmap.mmap | None]:
     if device.type != "cpu" or num_values == 0:
-        return torch.zeros(num_values, dtype=dtype, device=device)
+        return torch.zeros(num_values, dtype=dtype, device=device), None
     # Reserved, not taken: the system neither counts nor fills pages before they are written.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    return torch.frombuffer(mmap.mmap(-1, num_values * dtype.itemsize, flags=flags), dtype=dtype, count=num_values)
+    buffer = mmap.mmap(-1, num_values * dtype.itemsize, flags=flags)
+    return torch.frombuffer(buffer, dtype=dtype, count=num_values), buffer

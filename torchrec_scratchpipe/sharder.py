@@ -329,8 +329,8 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
         on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
             gets a quarter more than the batch needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
-        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for what the sharding plan leaves
-            of its budget, or for as much as there is where it has none.
+        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is. (Beyond
+            the budget of the sharding plan, if it has one, a warning says by how much.)
         half_life: After so many batches a use counts half, when victims are chosen.
         out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that is kept whole too
             (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its `bounds_check_mode`; by default it warns
@@ -417,8 +417,8 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
         on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
             gets a quarter more than the batch needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
-        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for what the sharding plan leaves
-            of its budget, or for as much as there is where it has none.
+        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is. (Beyond
+            the budget of the sharding plan, if it has one, a warning says by how much.)
         half_life: After so many batches a use counts half, when victims are chosen.
         out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that is kept whole too
             (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its `bounds_check_mode`; by default it warns
@@ -536,7 +536,7 @@ def _serve(
     planned = [given for given in planned if isinstance(given, PlannedCacheParams)]
     for given in planned:
         if given.growth_bytes is not None:
-            options.budget.limit_growth(given.growth_bytes)
+            options.budget.note_plan(given.growth_bytes)
     lookahead = min((given.lookahead for given in planned if given.lookahead is not None), default=None)
     return served, dataclasses.replace(options, load_factors=load_factors, lookahead=lookahead)
 

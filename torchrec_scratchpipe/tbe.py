@@ -73,12 +73,6 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
         self._set_per_feature("rows_per_table", nums_slots)
         self.optimizer_args = self.optimizer_args._replace(total_hash_size=cumulative[-1])
 
-    @property
-    def flat_weights(self) -> nn.Parameter:
-        """All slots' weights, [values]."""
-        weights: nn.Parameter = getattr(self, f"weights_{self._suffix}")
-        return weights
-
     def split_embedding_weights(self) -> list[Tensor]:
         """As stock, of the tables."""
         return [parts[0] for parts in self._show_tables()]
