@@ -4,6 +4,7 @@
 Shapes: ``I`` ids.
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_scratchpipe.errors import IdOutOfRangeError
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
@@ -176,18 +177,27 @@ class ScratchpadCollection:
         """Wait until no stage runs, nor will before the next batch is sent or looked up."""
         self._runner.settle()
 
-    def _check_ids(self, ctx: Any, features: Any) -> None:
+    def _check_ids(self, ctx: Any, features: Any) -> Any:
         """Find ids out of range that Plan does not see; on a CPU only.
 
         Those of tables that are kept whole, and those that stock's row-wise distribution would wrap onto rows of other ids. Batches
-        in flight are good, so that the error waits until it is this one's turn.
+        in flight are good, so that the error waits until it is this one's turn; until then row 0 stands for such ids, on every rank.
+
+        Args:
+            ctx: The batch's context.
+            features: The batch's features on this rank.
+
+        Returns:
+            What to distribute.
         """
         try:
             self._check_features(features)
         except IdOutOfRangeError as error:
-            if not isinstance(ctx, PlannedBatches):
+            if not isinstance(ctx, PlannedBatches) or not isinstance(features, KeyedJaggedTensor):
                 raise
             ctx.id_error = error
+            return self._within_tables(features)
+        return features
 
     def _check_features(self, features: Any) -> None:
         for key, configs in self._checked_features.items():
@@ -198,6 +208,17 @@ class ScratchpadCollection:
             if ids is not None and ids.device.type == "cpu":
                 for config in configs:
                     check_ids(config.name, key, ids, config.num_embeddings)
+
+    def _within_tables(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        bounds = features.offset_per_key()
+        ids = features.values().clone()
+        for key, first, last in zip(features.keys(), bounds[:-1], bounds[1:], strict=True):
+            for config in self._checked_features.get(key, ()):
+                some = ids[first:last]
+                some[(some < 0) | (some >= config.num_embeddings)] = 0
+        within = copy.copy(features)
+        within._values, within._jt_dict = ids, None
+        return within
 
     @contextmanager
     def _looking_up(self, ctx: Any) -> Iterator[None]:

@@ -153,7 +153,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             As stock.
         """
         with self._peers.told():
-            self._check_ids(ctx, features)
+            features = self._check_ids(ctx, features)
             return self._peers.watch(super().input_dist(ctx, features))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo
@@ -285,7 +285,7 @@ class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddi
             As stock.
         """
         with self._peers.told():
-            self._check_ids(ctx, features)
+            features = self._check_ids(ctx, features)
             return self._peers.watch(super().input_dist(ctx, features))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo

@@ -228,7 +228,8 @@ def measure_working_set(
     """Read batches once and count what each table's rows are used for.
 
     Nothing trains, no GPU and no process group is needed. Memory grows with the distinct ids, not with lookups. Every random
-    number generator is where it was afterwards, a data loader's own too. An iterator has moved on; give the loader instead.
+    number generator is where it was afterwards, a data loader's own too. An iterator has moved on, and making
+    one has drawn a seed: give the loader and `max_batches`, never `itertools.islice(loader, n)`.
 
     Args:
         batches: As the data loader of one rank gives them. Ids are found by the names of features, in all
