@@ -126,8 +126,6 @@ class DeviceBatch(PlannedBatch):
         if pool.is_overwritten:
             self._runner.streams.synchronize()  # kernels may be at the tables that are read now
         self._refresh(pool)
-        if self._slots is None and any(feature.pool_index is None for feature in self._features):
-            self._slots = self._ids.to(torch.int64, copy=True)  # rows of whole tables are where their ids say
         slot_map = pool.slot_map
         moves_in_place = pool.host_table.is_device_accessible and not pool.host_table.has_snapshots
         is_confirmed = False
@@ -139,6 +137,7 @@ class DeviceBatch(PlannedBatch):
                     self._ids_of_pool(pool_index),
                     self._seen_by_pool.get(pool_index),
                     self._slots,
+                    has_whole_tables=any(feature.pool_index is None for feature in self._features),
                 )
             enqueued = [_Enqueued(Stage.PLAN, plan_start_s, time.perf_counter(), None)]
             if moves_in_place:  # before it is known whether there are slots: without them, nothing moves

@@ -141,7 +141,9 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         for batch_index in [index for index in self._slots_held_by if index < first_held]:
             del self._slots_held_by[batch_index]
 
-    def plan(self, batch: PoolIds, seen: int | None = None, slots: Tensor | None = None) -> DevicePlan:
+    def plan(
+        self, batch: PoolIds, seen: int | None = None, slots: Tensor | None = None, *, has_whole_tables: bool = False
+    ) -> DevicePlan:
         """Enqueue what gives every row of the next batch a slot, as of the last :meth:`note_releases`.
 
         Moves may be enqueued at once: if there are too few slots they move nothing. The plan stands after :meth:`confirm`.
@@ -150,6 +152,7 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
             batch: Its ids.
             seen: What :meth:`see` returned for this batch.
             slots: [>= I] int64, to be written, if the batch has them from another pool.
+            has_whole_tables: Whether ids of other features than the pools' are their slots; written if `slots` are not given.
 
         Returns:
             Where its rows will be. If :meth:`DevicePlan.wait` says that it was refused, and :meth:`confirm` did not, an id is bad.
@@ -157,7 +160,7 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
         self._forget()
         self._forget_failed()
         self._make_room(batch.ids.ids.numel())
-        return self._enqueue(batch, seen, slots)
+        return self._enqueue(batch, seen, slots, has_whole_tables)
 
     def confirm(self, plan: DevicePlan) -> bool:
         """Let a plan stand; waits for it where it is not certain to have found its slots.
@@ -243,13 +246,16 @@ class DeviceSlotMap(BaseSlotMap[PoolIds]):
             tensors += vars(buffers).values()
         return sum(tensor.nbytes for tensor in tensors)
 
-    def _enqueue(self, batch: PoolIds, seen: int | None, slots: Tensor | None) -> DevicePlan:
+    def _enqueue(self, batch: PoolIds, seen: int | None, slots: Tensor | None, has_whole_tables: bool) -> DevicePlan:
         buffers = self._take_buffers()
         # Their slots may be given away now, and their buffers are used again.
         for moved in self._moved_of_released:
             self._streams.wait(self._streams.plan, moved)
         self._moved_of_released.clear()
-        slots = buffers.slots if slots is None else slots
+        if slots is None:
+            slots = buffers.slots
+            if has_whole_tables:
+                slots[: batch.ids.ids.numel()].copy_(batch.ids.ids)
         ops, maps, scratch = self.ops, self.maps, self._scratch
         batch_index, first_held, num_ids = self._next_batch, self._first_held, batch.ids.ids.numel()
         aging = self._age(batch_index)

@@ -59,6 +59,7 @@ class PoolDemand:
         is_cpu: Device and host are the same memory.
         output_bytes: What the lookup gives, and its gradient; 0 on a CPU, whose budget is for scratchpads alone.
         num_bags: Per batch on this rank; 0 on a CPU, which keeps no offsets of batches in flight.
+        num_pools: Row widths of the kernel group, at most; each has a plan of its own.
     """
 
     num_rows: int
@@ -70,6 +71,7 @@ class PoolDemand:
     is_cpu: bool
     output_bytes: float = 0.0
     num_bags: float = 0.0
+    num_pools: int = 1
 
     @property
     def slot_bytes(self) -> float:
@@ -83,8 +85,8 @@ class PoolDemand:
 
     @property
     def whole_bytes(self) -> float:
-        """Device memory of the whole table, without a scratchpad."""
-        return self.table_bytes + self._bytes_of_inputs + self.output_bytes
+        """Device memory of the whole table, without a scratchpad; its ids pass by the plans of the scratchpads in its kernel group."""
+        return self.table_bytes + self._bytes_of_plans + self._bytes_of_inputs + self.output_bytes
 
     @property
     def map_bytes(self) -> float:
@@ -101,11 +103,18 @@ class PoolDemand:
         """Ids of all batches in flight, and what was planned for them."""
         num_planned = self.lookahead + 1
         if not self.is_cpu:
-            of_plans = num_planned * ID_BYTES_OF_DEVICE_PLAN + ID_BYTES_OF_DEVICE_SCRATCH
-            return self.num_ids * BUFFER_HEADROOM * of_plans + self._bytes_of_inputs
+            return self._bytes_of_plans + self._bytes_of_inputs
         per_id = num_planned * ID_BYTES_OF_PLANNED + self.num_batches_seen_ahead * ID_BYTES_OF_SEEN
         per_unique = num_planned * UNIQUE_BYTES_OF_PLANNED + UNIQUE_BYTES_OF_NEWEST
         return self.num_ids * per_id + self.num_unique * per_unique + self._bytes_of_inputs
+
+    @property
+    def _bytes_of_plans(self) -> float:
+        """Where the device plans: room for all ids of the kernel group, for each of its pools."""
+        if self.is_cpu:
+            return 0.0
+        per_id = (self.lookahead + 1) * ID_BYTES_OF_DEVICE_PLAN + ID_BYTES_OF_DEVICE_SCRATCH
+        return self.num_ids * BUFFER_HEADROOM * per_id * self.num_pools
 
     @property
     def _bytes_of_inputs(self) -> float:

@@ -349,6 +349,7 @@ class _Sizer:
         self._optimizers: dict[str, EmbOptimType] = {}
         self._fused_params: dict[str, Mapping[str, Any]] = {}  # of each table's sharder
         self._configs: dict[str, BaseEmbeddingConfig] = {}
+        self._widths_of_group: dict[Hashable, set[int]] = {}
         self.lookahead = working_sets.lookahead
         self.shortage: Floats | None = None
         self._share_of_batch = 1.0
@@ -437,6 +438,10 @@ class _Sizer:
             given = self._fused_params[option.name].get("optimizer", EmbOptimType.EXACT_SGD)
             kind = optimizer_type_to_emb_opt_type(classes[0]) if classes else given
             self._optimizers[option.name] = kind if kind in OPTIMIZER_STATES else EmbOptimType.EXACT_SGD
+        self._widths_of_group = {}
+        for option in options:
+            widths = self._widths_of_group.setdefault(self._kernel_group(option), set())
+            widths.update(shard.size[1] for shard in option.shards)
 
     def need(self, options: Sequence[ShardingOption]) -> _Need:
         """The least that a placement takes."""
@@ -603,6 +608,7 @@ class _Sizer:
                 is_cpu=self._is_cpu,
                 output_bytes=output_bytes * option.num_inputs,
                 num_bags=0.0 if self._is_cpu else num_samples * option.num_inputs,
+                num_pools=len(self._widths_of_group.get(group, [num_cols])),
             ),
             pool=(num_cols, group),
         )
