@@ -49,7 +49,7 @@ def bags() -> EmbeddingBagCollection:
 
 
 def topology(device: str, world_size: int = 2) -> Topology:
-    return Topology(world_size=world_size, compute_device=device, hbm_cap=2_500_000, ddr_cap=10**10)
+    return Topology(world_size=world_size, compute_device=device, hbm_cap=2_700_000, ddr_cap=10**10)
 
 
 def planner(device: str, *, has_sets: bool, world_size: int = 2, **kwargs: Any) -> ScratchPipeShardingPlanner:
@@ -57,7 +57,7 @@ def planner(device: str, *, has_sets: bool, world_size: int = 2, **kwargs: Any) 
         tables = bags().embedding_bag_configs()
         ids = {table.name: BATCH_SIZE for table in tables}
         kwargs["working_sets"] = zipf_working_sets(tables, ids, 1.05, world_size=world_size, batch_size=BATCH_SIZE)
-        kwargs["scratchpad_bytes"] = 2_500_000
+        kwargs["scratchpad_bytes"] = 2_700_000
     return ScratchPipeShardingPlanner(
         topology=topology(device, world_size),
         batch_size=BATCH_SIZE,
