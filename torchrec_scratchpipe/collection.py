@@ -35,6 +35,7 @@ __all__ = [
     "PlannedBatches",
     "ScratchpadCollection",
     "collection_to_plan",
+    "deferring_id_errors",
     "only_read",
     "scratchpad_collections",
     "scratchpad_stats",
@@ -85,6 +86,8 @@ class ScratchpadCollection:
 
     Mixed into the stock class, whose distributions, parameters and state_dict stay as they are.
     """
+
+    defers_id_errors = False  # until the batch trains; while a pipeline loads it
 
     # From TorchRec's sharded collections.
     module_sharding_plan: Any
@@ -180,8 +183,9 @@ class ScratchpadCollection:
     def _check_ids(self, ctx: Any, features: Any) -> Any:
         """Find ids out of range that Plan does not see; on a CPU only.
 
-        Those of tables that are kept whole, and those that stock's row-wise distribution would wrap onto rows of other ids. Batches
-        in flight are good, so that the error waits until it is this one's turn; until then row 0 stands for such ids, on every rank.
+        Those of tables that are kept whole, and those that stock's row-wise distribution would wrap onto rows of other ids. It is an
+        error before anything is exchanged with other ranks. In a pipeline, batches in flight are good, so that the error waits until it
+        is this one's turn; until then row 0 stands for such ids, on every rank.
 
         Args:
             ctx: The batch's context.
@@ -189,11 +193,14 @@ class ScratchpadCollection:
 
         Returns:
             What to distribute.
+
+        Raises:
+            IdOutOfRangeError: Names the table, the id and the range.
         """
         try:
             self._check_features(features)
         except IdOutOfRangeError as error:
-            if not isinstance(ctx, PlannedBatches) or not isinstance(features, KeyedJaggedTensor):
+            if not self.defers_id_errors or not isinstance(features, KeyedJaggedTensor):
                 raise
             ctx.id_error = error
             return self._within_tables(features)
@@ -312,6 +319,22 @@ def stage_spans(module: nn.Module) -> list[list[StageSpan]]:
         Per pool, in the order of :func:`scratchpad_stats`.
     """
     return [list(pool.counters.spans) for collection in scratchpad_collections(module) for pool in collection.pools]
+
+
+@contextmanager
+def deferring_id_errors(collections: Sequence[ScratchpadCollection]) -> Iterator[None]:
+    """While entered, a batch with an id out of range is loaded, and raises when it trains.
+
+    Args:
+        collections: Those that the batch is for.
+    """
+    for collection in collections:
+        collection.defers_id_errors = True
+    try:
+        yield
+    finally:
+        for collection in collections:
+            collection.defers_id_errors = False
 
 
 def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:

@@ -22,6 +22,8 @@ from torchrec_scratchpipe.collection import (
     PlannedBatches,
     ScratchpadCollection,
     collection_to_plan,
+    deferring_id_errors,
+    scratchpad_collections,
     warn_of_missing_scratchpads,
 )
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
@@ -181,6 +183,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         self._failed_to_load: TrainPipelineContext | None = None
         self._collections_warned_of: set[str] = set()
         warn_of_missing_scratchpads(model, lookahead)
+        self._collections = scratchpad_collections(model)
         self._own_forwards: list[Callable[..., Any]] = []
         self._peers = PeerNotice()
         super().__init__(
@@ -292,6 +295,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             )
         self._is_traced_in_vain = False
         self._own_forwards = []
+        self._collections = scratchpad_collections(model or self._model)
         if model is not None and self._model_fwd is self._model:  # stock would go on with the first model's forward
             self._model_fwd = model
         super().attach(model, sparse_dist=False)
@@ -345,7 +349,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         except StopIteration:  # the data has ended and execute_all_batches is False
             return False
         try:
-            self._init_pipelined_modules(self.batches[-1], self.contexts[-1], self._pipelined_forward_type)
+            with deferring_id_errors(self._collections):
+                self._init_pipelined_modules(self.batches[-1], self.contexts[-1], self._pipelined_forward_type)
         except BaseException:
             self._failed_to_load = self.contexts[-1]  # some of its modules may be distributed, others not
             raise
