@@ -3,6 +3,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -102,3 +103,33 @@ def test_control_a_child_without_a_worker_of_its_own_hangs(monkeypatch: pytest.M
     monkeypatch.setattr("test_fork.LIMIT_S", 3)
     with pytest.raises(AssertionError, match="the child waits for ever"):
         in_child(lambda: ours.model(make_batches(SETTING)[4]))
+
+
+def test_a_fork_while_a_stage_is_about_to_write_a_table() -> None:
+    """The worker holds its own lock then, and needs the table's: whoever forks must not hold that one first."""
+    ours = Trainer.scratchpipe(SETTING)
+    ours.train_plain(make_batches(SETTING)[:2])
+    collection = ours.model.module.ebc
+    writes, goes_on = threading.Event(), threading.Event()
+    table = collection.pools[0].host_table
+    write = table.write
+
+    def write_late(*args: Any) -> None:
+        writes.set()
+        goes_on.wait(LIMIT_S)
+        write(*args)
+
+    table.write = write_late
+    pipeline, iterator = ours.pipeline(lookahead=1), iter(make_batches(SETTING)[2:])
+    training = threading.Thread(target=lambda: pipeline.progress(iterator))
+    training.start()
+    assert writes.wait(LIMIT_S)
+    pids: list[int] = []
+    forking = threading.Thread(target=lambda: pids.append(in_child(lambda: None)))
+    forking.start()
+    forking.join(0.2)  # it stands in the handlers now
+    goes_on.set()
+    forking.join(LIMIT_S)
+    training.join(LIMIT_S)
+    assert pids == [0]
+    assert not training.is_alive()

@@ -24,21 +24,25 @@ class ForkAware(Protocol):
         """Go on, without the parent's threads."""
 
 
-_ALL: "WeakSet[ForkAware]" = WeakSet()  # per process, as forks are
+# Per process, as forks are. Who works takes the locks of what is worked on, so that workers have to stand still first: else a worker
+# that holds its own lock waits for one that is held here, while its own is waited for.
+_WORKERS: "WeakSet[ForkAware]" = WeakSet()
+_OTHERS: "WeakSet[ForkAware]" = WeakSet()
 _PREPARED: list[ForkAware] = []
 
 
-def prepare_for_forks(part: ForkAware) -> None:
+def prepare_for_forks(part: ForkAware, *, is_worker: bool) -> None:
     """Have it told of every fork, as long as it lives.
 
     Args:
         part: What has locks or threads.
+        is_worker: Whether it takes locks of others while it holds its own.
     """
-    _ALL.add(part)
+    (_WORKERS if is_worker else _OTHERS).add(part)
 
 
 def _before() -> None:
-    _PREPARED[:] = list(_ALL)
+    _PREPARED[:] = [*_WORKERS, *_OTHERS]
     for part in _PREPARED:
         part.before_fork()
 

@@ -239,7 +239,7 @@ class HostTable:
         self._snapshots: list[TableSnapshot] = []
         self._snapshots_changed = threading.Condition()
         self._is_of_parent = False
-        prepare_for_forks(self)
+        prepare_for_forks(self, is_worker=False)
 
     def before_fork(self) -> None:
         """See :class:`ForkAware`."""

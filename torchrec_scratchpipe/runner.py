@@ -166,7 +166,7 @@ class OverlappedStageRunner(StageRunner):
         self._thread: threading.Thread | None = None
         self._train_events: deque[torch.Event] = deque()
         self._refreshed: torch.Event | None = None
-        prepare_for_forks(self)
+        prepare_for_forks(self, is_worker=True)
 
     def before_fork(self) -> None:
         """See :class:`ForkAware`."""
