@@ -9,7 +9,7 @@ the pool's one scratchpad. Ids become slots before the lookup, and nothing else 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -128,7 +128,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         batch: PlannedBatch
         if self._rows_of_features is None:
             bounds = features.offset_per_key()
-            ids = self._within_tables(features.values(), torch.tensor(bounds, dtype=torch.int64))
+            ids = self._within_tables(features.values(), bounds)
             batch = PlannedBatch(self.pools, self._features, ids, bounds, self._runner, may_plan=may_plan)
         else:  # the sizes of the features stay on the device
             feature_bounds = _feature_bounds(features)
@@ -139,13 +139,14 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._runner.submit(batch)
         return batch
 
-    def _within_tables(self, ids: Tensor, bounds: Tensor) -> Tensor:
+    def _within_tables(self, ids: Tensor, bounds: Sequence[int] | Tensor) -> Tensor:
         """Do to ids that are out of range what FBGEMM does to them, if the user wants that; its own check sees slots only."""
         if self._bounds_check is None or ids.numel() == 0:
             return ids
         ids = ids.clone()
         mode, rows_of_features, num_warnings = self._bounds_check
-        torch.ops.fbgemm.bounds_check_indices(rows_of_features, ids, bounds.to(ids.dtype), mode, num_warnings, None)
+        offsets = torch.as_tensor(bounds, dtype=ids.dtype, device=ids.device)
+        torch.ops.fbgemm.bounds_check_indices(rows_of_features, ids, offsets, mode, num_warnings, None)
         return ids
 
     def _make_bounds_check(
