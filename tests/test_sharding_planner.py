@@ -47,6 +47,8 @@ from torchrec_scratchpipe import (
 )
 from torchrec_scratchpipe.collection import PlannedBatches
 from torchrec_scratchpipe.memory import PoolDemand
+from torchrec_scratchpipe.plan_report import device_bytes_of
+from torchrec_scratchpipe.sizing import ShardToSize, SizedTable, TableToSize, size_tables
 from torchrec_scratchpipe.working_set import table_configs
 
 GB = 1024**3
@@ -853,6 +855,42 @@ def check_scale(
     duration_s = time.process_time() - start_s
     assert duration_s < 60
     return f"{len(tables)} tables on {world_size} GPUs: {', '.join(figures)}; {duration_s:.1f} s"
+
+
+def sizes_of_a_small_and_a_large_table(num_bytes: float) -> tuple[list[SizedTable], float]:
+    """On one GPU, in one kernel group: rows of 128 bytes, 1,024 ids per batch, 200 and 100,000 rows."""
+    model = bags((200, 100_000), dim=32)
+    tables = []
+    for config, working_set in zip(model.embedding_bag_configs(), assumed(model).values(), strict=True):
+        demand = PoolDemand(
+            num_rows=config.num_embeddings,
+            row_bytes=128,
+            num_ids=1024,
+            num_unique=200,
+            lookahead=2,
+            num_batches_seen_ahead=0,
+            is_cpu=False,
+        )
+        tables.append(TableToSize(config.name, working_set.reuse, 3000, (ShardToSize(0, 1.0, demand),)))
+    sized, left = size_tables(tables, np.array([num_bytes]))
+    return sized, float(left[0])
+
+
+def test_ids_of_a_whole_table_are_charged_a_plan_only_beside_a_scratchpad() -> None:
+    (small, large), left = sizes_of_a_small_and_a_large_table(4e6)
+    assert small.is_whole
+    assert not large.is_whole
+    demands = [sized.table.shards[0].demand for sized in (small, large)]
+    used = demands[0].whole_bytes + demands[0].plan_bytes + demands[1].device_bytes(large.num_slots)
+    assert demands[0].plan_bytes > 0
+    assert 4e6 - left == pytest.approx(used, abs=demands[1].slot_bytes)
+    assert device_bytes_of(small, small.table.shards[0]) == demands[0].whole_bytes + demands[0].plan_bytes
+
+    (small, large), left = sizes_of_a_small_and_a_large_table(2e7)
+    assert small.is_whole
+    assert large.is_whole
+    assert 2e7 - left == pytest.approx(sum(demand.whole_bytes for demand in demands))
+    assert device_bytes_of(small, small.table.shards[0]) == demands[0].whole_bytes
 
 
 @pytest.mark.parametrize(("world_size", "hbm_gb", "batch"), [(1, 16, 8192), (8, 4, 8192), (64, 1.3, 1024), (256, 0.95, 256), (1024, 0.75, 64)])  # fmt: skip

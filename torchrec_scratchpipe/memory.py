@@ -85,8 +85,8 @@ class PoolDemand:
 
     @property
     def whole_bytes(self) -> float:
-        """Device memory of the whole table, without a scratchpad; its ids pass by the plans of the scratchpads in its kernel group."""
-        return self.table_bytes + self._bytes_of_plans + self._bytes_of_inputs + self.output_bytes
+        """Device memory of the whole table, without a scratchpad; beside scratchpads, `plan_bytes` more."""
+        return self.table_bytes + self._bytes_of_inputs + self.output_bytes
 
     @property
     def map_bytes(self) -> float:
@@ -103,14 +103,14 @@ class PoolDemand:
         """Ids of all batches in flight, and what was planned for them."""
         num_planned = self.lookahead + 1
         if not self.is_cpu:
-            return self._bytes_of_plans + self._bytes_of_inputs
+            return self.plan_bytes + self._bytes_of_inputs
         per_id = num_planned * ID_BYTES_OF_PLANNED + self.num_batches_seen_ahead * ID_BYTES_OF_SEEN
         per_unique = num_planned * UNIQUE_BYTES_OF_PLANNED + UNIQUE_BYTES_OF_NEWEST
         return self.num_ids * per_id + self.num_unique * per_unique + self._bytes_of_inputs
 
     @property
-    def _bytes_of_plans(self) -> float:
-        """Where the device plans: room for all ids of the kernel group, for each of its pools."""
+    def plan_bytes(self) -> float:
+        """Where the device plans: room for all ids of the kernel group, for each of its pools; 0 on a CPU."""
         if self.is_cpu:
             return 0.0
         per_id = (self.lookahead + 1) * ID_BYTES_OF_DEVICE_PLAN + ID_BYTES_OF_DEVICE_SCRATCH

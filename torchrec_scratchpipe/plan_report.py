@@ -246,7 +246,7 @@ def device_bytes_of(sized: SizedTable, shard: ShardToSize) -> float:
         Bytes.
     """
     if sized.is_whole:
-        return shard.demand.whole_bytes
+        return shard.demand.whole_bytes + (shard.demand.plan_bytes if shard.rank in sized.ranks_with_plans else 0.0)
     return shard.demand.device_bytes(sized.num_slots * shard.share)
 
 
@@ -254,7 +254,8 @@ def _bytes_to_whole(table: TableReport) -> dict[int, float]:
     """By rank, how much more device memory the whole table takes than its slots."""
     more: dict[int, float] = {}
     for shard in table.sized.table.shards:
-        more[shard.rank] = more.get(shard.rank, 0.0) + shard.demand.whole_bytes - device_bytes_of(table.sized, shard)
+        whole = shard.demand.whole_bytes + shard.demand.plan_bytes
+        more[shard.rank] = more.get(shard.rank, 0.0) + whole - device_bytes_of(table.sized, shard)
     return more
 
 

@@ -349,7 +349,6 @@ class _Sizer:
         self._optimizers: dict[str, EmbOptimType] = {}
         self._fused_params: dict[str, Mapping[str, Any]] = {}  # of each table's sharder
         self._configs: dict[str, BaseEmbeddingConfig] = {}
-        self._widths_of_group: dict[Hashable, set[int]] = {}
         self.lookahead = working_sets.lookahead
         self.shortage: Floats | None = None
         self._share_of_batch = 1.0
@@ -425,7 +424,7 @@ class _Sizer:
                     raise MeasurementError(
                         f"table {option.name}: working_sets say nothing of it. Measure all tables{way_out}."
                     )
-                (sized,), _ = size_tables([self._table_to_size(option)], np.zeros(self._topology.world_size))
+                (sized,), _ = size_tables(self._tables_to_size([option]), np.zeros(self._topology.world_size))
                 self._set_storage(option, sized)
 
     def _note_optimizers(self, options: Sequence[ShardingOption], sharders: Sequence[ModuleSharder[nn.Module]]) -> None:
@@ -438,16 +437,11 @@ class _Sizer:
             given = self._fused_params[option.name].get("optimizer", EmbOptimType.EXACT_SGD)
             kind = optimizer_type_to_emb_opt_type(classes[0]) if classes else given
             self._optimizers[option.name] = kind if kind in OPTIMIZER_STATES else EmbOptimType.EXACT_SGD
-        self._widths_of_group = {}
-        for option in options:
-            widths = self._widths_of_group.setdefault(self._kernel_group(option), set())
-            widths.update(shard.size[1] for shard in option.shards)
 
     def need(self, options: Sequence[ShardingOption]) -> _Need:
         """The least that a placement takes."""
-        tables = [self._table_to_size(option) for option in options if self.has_slots(option.name)]
-        others = self._bytes_of_others(options)
-        sized, left = size_tables(tables, -others)
+        tables = self._tables_to_size([option for option in options if self.has_slots(option.name)])
+        sized, left = size_tables(tables, -self._bytes_of_others(options))
         rank = int(np.argmin(left))
         of_table = {
             table.table.name: sum(device_bytes_of(table, shard) for shard in table.table.shards if shard.rank == rank)
@@ -516,7 +510,7 @@ class _Sizer:
         """Give every table of a placement its final kernel, load factor and storage."""
         sized_options = [option for option in options if self.has_slots(option.name)]
         budgets, others = self._budgets(reserved), self._bytes_of_others(options)
-        sized, left = size_tables([self._table_to_size(option) for option in sized_options], budgets - others)
+        sized, left = size_tables(self._tables_to_size(sized_options), budgets - others)
         if left.min() < 0:
             self.shortage = left
             raise PlannerError("the scratchpads of a rank do not fit", PlannerErrorType.INSUFFICIENT_STORAGE)
@@ -550,10 +544,21 @@ class _Sizer:
         settings |= {"load_factor": load_factor, "stats": None}
         return PlannedCacheParams(**settings, lookahead=self.lookahead, growth_bytes=growth_bytes)
 
-    def _table_to_size(self, option: ShardingOption) -> TableToSize:
+    def _tables_to_size(self, options: Sequence[ShardingOption]) -> list[TableToSize]:
+        groups = [self._kernel_group(option) for option in options]
+        widths_of_group: dict[Hashable, set[int]] = {}
+        for option, group in zip(options, groups, strict=True):
+            widths_of_group.setdefault(group, set()).update(shard.size[1] for shard in option.shards)
+        return [
+            self._table_to_size(option, group, len(widths_of_group[group]))
+            for option, group in zip(options, groups, strict=True)
+        ]
+
+    def _table_to_size(self, option: ShardingOption, group: Hashable, num_pools: int) -> TableToSize:
         reuse, choice = self._reuses[option.name], self.choice(option.name)
-        group = self._kernel_group(option)
-        shards = tuple(self._shard_to_size(option, index, reuse, group) for index in range(len(option.shards)))
+        shards = tuple(
+            self._shard_to_size(option, index, reuse, group, num_pools) for index in range(len(option.shards))
+        )
         smallest_share = min(shard.share for shard in shards if shard.share > 0)
         window = reuse.window(self.lookahead + 1).max
         if smallest_share < 1.0:
@@ -570,6 +575,7 @@ class _Sizer:
             may_have_slots=not is_whole,
             may_have_more=choice.load_factor is None,
             may_stay_whole=is_whole or (choice.may_stay_whole and choice.load_factor is None),
+            group=group,
         )
 
     def _slots_as_given(self, name: str, load_factor: float, reuse: Reuse) -> int:
@@ -583,7 +589,9 @@ class _Sizer:
             )
         return num_slots
 
-    def _shard_to_size(self, option: ShardingOption, index: int, reuse: Reuse, group: Hashable) -> ShardToSize:
+    def _shard_to_size(
+        self, option: ShardingOption, index: int, reuse: Reuse, group: Hashable, num_pools: int
+    ) -> ShardToSize:
         num_rows, num_cols = option.shards[index].size
         share = num_rows / reuse.num_rows
         states = OPTIMIZER_STATES[self._optimizers[option.name]]
@@ -608,7 +616,7 @@ class _Sizer:
                 is_cpu=self._is_cpu,
                 output_bytes=output_bytes * option.num_inputs,
                 num_bags=0.0 if self._is_cpu else num_samples * option.num_inputs,
-                num_pools=len(self._widths_of_group.get(group, [num_cols])),
+                num_pools=num_pools,
             ),
             pool=(num_cols, group),
         )

@@ -43,6 +43,7 @@ class TableToSize:
     may_have_slots: bool = True
     may_have_more: bool = True
     may_stay_whole: bool = True
+    group: Hashable = None  # tables of a rank that agree in it are looked up together, and planned together
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class SizedTable:
 
     table: TableToSize
     num_slots: int  # of the whole table; 0 if it is kept whole
+    ranks_with_plans: frozenset[int] = frozenset()  # where a whole table is looked up together with scratchpads
 
     @property
     def is_whole(self) -> bool:
@@ -64,16 +66,17 @@ class _Costs:
     def __init__(self, table: TableToSize) -> None:
         self.ranks = np.unique([shard.rank for shard in table.shards])
         position = {int(rank): index for index, rank in enumerate(self.ranks)}
-        self._fixed, self._per_slot, self._whole = (np.zeros(len(self.ranks)) for _ in range(3))
+        self._fixed, self._per_slot, self._whole, self.plans = (np.zeros(len(self.ranks)) for _ in range(4))
         for shard in table.shards:
             index = position[shard.rank]
             self._fixed[index] += shard.demand.fixed_bytes
             self._per_slot[index] += shard.demand.slot_bytes * shard.share
             self._whole[index] += shard.demand.whole_bytes
+            self.plans[index] += shard.demand.plan_bytes
 
     def of(self, num_slots: float) -> Floats:
         """Bytes on each of the ranks; 0 slots for the whole table."""
-        return self._whole if num_slots == 0 else self._fixed + self._per_slot * num_slots
+        return self._whole + self.plans if num_slots == 0 else self._fixed + self._per_slot * num_slots
 
 
 def size_tables(tables: Sequence[TableToSize], free_bytes: Floats) -> tuple[list[SizedTable], Floats]:
@@ -93,12 +96,35 @@ def size_tables(tables: Sequence[TableToSize], free_bytes: Floats) -> tuple[list
         least = _least(table, cost)
         num_slots.append(least)
         left[cost.ranks] -= cost.of(least)
+    _drop_plans(tables, costs, num_slots, left)
     if left.min(initial=0.0) < 0:
-        return _sized(tables, num_slots), left
-    _grow(tables, costs, num_slots, left, may_stay_whole=True)
+        return _sized(tables, costs, num_slots), left
+    is_changed = True
+    while is_changed:
+        _grow(tables, costs, num_slots, left, may_stay_whole=True)
+        is_changed = _drop_plans(tables, costs, num_slots, left)
     # What is too little to keep another table whole still buys slots.
     _grow(tables, costs, num_slots, left, may_stay_whole=False)
-    return _sized(tables, num_slots), left
+    return _sized(tables, costs, num_slots), left
+
+
+def _drop_plans(
+    tables: Sequence[TableToSize], costs: Sequence[_Costs], num_slots: Sequence[float], left: Floats
+) -> bool:
+    """Where a group has whole tables alone, nothing is planned; changes `costs` and `left`, and tells whether it did."""
+    has_scratchpads: dict[Hashable, np.ndarray] = {}
+    for table, cost, slots in zip(tables, costs, num_slots, strict=True):
+        if slots > 0:
+            has_scratchpads.setdefault(table.group, np.zeros(len(left), np.bool_))[cost.ranks] = True
+    nowhere = np.zeros(len(left), np.bool_)
+    is_changed = _drop_plans(tables, costs, num_slots, left)
+    for table, cost, slots in zip(tables, costs, num_slots, strict=True):
+        is_dropped = ~has_scratchpads.get(table.group, nowhere)[cost.ranks] & (cost.plans > 0)
+        if slots == 0 and is_dropped.any():
+            left[cost.ranks[is_dropped]] += cost.plans[is_dropped]
+            cost.plans[is_dropped] = 0.0
+            is_changed = True
+    return is_changed
 
 
 def _grow(
@@ -182,5 +208,8 @@ def _misses(reuse: Reuse, num_slots: float) -> float:
     return float(np.average(misses[half:], weights=reuse.bin_sizes[half:]))
 
 
-def _sized(tables: Sequence[TableToSize], num_slots: Sequence[float]) -> list[SizedTable]:
-    return [SizedTable(table, int(slots)) for table, slots in zip(tables, num_slots, strict=True)]
+def _sized(tables: Sequence[TableToSize], costs: Sequence[_Costs], num_slots: Sequence[float]) -> list[SizedTable]:
+    return [
+        SizedTable(table, int(slots), frozenset(cost.ranks[cost.plans > 0].tolist()) if slots == 0 else frozenset())
+        for table, cost, slots in zip(tables, costs, num_slots, strict=True)
+    ]
