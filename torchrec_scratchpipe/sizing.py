@@ -117,7 +117,7 @@ def _drop_plans(
         if slots > 0:
             has_scratchpads.setdefault(table.group, np.zeros(len(left), np.bool_))[cost.ranks] = True
     nowhere = np.zeros(len(left), np.bool_)
-    is_changed = _drop_plans(tables, costs, num_slots, left)
+    is_changed = False
     for table, cost, slots in zip(tables, costs, num_slots, strict=True):
         is_dropped = ~has_scratchpads.get(table.group, nowhere)[cost.ranks] & (cost.plans > 0)
         if slots == 0 and is_dropped.any():
