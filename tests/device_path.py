@@ -17,7 +17,7 @@ from torchrec_scratchpipe.device_ops import DeviceOps
 from torchrec_scratchpipe.eviction import LeastFrequentlyUsed
 from torchrec_scratchpipe.host_table import RamStorage, TableStorage
 from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.twin_ops import TwinOps
+from torchrec_scratchpipe.torch_ops import TorchOps
 
 KINDS = ("twin", "triton", "staged")
 
@@ -50,7 +50,7 @@ def make_ops(kind: str) -> DeviceOps:
         from torchrec_scratchpipe.triton_ops import TritonOps
 
         return OneAtATime(TritonOps())
-    return TwinOps()
+    return TorchOps()
 
 
 def use_device_path(kind: str) -> Callable[[], None]:

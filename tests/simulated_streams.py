@@ -19,7 +19,7 @@ from torchrec_scratchpipe.device_ops import DeviceMaps, DeviceOps, PlanBuffers
 from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.streams import StageStreams
-from torchrec_scratchpipe.twin_ops import TwinOps
+from torchrec_scratchpipe.torch_ops import TorchOps
 
 
 class Event:
@@ -144,7 +144,7 @@ class DeferredOps:
         return lambda *args: self._device.current.work.append(lambda: operation(*args))
 
 
-class RandomVictims(TwinOps):
+class RandomVictims(TorchOps):
     """Lists anew for every batch, and at random."""
 
     def __init__(self, seed: int) -> None:

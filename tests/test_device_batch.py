@@ -36,8 +36,8 @@ from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.torch_ops import TorchOps
 from torchrec_scratchpipe.triton_ops import TritonOps
-from torchrec_scratchpipe.twin_ops import TwinOps
 from torchrec_scratchpipe.types import Stage
 
 RUNNERS = [StageRunner, OverlappedStageRunner]
@@ -58,16 +58,16 @@ def test_same_bits_as_stock(optimizer: type[torch.optim.Optimizer], overlap: boo
 
 @pytest.mark.parametrize("left_out", [None, "state", "writeback"])
 def test_control_what_is_not_moved_is_noticed(left_out: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    move = TwinOps.move
+    move = TorchOps.move
 
-    def move_some(self: TwinOps, source: Tensor, *args: Any) -> None:
+    def move_some(self: TorchOps, source: Tensor, *args: Any) -> None:
         is_state, is_writeback = len(moved) % 2 == 1, args[-1] == Count.WRITEBACKS
         moved.append(source)
         if not ((left_out == "state" and is_state) or (left_out == "writeback" and is_writeback)):
             move(self, source, *args)
 
     moved: list[Tensor] = []
-    monkeypatch.setattr(TwinOps, "move", move_some)
+    monkeypatch.setattr(TorchOps, "move", move_some)
     setting = Setting(num_rows=(200,), dims=(8,))
     batches = make_batches(setting)
     with device_path("twin"):
@@ -82,7 +82,7 @@ def test_control_what_is_not_moved_is_noticed(left_out: str | None, monkeypatch:
 @pytest.mark.parametrize("runner_class", RUNNERS)
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
 def test_trained_tables_are_exact(runner_class: type[StageRunner], lookahead: int) -> None:
-    pool = make_device_pool(TwinOps())
+    pool = make_device_pool(TorchOps())
     stats = check_training(pool, runner_class(CPU), lookahead)
     assert stats.num_batches == 200
     spans = [span for span in pool.counters.spans if span.stage in (Stage.COLLECT, Stage.INSERT)]
@@ -272,7 +272,7 @@ def test_rows_pass_through_staging_while_there_are_snapshots(monkeypatch: pytest
 
 @pytest.mark.parametrize("runner_class", RUNNERS)
 def test_bad_id_stops_its_batch_alone(runner_class: type[StageRunner]) -> None:
-    pool = make_device_pool(TwinOps(), num_slots=40)
+    pool = make_device_pool(TorchOps(), num_slots=40)
     runner = runner_class(CPU)
     batches = random_rows(num_batches=20, ids_per_batch=6)
     expected = expected_parts(pool, batches)
@@ -297,7 +297,7 @@ def test_bad_id_stops_its_batch_alone(runner_class: type[StageRunner]) -> None:
 
 @pytest.mark.parametrize("runner_class", RUNNERS)
 def test_one_batch_too_large_is_an_error_and_nothing_is_lost(runner_class: type[StageRunner]) -> None:
-    pool = make_device_pool(TwinOps(), num_slots=10)
+    pool = make_device_pool(TorchOps(), num_slots=10)
     runner = runner_class(CPU)
     batches = random_rows(num_batches=10, ids_per_batch=6)
     expected = expected_parts(pool, batches + batches)
@@ -312,7 +312,7 @@ def test_one_batch_too_large_is_an_error_and_nothing_is_lost(runner_class: type[
 
 
 def test_a_move_that_fails_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = make_device_pool(TwinOps())
+    pool = make_device_pool(TorchOps())
     runner = OverlappedStageRunner(CPU)
     run(pool, random_rows(num_batches=5, ids_per_batch=6), runner, lookahead=1)
 
@@ -329,7 +329,7 @@ def test_a_move_that_fails_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_is_allocated_once_buffers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = make_device_pool(TwinOps(), num_rows=3000, num_slots=1000)
+    pool = make_device_pool(TorchOps(), num_rows=3000, num_slots=1000)
     runner = StageRunner(CPU)
     run(pool, random_rows(num_batches=10, ids_per_batch=200, num_rows=3000), runner, lookahead=2)
     num_bytes = pool.slot_map.metadata_bytes

@@ -37,7 +37,7 @@ LAYERS = [
     ["stats"],
     ["device_slot_map"],
     ["streams", "triton_ops"],
-    ["twin_ops"],
+    ["torch_ops"],
     ["device_ops"],
     ["scratchpad", "host_table", "slot_map"],
     ["slot_map_base"],

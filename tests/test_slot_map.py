@@ -18,8 +18,8 @@ from torchrec_scratchpipe.eviction import (
     LeastRecentlyUsed,
 )
 from torchrec_scratchpipe.slot_map import SlotMap, SlotsHeldError
+from torchrec_scratchpipe.torch_ops import TorchOps
 from torchrec_scratchpipe.triton_ops import TritonOps
-from torchrec_scratchpipe.twin_ops import TwinOps
 from torchrec_scratchpipe.types import CachePlan
 
 NUM_ROWS, NUM_SLOTS = 30, 12
@@ -45,7 +45,7 @@ def test_laws(order: type[EvictionOrder], stream: list[tuple[str, list[int]]]) -
 @settings(max_examples=150, deadline=None)
 @given(stream=streams())
 def test_laws_of_device_slot_map(stream: list[tuple[str, list[int]]]) -> None:
-    check_laws(DeviceSlotMapOfRows(NUM_ROWS, NUM_SLOTS, TwinOps()), stream)
+    check_laws(DeviceSlotMapOfRows(NUM_ROWS, NUM_SLOTS, TorchOps()), stream)
 
 
 @settings(max_examples=15, deadline=None)
@@ -250,7 +250,7 @@ def test_the_device_chooses_victims_as_well_as_the_host(exponent: float, num_see
     rows = torch.randperm(num_rows, generator=generator)
     batches = [rows[torch.multinomial(weights, 500, replacement=True, generator=generator)] for _ in range(num_batches)]
     num_misses = []
-    for slot_map in (SlotMap(num_rows, num_slots), DeviceSlotMapOfRows(num_rows, num_slots, TwinOps())):
+    for slot_map in (SlotMap(num_rows, num_slots), DeviceSlotMapOfRows(num_rows, num_slots, TorchOps())):
         misses, seen = 0, [slot_map.see(ids) for ids in batches[:num_seen_ahead]]
         for index, ids in enumerate(batches):
             ahead = index + num_seen_ahead

@@ -4,7 +4,7 @@
 Shapes: ``I`` ids, ``F`` features, ``T`` tables, ``M`` misses, ``V`` victims, ``S`` slots, ``R`` rows, ``C`` capacity in ids.
 
 Every operation is enqueued and returns at once; how many rows it concerns stands in tensors on the device. Two classes have
-them all: :class:`~torchrec_scratchpipe.twin_ops.TwinOps` in torch operations, and
+them all: :class:`~torchrec_scratchpipe.torch_ops.TorchOps` in torch operations, and
 :class:`~torchrec_scratchpipe.triton_ops.TritonOps` in Triton kernels. Tests compare the two.
 """
 

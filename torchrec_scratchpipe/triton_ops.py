@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The device operations as Triton kernels; :mod:`torchrec_scratchpipe.twin_ops` says the same in torch.
+"""The device operations as Triton kernels; :mod:`torchrec_scratchpipe.torch_ops` says the same in torch.
 
 Shapes: as in :mod:`torchrec_scratchpipe.device_ops`.
 
@@ -31,7 +31,7 @@ from torchrec_scratchpipe.device_ops import (
 )
 from torchrec_scratchpipe.eviction import MAX_OCTAVES, NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
 from torchrec_scratchpipe.slot_map_base import WINDOW_MASK
-from torchrec_scratchpipe.twin_ops import LOWEST_FREQUENCY
+from torchrec_scratchpipe.torch_ops import LOWEST_FREQUENCY
 
 __all__ = ["TritonOps"]
 
