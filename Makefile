@@ -44,7 +44,7 @@ test-oldest test-newest: setup
 
 # Scratchpads on the CPU planned and filled as a GPU's are; what is about the host's own way is left out.
 test-device-path: setup
-	TEST_DEVICE_PATH=twin $(RUN) -m pytest $(ARGS)
+	TEST_DEVICE_PATH=torch $(RUN) -m pytest $(ARGS)
 
 # Every way to hold the tables that this device has, side by side; results in benchmark_out
 benchmark: setup

@@ -52,11 +52,11 @@ def compile_all() -> dict[str, list[dict[str, int]]]:
     triton.runtime.driver.set_active(NoDriver())
     JITFunction.__getitem__ = compile_instead
 
-    from torchrec_scratchpipe.device_ops import Aging, Count, FeatureIds, FeatureRows
-    from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
+    from torchrec_scratchpipe.slot_map import SlotMap
+    from torchrec_scratchpipe.slot_ops import Aging, Count, FeatureIds, FeatureRows
     from torchrec_scratchpipe.triton_ops import TritonOps
 
-    slot_map = DeviceSlotMap(5000, 300, [0, 1000, 5000], TritonOps(), CPU)
+    slot_map = SlotMap(5000, 300, [0, 1000, 5000], TritonOps(), CPU)
     slot_map._make_room(1000)
     buffers = slot_map._take_buffers()
     ops, maps, scratch, tables = slot_map.ops, slot_map.maps, slot_map._scratch, slot_map.table_counts

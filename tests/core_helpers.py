@@ -1,105 +1,108 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A pool with a simulated Train, and eviction orders that provoke hazards."""
+"""A pool with a simulated Train, and choices of victims that provoke hazards."""
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from device_path import ReachableRam
 from torch import Tensor
 
-from torchrec_scratchpipe.device_batch import DeviceBatch, feature_rows
-from torchrec_scratchpipe.device_ops import DeviceOps, FeatureIds, FeatureRows
-from torchrec_scratchpipe.device_slot_map import DevicePlan, DeviceSlotMap, PoolIds
-from torchrec_scratchpipe.eviction import EvictionOrder, SlotUses
+from torchrec_scratchpipe.batch import Batch, FeatureSource, feature_rows
 from torchrec_scratchpipe.host_table import HostTable, RamStorage, TableStorage
-from torchrec_scratchpipe.planned_batch import FeatureSource, PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
 from torchrec_scratchpipe.scratchpad import allocate_scratchpads
-from torchrec_scratchpipe.slot_map import SlotMap
+from torchrec_scratchpipe.slot_map import CachePlan, PoolIds, SlotMap
+from torchrec_scratchpipe.slot_ops import HALF_LIFE, FeatureIds, FeatureRows, PlanBuffers, SlotMaps, SlotOps
 from torchrec_scratchpipe.stats import PoolStats
 from torchrec_scratchpipe.streams import StageStreams
-from torchrec_scratchpipe.types import CachePlan, RowLayout, StateSpec, TableSpec
+from torchrec_scratchpipe.torch_ops import TorchOps
+from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
 CPU = torch.device("cpu")
 LAYOUT = RowLayout(dim=4, dtype=torch.float32, states=(StateSpec("momentum1", is_rowwise=True),))
 
 
-class ScanningOrder:
-    """Base of orders that look at every slot; good enough for tests."""
+class ListedAnew(TorchOps):
+    """Lists victims anew for every batch, in an order of its own."""
 
-    def used(self, slots: Tensor, notes_of_new: Tensor, batch_index: int, last_use: Tensor) -> None:
-        pass
+    def take(self, maps: SlotMaps, buffers: PlanBuffers, *args: Any) -> None:
+        if args[-1]:  # the first of two
+            self.clear_victim_list(maps)
+        super().take(maps, buffers, *args)
 
-    def note(self, slots: Tensor) -> Tensor | None:
-        return None
+    def scan(self, maps: SlotMaps, *args: Any) -> None:
+        maps.frequency.copy_(self.frequencies(maps))
+        super().scan(maps, *args)
 
-    def rebuild(self, last_use: Tensor, next_batch: int) -> None:
-        pass
-
-    def purge(self) -> None:
-        pass
-
-    def choose(self, num_victims: int, uses: SlotUses, first_held: int) -> Tensor:
-        last_use = uses.last_use
-        candidates = ((last_use >= 0) & (last_use < first_held)).nonzero().view(-1)
-        return self.sort(candidates, last_use)[:num_victims]
-
-    def sort(self, candidates: Tensor, last_use: Tensor) -> Tensor:
+    def frequencies(self, maps: SlotMaps) -> Tensor:
+        """[S] float32: the slots with the lowest ones go first."""
         raise NotImplementedError
 
 
-class RandomOrder(ScanningOrder):
-    def __init__(self, num_slots: int) -> None:
-        self._generator = torch.Generator().manual_seed(num_slots)
+class RandomVictims(ListedAnew):
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
 
-    def sort(self, candidates: Tensor, last_use: Tensor) -> Tensor:
-        return candidates[torch.randperm(candidates.numel(), generator=self._generator)]
+    def frequencies(self, maps: SlotMaps) -> Tensor:
+        return torch.empty_like(maps.frequency).exponential_(generator=self._generator)
 
 
-class MostRecentlyUsed(ScanningOrder):
-    def __init__(self, num_slots: int) -> None:
-        pass
+class MostRecentlyUsed(ListedAnew):
+    def frequencies(self, maps: SlotMaps) -> Tensor:
+        return torch.exp2((maps.last_use.max() - maps.last_use) / 8 - 80)  # victims are listed by eighths of an octave
 
-    def sort(self, candidates: Tensor, last_use: Tensor) -> Tensor:
-        return candidates[last_use[candidates].argsort(descending=True, stable=True)]
+
+class LeastRecentlyUsed(ListedAnew):
+    def frequencies(self, maps: SlotMaps) -> Tensor:
+        return torch.exp2((maps.last_use - maps.last_use.max()) / 8 + 60)
 
 
 class UnguardedSlotMap(SlotMap):
     """Hazards 1 and 3 let loose: only the batch that is being planned holds its slots, batches in flight do not."""
 
-    @property
-    def first_held(self) -> int:
-        return self._next_batch
+    def take_in_releases(self) -> None:
+        super().take_in_releases()
+        self.first_held = self.next_batch
 
 
-class DeviceSlotMapOfRows(DeviceSlotMap):
-    """A device slot map that takes rows, as :class:`SlotMap` does, and says at once what it has planned."""
+class PlannedRows(NamedTuple):
+    """What was planned for a batch, in tensors of the right sizes."""
 
-    def __init__(self, num_rows: int, num_slots: int, ops: DeviceOps) -> None:
-        super().__init__(num_rows, num_slots, [0, num_rows], ops, CPU)
-        self.plans: dict[int, DevicePlan] = {}
+    batch_index: int
+    slots: Tensor  # [I]
+    miss_rows: Tensor  # [M]
+    miss_slots: Tensor  # [M]
+    victim_rows: Tensor  # [V]
+    victim_slots: Tensor  # [V]
+
+
+class SlotMapOfRows(SlotMap):
+    """A slot map that takes the rows of one table, and says at once what it has planned."""
+
+    def __init__(self, num_rows: int, num_slots: int, ops: SlotOps | None = None, half_life: float = HALF_LIFE) -> None:
+        super().__init__(num_rows, num_slots, [0, num_rows], ops or TorchOps(), CPU, half_life=half_life)
+        self.plans: dict[int, CachePlan] = {}
 
     def see(self, rows: Tensor) -> int | None:  # type: ignore[override]
         return super().see(self.ids_of(rows))
 
-    def forget(self, seen: int, rows: Tensor) -> None:  # type: ignore[override]
-        super().forget(seen, self.ids_of(rows))
+    def unsee(self, seen: int, rows: Tensor) -> None:  # type: ignore[override]
+        super().unsee(seen, self.ids_of(rows))
 
-    def plan(self, rows: Tensor, seen: int | None = None) -> CachePlan:  # type: ignore[override]
+    def plan(self, rows: Tensor, seen: int | None = None) -> PlannedRows:  # type: ignore[override]
         is_confirmed = False
         while not is_confirmed:
-            self.note_releases()
+            self.take_in_releases()
             plan = super().plan(self.ids_of(rows), seen)
             is_confirmed = self.confirm(plan)
         self.plans = {plan.batch_index: plan}
-        cache_plan = self.cache_plan(plan)
-        return CachePlan(*(value.clone() if isinstance(value, Tensor) else value for value in cache_plan))._replace(
-            unique_slots=cache_plan.slots.unique()
-        )
+        slots = plan.slots[: rows.numel()].clone()
+        return PlannedRows(plan.batch_index, slots, *(tensor.clone() for tensor in plan.moves()))
 
-    def undo(self, plan: CachePlan) -> None:  # type: ignore[override]
+    def undo(self, plan: PlannedRows) -> None:  # type: ignore[override]
         super().undo(self.plans[plan.batch_index])
 
     def ids_of(self, rows: Tensor) -> PoolIds:
@@ -110,15 +113,24 @@ class DeviceSlotMapOfRows(DeviceSlotMap):
 def make_pool(
     num_rows: int = 60,
     num_slots: int = 20,
-    eviction_order: EvictionOrder | None = None,
+    ops: SlotOps | None = None,
     slot_map_class: type[SlotMap] = SlotMap,
     storage: TableStorage | None = None,
+    streams: StageStreams | None = None,
 ) -> Pool:
     host_table = HostTable([TableSpec("t0", num_rows, num_slots / num_rows)], LAYOUT, storage or RamStorage())
     for part in host_table.parts:
         part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(7)))
     memory = allocate_scratchpads([LAYOUT], [num_slots], CPU)
-    return Pool(host_table, memory.scratchpads[0], slot_map_class(num_rows, num_slots, eviction_order, CPU))
+    slot_map = slot_map_class(num_rows, num_slots, host_table.row_offsets, ops or TorchOps(), CPU, streams)
+    return Pool(host_table, memory.scratchpads[0], slot_map)
+
+
+def make_pool_in_place(
+    ops: SlotOps, num_rows: int = 60, num_slots: int = 20, streams: StageStreams | None = None
+) -> Pool:
+    """As :func:`make_pool`, filled by operations that reach the table."""
+    return make_pool(num_rows, num_slots, ops, storage=ReachableRam(), streams=streams)
 
 
 def random_rows(num_batches: int, ids_per_batch: int, num_rows: int = 60, seed: int = 0) -> list[Tensor]:
@@ -129,21 +141,11 @@ def random_rows(num_batches: int, ids_per_batch: int, num_rows: int = 60, seed: 
     ]
 
 
-def make_device_pool(
-    ops: DeviceOps, num_rows: int = 60, num_slots: int = 20, streams: StageStreams | None = None
-) -> Pool:
-    """As :func:`make_pool`, planned and filled by device operations that reach the table."""
-    pool = make_pool(num_rows, num_slots, storage=ReachableRam())
-    offsets = pool.host_table.row_offsets
-    return Pool(pool.host_table, pool.scratchpad, DeviceSlotMap(num_rows, num_slots, offsets, ops, CPU, streams))
-
-
-def planned(pool: Pool, rows: Tensor, runner: StageRunner) -> PlannedBatch:
-    if isinstance(pool.slot_map, DeviceSlotMap):
-        features = [FeatureSource("f0", 0, 0)]
-        ids = FeatureIds(rows, torch.tensor([0, rows.numel()]))
-        return DeviceBatch([pool], features, ids, feature_rows([pool], features, CPU), runner)
-    return PlannedBatch([pool], [FeatureSource("f0", 0, 0)], rows, [0, rows.numel()], runner)
+def planned(pool: Pool, rows: Tensor, runner: StageRunner) -> Batch:
+    """A new batch; the runner has not been told of it."""
+    features = [FeatureSource("f0", 0, 0)]
+    ids = FeatureIds(rows, torch.tensor([0, rows.numel()]))
+    return Batch([pool], features, ids, feature_rows([pool], features, CPU), runner.release)
 
 
 def train(parts: Sequence[Tensor], index: Tensor) -> None:
@@ -164,7 +166,7 @@ def expected_parts(pool: Pool, batches: Sequence[Tensor]) -> list[Tensor]:
 
 def run(pool: Pool, batches: Sequence[Tensor], runner: StageRunner, lookahead: int) -> None:
     """Train all batches, `lookahead` of them planned ahead, then flush."""
-    in_flight: deque[PlannedBatch] = deque()
+    in_flight: deque[Batch] = deque()
     remaining = deque(batches)
     while in_flight or remaining:
         while remaining and len(in_flight) <= lookahead:
@@ -172,8 +174,8 @@ def run(pool: Pool, batches: Sequence[Tensor], runner: StageRunner, lookahead: i
             runner.submit(batch)
             in_flight.append(batch)
         batch = in_flight.popleft()
-        train(pool.scratchpad.parts, batch.wait())
-        batch.hold.release(is_updated=True)
+        train(pool.scratchpad.parts, runner.wait(batch))
+        runner.release(batch, is_updated=True)
     with runner.between_batches():
         pool.flush()
 

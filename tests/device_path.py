@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Has scratchpads on a CPU planned and filled as those on a GPU are.
+"""Has scratchpads on a CPU filled in place, as those on a GPU are.
 
-With ``TEST_DEVICE_PATH=twin``, every test that shards a model does so, by torch operations; with ``triton``, by interpreted
-kernels; with ``staged``, planned by torch operations, and rows moved through staging.
+With ``TEST_DEVICE_PATH=torch``, every test that shards a model has rows moved by torch operations; with ``triton``, by interpreted
+kernels, which plan too.
 """
 
 import os
@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from torchrec_scratchpipe.device_ops import DeviceOps
-from torchrec_scratchpipe.eviction import LeastFrequentlyUsed
 from torchrec_scratchpipe.host_table import RamStorage, TableStorage
 from torchrec_scratchpipe.options import ScratchpadOptions
+from torchrec_scratchpipe.slot_ops import SlotOps
 from torchrec_scratchpipe.torch_ops import TorchOps
 
-KINDS = ("twin", "triton", "staged")
+KINDS = ("torch", "triton")
 
 
 class ReachableRam(RamStorage):
@@ -31,9 +30,10 @@ class ReachableRam(RamStorage):
 class OneAtATime:
     """Operations of which no two run at once: Triton's interpreter changes its own module while a kernel runs."""
 
-    def __init__(self, ops: DeviceOps) -> None:
+    _lock = threading.Lock()
+
+    def __init__(self, ops: SlotOps) -> None:
         self._ops = ops
-        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._ops, name)
@@ -45,7 +45,7 @@ class OneAtATime:
         return run
 
 
-def make_ops(kind: str) -> DeviceOps:
+def make_ops(kind: str) -> SlotOps:
     if kind == "triton":
         from torchrec_scratchpipe.triton_ops import TritonOps
 
@@ -54,24 +54,19 @@ def make_ops(kind: str) -> DeviceOps:
 
 
 def use_device_path(kind: str) -> Callable[[], None]:
-    """Have sharders use device operations from now on, except with an eviction order that those do not know.
+    """Have sharders use these operations from now on; returns what ends it."""
+    originals = ScratchpadOptions.make_slot_ops, ScratchpadOptions.make_storage
 
-    Returns what ends it.
-    """
-    originals = ScratchpadOptions.find_device_ops, ScratchpadOptions.make_storage
-    ops = make_ops(kind)
+    def make_slot_ops(self: ScratchpadOptions, device: torch.device) -> SlotOps:
+        return make_ops(kind)
 
-    def find_device_ops(self: ScratchpadOptions, device: torch.device) -> DeviceOps | None:
-        return ops if self.make_eviction_order is LeastFrequentlyUsed else None
-
-    def make_storage(self: ScratchpadOptions, device_ops: DeviceOps | None) -> TableStorage:
-        is_reachable = self.table_dir is None and kind != "staged"
-        return ReachableRam() if is_reachable else originals[1](self, None)
+    def make_storage(self: ScratchpadOptions, device: torch.device, ops: SlotOps) -> TableStorage:
+        return originals[1](self, device, ops) if self.table_dir is not None else ReachableRam()
 
     def end() -> None:
-        ScratchpadOptions.find_device_ops, ScratchpadOptions.make_storage = originals  # type: ignore[method-assign]
+        ScratchpadOptions.make_slot_ops, ScratchpadOptions.make_storage = originals  # type: ignore[method-assign]
 
-    ScratchpadOptions.find_device_ops = find_device_ops  # type: ignore[method-assign]
+    ScratchpadOptions.make_slot_ops = make_slot_ops  # type: ignore[method-assign]
     ScratchpadOptions.make_storage = make_storage  # type: ignore[method-assign]
     return end
 

@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from core_helpers import CPU
 from torch import Tensor
 
-from torchrec_scratchpipe.device_ops import DeviceMaps, DeviceOps, PlanBuffers
-from torchrec_scratchpipe.planned_batch import PlannedBatch
+from torchrec_scratchpipe.batch import Batch
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.slot_ops import SlotOps
 from torchrec_scratchpipe.streams import StageStreams
-from torchrec_scratchpipe.torch_ops import TorchOps
 
 
 class Event:
@@ -135,7 +133,7 @@ class SimulatedStreams(StageStreams):
 class DeferredOps:
     """Operations that run when their stream gets to them."""
 
-    def __init__(self, ops: DeviceOps, device: Device) -> None:
+    def __init__(self, ops: SlotOps, device: Device) -> None:
         self._ops = ops
         self._device = device
 
@@ -144,31 +142,11 @@ class DeferredOps:
         return lambda *args: self._device.current.work.append(lambda: operation(*args))
 
 
-class RandomVictims(TorchOps):
-    """Lists anew for every batch, and at random."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def take(self, maps: DeviceMaps, buffers: PlanBuffers, *args: Any) -> None:
-        if args[-1]:  # the first of two
-            self.unlist(maps)
-        super().take(maps, buffers, *args)
-
-    def scan(self, maps: DeviceMaps, *args: Any) -> None:
-        maps.frequency.exponential_(generator=self._generator)
-        super().scan(maps, *args)
-
-
 class InlineRunner(OverlappedStageRunner):
     """Enqueues as the worker does, on the caller's thread: what happens depends on nothing but the die."""
 
-    def submit(self, batch: PlannedBatch) -> None:
-        self.streams.wait(self.streams.plan, self.streams.record(None))
-        StageRunner.submit(self, batch)
+    def _run_waiting(self) -> None:
+        StageRunner._run_waiting(self)
 
-    def finish(self, batch: PlannedBatch) -> None:
-        StageRunner.finish(self, batch)
-
-    def slots_released(self) -> None:
-        pass
+    def _finish(self, batch: Batch) -> None:
+        StageRunner._finish(self, batch)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from core_helpers import (
     CPU,
+    RandomVictims,
     check_training,
     expected_parts,
-    make_device_pool,
+    make_pool_in_place,
     max_diff,
     planned,
     random_rows,
@@ -23,19 +24,18 @@ from core_helpers import (
 )
 from device_path import KINDS, device_path
 from helpers import Setting, Trainer, check_equal, drain, make_batches, max_abs_diff, with_optimizer
-from simulated_streams import DeferredOps, Device, InlineRunner, RandomVictims, SimulatedStreams
+from simulated_streams import DeferredOps, Device, InlineRunner, SimulatedStreams
 from torch import Tensor
 
-from torchrec_scratchpipe import device_slot_map
-from torchrec_scratchpipe.device_ops import Count
-from torchrec_scratchpipe.device_slot_map import DevicePlan, DeviceSlotMap
+from torchrec_scratchpipe import slot_map
+from torchrec_scratchpipe.batch import Batch, BatchState
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, ScratchpadFullError, StageFailedError
-from torchrec_scratchpipe.eviction import LeastRecentlyUsed
 from torchrec_scratchpipe.host_table import HostTable, PageLockedStorage
 from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.slot_map import CachePlan, SlotMap
+from torchrec_scratchpipe.slot_ops import Count
 from torchrec_scratchpipe.torch_ops import TorchOps
 from torchrec_scratchpipe.triton_ops import TritonOps
 from torchrec_scratchpipe.types import Stage
@@ -53,7 +53,7 @@ def test_same_bits_as_stock(optimizer: type[torch.optim.Optimizer], overlap: boo
     with device_path(kind):
         ours = check_equal(with_optimizer(setting, optimizer), overlap=overlap)
     assert ours.num_victims > num_batches
-    assert all(isinstance(pool.slot_map, DeviceSlotMap) for pool in ours.model.module.ebc.pools)
+    assert all(pool.host_table.is_device_accessible for pool in ours.model.module.ebc.pools)
 
 
 @pytest.mark.parametrize("left_out", [None, "state", "writeback"])
@@ -70,7 +70,7 @@ def test_control_what_is_not_moved_is_noticed(left_out: str | None, monkeypatch:
     monkeypatch.setattr(TorchOps, "move", move_some)
     setting = Setting(num_rows=(200,), dims=(8,))
     batches = make_batches(setting)
-    with device_path("twin"):
+    with device_path("torch"):
         stock, ours = Trainer(setting), Trainer.scratchpipe(setting, overlap=False)
     ours.copy_from(stock)
     stock.train_plain(batches)
@@ -82,7 +82,7 @@ def test_control_what_is_not_moved_is_noticed(left_out: str | None, monkeypatch:
 @pytest.mark.parametrize("runner_class", RUNNERS)
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
 def test_trained_tables_are_exact(runner_class: type[StageRunner], lookahead: int) -> None:
-    pool = make_device_pool(TorchOps())
+    pool = make_pool_in_place(TorchOps())
     stats = check_training(pool, runner_class(CPU), lookahead)
     assert stats.num_batches == 200
     spans = [span for span in pool.counters.spans if span.stage in (Stage.COLLECT, Stage.INSERT)]
@@ -98,7 +98,7 @@ def simulate(
     drop_every: int = 0,
 ) -> list[Tensor]:
     """As `run`, on a device whose streams run in random order; the host runs ahead of it. Returns what was trained."""
-    in_flight: deque[tuple[PlannedBatch, Tensor]] = deque()
+    in_flight: deque[tuple[Batch, Tensor]] = deque()
     remaining = deque(batches)
     trained: list[Tensor] = []
     num_rounds = 0
@@ -111,12 +111,12 @@ def simulate(
             device.run_some()
         num_rounds += 1
         if drop_every and num_rounds % drop_every == 0:
-            in_flight.pop()[0].hold.release()  # the newest, as reset() would
+            runner.release(in_flight.pop()[0])  # the newest, as reset() would
             continue
         batch, rows = in_flight.popleft()
-        slots = batch.wait()
+        slots = runner.wait(batch)
         device.train.work.append(partial(train, pool.scratchpad.parts, slots))
-        batch.hold.release(is_updated=True)
+        runner.release(batch, is_updated=True)
         trained.append(rows)
         device.run_some()
     with runner.between_batches():
@@ -134,7 +134,7 @@ def make_simulation(
 ) -> tuple[Pool, Device, InlineRunner]:
     device = Device(seed, slow)
     streams = SimulatedStreams(device, missing_edges)
-    pool = make_device_pool(DeferredOps(RandomVictims(seed), device), num_slots=num_slots, streams=streams)
+    pool = make_pool_in_place(DeferredOps(RandomVictims(seed), device), num_slots=num_slots, streams=streams)
     if is_certain:  # else Plan waits for the device while slots are few, and little can go wrong
         pool.slot_map._is_certain = lambda num_ids: True
     return pool, device, InlineRunner(CPU, streams)
@@ -206,7 +206,7 @@ def test_slots_of_dropped_batches_are_given_away_when_their_rows_have_moved(
     what: str, is_guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_guarded:
-        monkeypatch.setattr(DeviceSlotMap, "_recycle", _recycle_without_event)
+        monkeypatch.setattr(SlotMap, "_recycle", _recycle_without_event)
     num_wrong = 0
     for seed in range(8):
         pool, device, runner = make_simulation(seed, slow=("fill", "writeback"), num_slots=12)
@@ -217,14 +217,14 @@ def test_slots_of_dropped_batches_are_given_away_when_their_rows_have_moved(
             for batch in dropped:
                 runner.submit(batch)
             for batch in reversed(dropped) if what == "newest first" else dropped:
-                batch.hold.release()
+                runner.release(batch)
             num_ids = 1500 + 100 * index if what == "larger batch" else 4  # more than there is room for
             trained = torch.arange(40, 44).repeat(num_ids)[:num_ids] + index % 10
             batch = planned(pool, trained, runner)
             runner.submit(batch)
-            slots = batch.wait()
+            slots = runner.wait(batch)
             device.train.work.append(partial(train, pool.scratchpad.parts, slots))
-            batch.hold.release(is_updated=True)
+            runner.release(batch, is_updated=True)
             train(table, trained)
         with runner.between_batches():
             pool.flush()
@@ -233,7 +233,7 @@ def test_slots_of_dropped_batches_are_given_away_when_their_rows_have_moved(
     assert (num_wrong == 0) == is_guarded
 
 
-def _recycle_without_event(self: DeviceSlotMap, plan: DevicePlan) -> None:
+def _recycle_without_event(self: SlotMap, plan: CachePlan) -> None:
     if plan.buffers.rows.numel() == self._capacity:
         self._free_buffers.append(plan.buffers)
 
@@ -272,24 +272,23 @@ def test_rows_pass_through_staging_while_there_are_snapshots(monkeypatch: pytest
 
 @pytest.mark.parametrize("runner_class", RUNNERS)
 def test_bad_id_stops_its_batch_alone(runner_class: type[StageRunner]) -> None:
-    pool = make_device_pool(TorchOps(), num_slots=40)
+    pool = make_pool_in_place(TorchOps(), num_slots=40)
     runner = runner_class(CPU)
     batches = random_rows(num_batches=20, ids_per_batch=6)
     expected = expected_parts(pool, batches)
     run(pool, batches[:10], runner, lookahead=2)
     bad, good = planned(pool, torch.tensor([3, 60, 4]), runner), planned(pool, batches[10], runner)
-    bad.may_plan = False
+    runner.see(bad)
+    runner.wait_until_idle()
+    assert bad.state is BatchState.SEEN
     runner.submit(bad)
-    runner.settle()
-    assert bad.is_seen
-    runner.allow(bad)
     runner.submit(good)
     with pytest.raises(IdOutOfRangeError, match=r"table t0: feature f0 has id 60, there are rows \[0, 60\)"):
-        bad.wait()
+        runner.wait(bad)
     with pytest.raises(IdOutOfRangeError):
-        bad.wait()
-    train(pool.scratchpad.parts, good.wait())
-    good.hold.release(is_updated=True)
+        runner.wait(bad)
+    train(pool.scratchpad.parts, runner.wait(good))
+    runner.release(good, is_updated=True)
     run(pool, batches[11:], runner, lookahead=2)
     assert max_diff(expected, pool.host_table.parts) == 0.0
     pool.slot_map.check_integrity()  # no row waits for the bad batch any more
@@ -297,7 +296,7 @@ def test_bad_id_stops_its_batch_alone(runner_class: type[StageRunner]) -> None:
 
 @pytest.mark.parametrize("runner_class", RUNNERS)
 def test_one_batch_too_large_is_an_error_and_nothing_is_lost(runner_class: type[StageRunner]) -> None:
-    pool = make_device_pool(TorchOps(), num_slots=10)
+    pool = make_pool_in_place(TorchOps(), num_slots=10)
     runner = runner_class(CPU)
     batches = random_rows(num_batches=10, ids_per_batch=6)
     expected = expected_parts(pool, batches + batches)
@@ -305,14 +304,14 @@ def test_one_batch_too_large_is_an_error_and_nothing_is_lost(runner_class: type[
     batch = planned(pool, torch.arange(30), runner)
     runner.submit(batch)
     with pytest.raises(ScratchpadFullError, match="one batch needs 30 slots, the scratchpad has 10"):
-        batch.wait()
+        runner.wait(batch)
     run(pool, batches, runner, lookahead=1)
     assert max_diff(expected, pool.host_table.parts) == 0.0
     pool.slot_map.check_integrity()
 
 
 def test_a_move_that_fails_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = make_device_pool(TorchOps())
+    pool = make_pool_in_place(TorchOps())
     runner = OverlappedStageRunner(CPU)
     run(pool, random_rows(num_batches=5, ids_per_batch=6), runner, lookahead=1)
 
@@ -323,19 +322,19 @@ def test_a_move_that_fails_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPat
     batch = planned(pool, torch.arange(40, 50), runner)
     runner.submit(batch)
     with pytest.raises(StageFailedError, match="torn"):
-        batch.wait()
+        runner.wait(batch)
     with pytest.raises(StageFailedError):
         pool.flush()
 
 
 def test_nothing_is_allocated_once_buffers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = make_device_pool(TorchOps(), num_rows=3000, num_slots=1000)
+    pool = make_pool_in_place(TorchOps(), num_rows=3000, num_slots=1000)
     runner = StageRunner(CPU)
     run(pool, random_rows(num_batches=10, ids_per_batch=200, num_rows=3000), runner, lookahead=2)
     num_bytes = pool.slot_map.metadata_bytes
     made: list[int] = []
-    make_buffers = device_slot_map._make_buffers
-    monkeypatch.setattr(device_slot_map, "_make_buffers", lambda *args: made.append(1) or make_buffers(*args))
+    make_buffers = slot_map._make_buffers
+    monkeypatch.setattr(slot_map, "_make_buffers", lambda *args: made.append(1) or make_buffers(*args))
     run(pool, random_rows(num_batches=30, ids_per_batch=200, num_rows=3000, seed=1), runner, lookahead=2)
     assert not made
     assert pool.slot_map.metadata_bytes == num_bytes
@@ -346,17 +345,17 @@ def test_nothing_is_allocated_once_buffers_fit(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_how_a_device_is_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    cuda = torch.device("cuda")
-    ops = ScratchpadOptions().find_device_ops(cuda)
+    cuda, options = torch.device("cuda"), ScratchpadOptions()
+    ops = options.make_slot_ops(cuda)
     assert isinstance(ops, TritonOps)
-    assert isinstance(ScratchpadOptions().make_storage(ops), PageLockedStorage)
-    assert not ScratchpadOptions(host_access="staged").make_storage(ops).is_device_accessible
-    assert not ScratchpadOptions().make_storage(None).is_device_accessible
-    assert ScratchpadOptions().find_device_ops(CPU) is None
-    assert ScratchpadOptions(make_eviction_order=LeastRecentlyUsed).find_device_ops(cuda) is None
-    assert "cannot run on the device" in caplog.text
+    assert isinstance(options.make_storage(cuda, ops), PageLockedStorage)
+    assert not ScratchpadOptions(host_access="staged").make_storage(cuda, ops).is_device_accessible
+    assert isinstance(options.make_slot_ops(CPU), TorchOps)
+    assert not options.make_storage(CPU, TorchOps()).is_device_accessible
     monkeypatch.setitem(sys.modules, "torchrec_scratchpipe.triton_ops", None)
-    assert ScratchpadOptions().find_device_ops(cuda) is None
+    without_triton = options.make_slot_ops(cuda)
+    assert isinstance(without_triton, TorchOps)
+    assert not options.make_storage(cuda, without_triton).is_device_accessible
     assert "Triton cannot be imported" in caplog.text
     with pytest.raises(ConfigError, match="host_access is 'magic', it must be one of direct, staged"):
         ScratchpadOptions(host_access="magic")

@@ -178,7 +178,7 @@ def _check_evaluation_holds_nothing(rank: int) -> None:
     gc.disable()  # on several ranks a graph is part of a cycle, and lives until this runs
     for _ in range(9):
         pipeline.progress(iterator)
-        ours.model.module.ebc.settle()
+        ours.model.module.ebc.wait_until_idle()
         assert all(pool.slot_map.num_batches_in_flight <= 2 for pool in ours.model.module.ebc.pools)
 
 

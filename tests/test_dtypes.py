@@ -23,7 +23,7 @@ from helpers import (
 )
 from torch import nn
 
-from torchrec_scratchpipe import CheckpointManager, LeastRecentlyUsed, scratchpad_stats, warm_start
+from torchrec_scratchpipe import CheckpointManager, scratchpad_stats, warm_start
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "torchrec_scratchpipe").glob("*.py"), *(ROOT / "examples").rglob("*.py")])
@@ -145,7 +145,7 @@ def test_other_input_is_the_same(is_set_later: bool, setting: Setting, dtype: to
 def test_tables_are_saved_loaded_and_started_warm(dtype: torch.dtype, tmp_path: Path) -> None:
     batches = make_batches(SETTING)
     rows = torch.arange(200 * 8, dtype=torch.float32).view(200, 8)
-    options: dict[str, Any] = {"make_eviction_order": LeastRecentlyUsed, "table_dir": str(tmp_path)}
+    options: dict[str, Any] = {"table_dir": str(tmp_path)}
     with default_dtype(dtype):
         stock, ours, again = (
             Trainer(SETTING, make_model=Fp32Model),

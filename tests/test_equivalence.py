@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_helpers import MostRecentlyUsed, RandomOrder
+from core_helpers import MostRecentlyUsed, RandomVictims
 from helpers import (
     CPU,
     Setting,
@@ -23,7 +23,8 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_scratchpipe import stages
-from torchrec_scratchpipe.eviction import EvictionOrder
+from torchrec_scratchpipe.options import ScratchpadOptions
+from torchrec_scratchpipe.torch_ops import TorchOps
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
 SHARDINGS = [
@@ -80,9 +81,10 @@ def test_features_and_tables(setting: Setting) -> None:
     assert (ours.num_victims > 50) == (setting.load_factor < 1.0)
 
 
-@pytest.mark.parametrize("order", [RandomOrder, MostRecentlyUsed])
-def test_eviction_order_decides_no_bits(order: type[EvictionOrder]) -> None:
-    assert check_equal(Setting(), lookahead=3, make_eviction_order=order).num_victims > 100
+@pytest.mark.parametrize("ops", [RandomVictims, MostRecentlyUsed])
+def test_the_choice_of_victims_decides_no_bits(ops: type[TorchOps], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScratchpadOptions, "make_slot_ops", lambda _self, _device: ops())
+    assert check_equal(Setting(), lookahead=3).num_victims > 100
 
 
 def test_memory_mapped_tables(tmp_path: Path) -> None:

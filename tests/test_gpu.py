@@ -16,23 +16,21 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from core_helpers import LAYOUT, expected_parts, max_diff, random_rows
+from core_helpers import LAYOUT, RandomVictims, expected_parts, max_diff, random_rows
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from helpers import Setting, Trainer, check_equal, drain, make_batches, max_abs_diff, run_ranks, with_optimizer
-from simulated_streams import RandomVictims
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_scratchpipe import scratchpad_stats
-from torchrec_scratchpipe.device_batch import DeviceBatch, feature_rows
-from torchrec_scratchpipe.device_ops import DeviceOps, FeatureIds
-from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
+from torchrec_scratchpipe.batch import Batch, FeatureSource, feature_rows
 from torchrec_scratchpipe.host_table import HostTable, PageLockedStorage
-from torchrec_scratchpipe.planned_batch import FeatureSource
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.scratchpad import allocate_scratchpads
+from torchrec_scratchpipe.slot_map import SlotMap
+from torchrec_scratchpipe.slot_ops import FeatureIds, SlotOps
 from torchrec_scratchpipe.triton_ops import TritonOps
 from torchrec_scratchpipe.types import TableSpec
 
@@ -73,7 +71,7 @@ def check_as_equal_as_stock(setting: Setting, **kwargs: Any) -> Trainer:
 def test_optimizers(optimizer: type[torch.optim.Optimizer], overlap: bool, host_access: str) -> None:
     ours = check_as_equal_as_stock(with_optimizer(Setting(), optimizer), overlap=overlap, host_access=host_access)
     pools = ours.model.module.ebc.pools
-    assert all(isinstance(pool.slot_map, DeviceSlotMap) for pool in pools)
+    assert all(isinstance(pool.slot_map.ops, TritonOps) for pool in pools)
     assert all(pool.host_table.is_device_accessible == (host_access == "direct") for pool in pools)
 
 
@@ -114,7 +112,7 @@ def test_where_fbgemm_is_deterministic_the_difference_is_zero() -> None:
 class LateOps:
     """Operations before which their stream sleeps for a random time; victims are random, and listed anew each time."""
 
-    def __init__(self, ops: DeviceOps, seed: int, max_cycles: int = 2_000_000) -> None:
+    def __init__(self, ops: SlotOps, seed: int, max_cycles: int = 2_000_000) -> None:
         self._ops = ops
         self._random = random.Random(seed)
         self._max_cycles = max_cycles
@@ -126,7 +124,7 @@ class LateOps:
             if self._max_cycles and self._random.random() < 0.5:
                 torch.cuda._sleep(self._random.randrange(self._max_cycles))
             if name == "take" and args[-1]:
-                self._ops.unlist(args[0])
+                self._ops.clear_victim_list(args[0])
             if name == "scan":
                 args[0].frequency.exponential_()
             operation(*args)
@@ -134,14 +132,14 @@ class LateOps:
         return run
 
 
-def make_gpu_pool(ops: DeviceOps, runner: StageRunner, num_rows: int = 60, num_slots: int = 30) -> Pool:
+def make_gpu_pool(ops: SlotOps, runner: StageRunner, num_rows: int = 60, num_slots: int = 30) -> Pool:
     host_table = HostTable([TableSpec("t0", num_rows, num_slots / num_rows)], LAYOUT, PageLockedStorage())
     for part in host_table.parts:
         part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(7)))
     host_table.accept_overwrite()
     memory = allocate_scratchpads([LAYOUT], [num_slots], CUDA)
     offsets = host_table.row_offsets
-    slot_map = DeviceSlotMap(num_rows, num_slots, offsets, ops, CUDA, runner.streams)
+    slot_map = SlotMap(num_rows, num_slots, offsets, ops, CUDA, runner.streams)
     return Pool(host_table, memory.scratchpads[0], slot_map)
 
 
@@ -155,9 +153,9 @@ class Lookups:
         self._rows_of_features = feature_rows([pool], self._features, CUDA)
         self._bounds = torch.tensor([0, ids_per_batch], device=CUDA)
 
-    def batch(self, rows: torch.Tensor) -> DeviceBatch:
+    def batch(self, rows: torch.Tensor) -> Batch:
         ids = FeatureIds(rows, self._bounds)
-        return DeviceBatch([self._pool], self._features, ids, self._rows_of_features, self._runner)
+        return Batch([self._pool], self._features, ids, self._rows_of_features, self._runner.release)
 
 
 def train_without_waiting(parts: Sequence[torch.Tensor], slots: torch.Tensor, firsts: torch.Tensor) -> None:
@@ -171,7 +169,7 @@ def train_without_waiting(parts: Sequence[torch.Tensor], slots: torch.Tensor, fi
 def run_on_gpu(pool: Pool, batches: list[torch.Tensor], runner: StageRunner, lookahead: int, delay: int = 0) -> None:
     lookups = Lookups(pool, runner, batches[0].numel())
     firsts = [torch.from_numpy(np.unique(rows.numpy(), return_index=True)[1]).to(CUDA) for rows in batches]
-    in_flight: deque[DeviceBatch] = deque()
+    in_flight: deque[Batch] = deque()
     remaining = deque(rows.to(CUDA) for rows in batches)
     for batch_firsts in firsts:
         while remaining and len(in_flight) <= lookahead:
@@ -179,11 +177,11 @@ def run_on_gpu(pool: Pool, batches: list[torch.Tensor], runner: StageRunner, loo
             runner.submit(batch)
             in_flight.append(batch)
         batch = in_flight.popleft()
-        slots = batch.wait()
+        slots = runner.wait(batch)
         if delay:
             torch.cuda._sleep(random.randrange(delay))
         train_without_waiting(pool.scratchpad.parts, slots, batch_firsts)
-        batch.hold.release(is_updated=True)
+        runner.release(batch, is_updated=True)
     with runner.between_batches():
         pool.flush()
 
@@ -207,7 +205,7 @@ def test_random_victims_and_delays_on_every_stream(seed: int, lookahead: int) ->
 
 @pytest.mark.parametrize(
     ("name", "stage_cycles", "train_cycles"),
-    [("let_current_stream_wait", 20_000_000, 0), ("order_after_trains", 0, 20_000_000)],
+    [("_let_current_stream_wait", 20_000_000, 0), ("_order_after_trains", 0, 20_000_000)],
 )
 def test_control_without_an_event_rows_are_lost(
     name: str, stage_cycles: int, train_cycles: int, monkeypatch: pytest.MonkeyPatch
@@ -273,7 +271,7 @@ def test_stages_never_wait_for_the_device() -> None:
     batches = [rows.to(CUDA) for rows in random_rows(num_batches=40, ids_per_batch=500, num_rows=50_000)]
     lookups = Lookups(pool, runner, 500)
     ones = torch.ones(500, 4, device=CUDA)
-    in_flight: deque[DeviceBatch] = deque()
+    in_flight: deque[Batch] = deque()
 
     def run(some: list[torch.Tensor]) -> None:
         for rows in some:
@@ -282,12 +280,12 @@ def test_stages_never_wait_for_the_device() -> None:
             in_flight.append(batch)
             if len(in_flight) > 2:
                 oldest = in_flight.popleft()
-                pool.scratchpad.parts[0].index_add_(0, oldest.wait(), ones)
-                oldest.hold.release(is_updated=True)
+                pool.scratchpad.parts[0].index_add_(0, runner.wait(oldest), ones)
+                runner.release(oldest, is_updated=True)
 
     run(batches[:20])
-    runner.settle()
-    assert count_waits(lambda: (run(batches[20:]), runner.settle())) == 0
+    runner.wait_until_idle()
+    assert count_waits(lambda: (run(batches[20:]), runner.wait_until_idle())) == 0
     assert pool.slot_map.num_waits == 0
     assert pool.stats().num_victims > 1000
 
@@ -322,11 +320,11 @@ def test_stages_allocate_nothing_per_batch() -> None:
     lookups = Lookups(pool, runner, 500)
     batches = [lookups.batch(some) for some in rows]
 
-    def run(some: list[DeviceBatch]) -> None:
+    def run(some: list[Batch]) -> None:
         for batch in some:
             runner.submit(batch)
-            batch.wait()
-            batch.hold.release(is_updated=True)
+            runner.wait(batch)
+            runner.release(batch, is_updated=True)
 
     run(batches[:10])
     before = torch.cuda.memory_stats()["allocation.all.allocated"]

@@ -83,7 +83,7 @@ def test_growth(setting: Setting, overlap: bool) -> None:
     check_growth(setting, overlap=overlap)
 
 
-@pytest.mark.parametrize("kind", ["twin", "staged"])
+@pytest.mark.parametrize("kind", ["torch"])
 def test_growth_where_the_device_plans(kind: str) -> None:
     with device_path(kind):
         check_growth()
@@ -104,7 +104,7 @@ def cannot_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_module, "allocate_scratchpads", allocate_exactly)
 
 
-@pytest.mark.parametrize("kind", [None, "twin"])
+@pytest.mark.parametrize("kind", [None, "torch"])
 def test_growth_that_moves_the_scratchpad(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     cannot_reserve(monkeypatch)
     if kind is None:

@@ -41,8 +41,7 @@ from torchrec_scratchpipe import (
     ScratchPipeTrainPipeline,
     scratchpad_stats,
 )
-from torchrec_scratchpipe.planned_batch import Hold
-from torchrec_scratchpipe.pool import Pool
+from torchrec_scratchpipe.slot_map import CachePlan, SlotMap
 
 SETTING = Setting(num_batches=30)
 
@@ -413,18 +412,19 @@ def test_failed_lookup_leaves_nothing_behind_for_the_next_forward() -> None:
 
 @pytest.mark.parametrize("is_detached", [False, True])
 def test_reset_waits_for_a_batch_that_is_being_planned(is_detached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between Plan and the hold that will release it, a batch is in flight and nobody's."""
+    """Between Plan and the moment at which the batch has its plan, a batch is in flight and nobody's."""
     _, ours = twins()
     is_planned = threading.Event()
-    add = Hold.add
+    confirm = SlotMap.confirm
 
-    def add_late(hold: Hold, pool: Pool, batch_index: int) -> None:
-        if batch_index == 4:
+    def return_late(slot_map: SlotMap, plan: CachePlan) -> bool:
+        is_confirmed = confirm(slot_map, plan)
+        if plan.batch_index == 4:
             is_planned.set()
             time.sleep(0.2)
-        add(hold, pool, batch_index)
+        return is_confirmed
 
-    monkeypatch.setattr(Hold, "add", add_late)
+    monkeypatch.setattr(SlotMap, "confirm", return_late)
     pipeline = ours.pipeline(lookahead=3)
     pipeline.progress(iter(make_batches(SETTING)))
     is_planned.wait()
@@ -485,7 +485,7 @@ def test_dropped_batches_are_not_fetched() -> None:
     pipeline.reset()
     queue = ours.model.module.ebc._runner._queue
     ours.train_plain(make_batches(setting)[:1])
-    assert not queue._batches
+    assert not queue.waiting()
     assert num_in_flight(ours) == 0
 
 
@@ -533,7 +533,7 @@ def test_reset_with_batches_seen_ahead_delays_none_of_those_that_follow(overlap:
     drain(ours.pipeline(lookahead=2, num_batches_seen_ahead=5), batches[40:60])
     if not overlap:  # on the worker's thread, time decides
         assert scratchpad_stats(ours.model)[0].num_stalls == was_stalled
-        assert not ours.model.module.ebc._runner._submitted
+        assert not ours.model.module.ebc._runner._queue.waiting()
     for pool in ours.model.module.ebc.pools:
         assert not pool.slot_map._seen
 
@@ -549,7 +549,7 @@ def test_flush_finds_rows_that_gave_way_to_a_loss_that_is_kept() -> None:
     train_alike(stock, ours, batches[5:7])
     assert ours.model.state_dict()
     train_alike(stock, ours, batches[7:])
-    assert ours.model.module.ebc.pools[0].slot_map.num_lowered > 0
+    assert ours.model.module.ebc.pools[0].slot_map.num_early_frees > 0
     assert_same_bits(stock, ours)
     assert kept.requires_grad
 

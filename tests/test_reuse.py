@@ -4,11 +4,12 @@
 import numpy as np
 import pytest
 import torch
+from core_helpers import SlotMapOfRows
 
-from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed, LeastRecentlyUsed
 from torchrec_scratchpipe.popularity import zipf_reuse
 from torchrec_scratchpipe.reuse import GAPS, Reuse, ReuseMeter, misses_of_pool
-from torchrec_scratchpipe.slot_map import SlotMap, SlotsHeldError
+from torchrec_scratchpipe.slot_map import SlotsHeldError
+from torchrec_scratchpipe.slot_ops import HALF_LIFE
 
 NUM_ROWS, NUM_IDS = 20_000, 600
 
@@ -31,13 +32,13 @@ def measure(batches: list[np.ndarray], lookahead: int = 2, ahead: int = 0, num_r
 def count_misses(
     batches: list[np.ndarray],
     num_slots: int,
-    order: EvictionOrder,
     lookahead: int,
     ahead: int,
     num_rows: int = NUM_ROWS,
+    half_life: float = HALF_LIFE,
 ) -> np.ndarray:
     """Misses of each batch when a pipeline plans and sees so far ahead."""
-    slot_map = SlotMap(num_rows, num_slots, order)
+    slot_map = SlotMapOfRows(num_rows, num_slots, half_life=half_life)
     rows = [torch.from_numpy(ids) for ids in batches]
     seen: list[int | None] = []
     in_flight: list[int] = []
@@ -55,6 +56,20 @@ def count_misses(
                 slot_map.release(in_flight.pop(0))
         in_flight.append(plan.batch_index)
         misses.append(plan.miss_rows.numel())
+    return np.array(misses)
+
+
+def count_lru(batches: list[np.ndarray], num_slots: int, num_rows: int = NUM_ROWS) -> np.ndarray:
+    """Misses when those rows go whose last use is longest ago."""
+    last_use = np.full(num_rows, -1)  # of resident rows
+    misses = []
+    for now, ids in enumerate(batches):
+        rows = np.unique(ids)
+        misses.append(int((last_use[rows] < 0).sum()))
+        last_use[rows] = now
+        resident = np.flatnonzero(last_use >= 0)
+        oldest_first = resident[np.argsort(last_use[resident], kind="stable")]
+        last_use[oldest_first[: max(0, resident.size - num_slots)]] = -1
     return np.array(misses)
 
 
@@ -97,12 +112,12 @@ def test_misses_are_predicted_within_5_percent_for_any_size(exponent: float, loo
         num_slots = int(load_factor * NUM_ROWS)
         if num_slots < reuse.window(lookahead + 1).max:  # where Plan waits for Train, fewer batches are in flight
             continue
-        misses = count_misses(batches, num_slots, LeastFrequentlyUsed(num_slots), lookahead, ahead)
+        misses = count_misses(batches, num_slots, lookahead, ahead)
         (predicted,) = misses_of_pool([reuse], num_slots)
         assert misses.mean() == pytest.approx(np.average(predicted, weights=reuse.bin_sizes), rel=0.05)
         late = misses[int(reuse.bin_sizes[: len(reuse.bin_sizes) // 2].sum()) :].mean()
         assert late == pytest.approx(second_half(reuse, predicted), rel=0.05)
-        lru = count_misses(batches, num_slots, LeastRecentlyUsed(num_slots), 0, 0)
+        lru = count_lru(batches, num_slots)
         (predicted,) = misses_of_pool([reuse], num_slots, "lru")
         assert lru.mean() == pytest.approx(np.average(predicted, weights=reuse.bin_sizes), rel=0.05)
         assert misses.mean() <= lru.mean()
@@ -117,16 +132,16 @@ def test_all_that_can_be_seen_ahead_of_a_small_scratchpad_is_predicted(ahead: in
     reuse = measure(batches, 1, ahead)
     (predicted,) = misses_of_pool([reuse], 4086)
     half = int(reuse.bin_sizes[: len(reuse.bin_sizes) // 2].sum())
-    counted = count_misses(batches, 4086, LeastFrequentlyUsed(4086), 1, ahead)[half:].mean()
+    counted = count_misses(batches, 4086, 1, ahead)[half:].mean()
     assert counted == pytest.approx(second_half(reuse, predicted), rel=0.05)
-    unseen = count_misses(batches, 4086, LeastFrequentlyUsed(4086), 1, 0)[half:].mean()
+    unseen = count_misses(batches, 4086, 1, 0)[half:].mean()
     assert ahead < 19 or unseen > 1.15 * counted
 
 
 def test_tables_that_share_slots_are_predicted_together() -> None:
     small, large = zipf_batches(1.2, num_rows=3000), zipf_batches(0.8, seed=1)
     together = [np.concatenate([a, b + 3000]) for a, b in zip(small, large, strict=True)]
-    misses = count_misses(together, 4000, LeastFrequentlyUsed(4000), 2, 0, num_rows=3000 + NUM_ROWS)
+    misses = count_misses(together, 4000, 2, 0, num_rows=3000 + NUM_ROWS)
     reuses = [measure(small, num_rows=3000), measure(large)]
     predicted = np.sum(misses_of_pool(reuses, 4000), axis=0)
     assert misses.mean() == pytest.approx(np.average(predicted, weights=reuses[0].bin_sizes), rel=0.05)
@@ -136,9 +151,8 @@ def test_a_popularity_shift_is_followed() -> None:
     before, after = zipf_batches(1.05, 400, seed=1), zipf_batches(1.05, 400, seed=2)
     misses = {}
     for name, half_life in {"aged": 50.0, "never aged": 1e9}.items():
-        order = LeastFrequentlyUsed(1000, half_life)
-        misses[name] = count_misses(before + after, 1000, order, 2, 0)[450:].mean()
-    misses["lru"] = count_misses(before + after, 1000, LeastRecentlyUsed(1000), 2, 0)[450:].mean()
+        misses[name] = count_misses(before + after, 1000, 2, 0, half_life=half_life)[450:].mean()
+    misses["lru"] = count_lru(before + after, 1000)[450:].mean()
     assert misses["aged"] < misses["lru"]
     assert misses["aged"] < 0.97 * misses["never aged"], misses
 
@@ -164,7 +178,7 @@ def test_the_optimum_is_no_worse_than_belady_and_belady_no_worse_than_ours() -> 
     for num_slots in (1000, 4000):
         belady = count_belady(batches, num_slots).mean()
         assert np.average(misses_of_pool([reuse], num_slots, "optimum")[0], weights=reuse.bin_sizes) < 1.02 * belady
-        assert belady < count_misses(batches, num_slots, LeastFrequentlyUsed(num_slots), 0, 14).mean()
+        assert belady < count_misses(batches, num_slots, 0, 14).mean()
 
 
 def test_windows_are_counted_exactly() -> None:

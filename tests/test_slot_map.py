@@ -5,56 +5,52 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from core_helpers import DeviceSlotMapOfRows, MostRecentlyUsed, RandomOrder, random_rows
+from core_helpers import LeastRecentlyUsed, MostRecentlyUsed, PlannedRows, RandomVictims, SlotMapOfRows, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchrec_scratchpipe.eviction import (
-    SAMPLE_SIZE,
+from torchrec_scratchpipe.slot_map import SlotsHeldError
+from torchrec_scratchpipe.slot_ops import (
+    NUM_BINS,
     WINDOW_BITS,
-    EvictionOrder,
-    LeastFrequentlyUsed,
-    LeastRecentlyUsed,
+    WINDOW_MASK,
+    Count,
+    PlanBuffers,
+    SlotMaps,
+    SlotOps,
+    State,
 )
-from torchrec_scratchpipe.slot_map import SlotMap, SlotsHeldError
 from torchrec_scratchpipe.torch_ops import TorchOps
 from torchrec_scratchpipe.triton_ops import TritonOps
-from torchrec_scratchpipe.types import CachePlan
 
 NUM_ROWS, NUM_SLOTS = 30, 12
-ORDERS = [LeastFrequentlyUsed, LeastRecentlyUsed, RandomOrder, MostRecentlyUsed]
+VICTIMS = [TorchOps, RandomVictims, MostRecentlyUsed, LeastRecentlyUsed]
 
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
-    """Steps: see or plan some rows, release the oldest or the newest batch, undo the newest plan, purge, forget, ..."""
+    """Steps: see or plan some rows, release the oldest or the newest batch, undo the plan that was just made, purge, forget, ..."""
     releases = ["release", "release", "release newest", "undo", "purge"]
     kinds = st.sampled_from(["plan", "plan", "see", "see", "plan seen", "plan seen", "forget", *releases])
     rows = st.lists(st.integers(0, NUM_ROWS - 1), max_size=7) | st.lists(st.integers(0, NUM_ROWS - 1), max_size=16)
     return draw(st.lists(st.tuples(kinds, rows), max_size=40))
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ops", VICTIMS)
 @settings(max_examples=150, deadline=None)
 @given(stream=streams())
-def test_laws(order: type[EvictionOrder], stream: list[tuple[str, list[int]]]) -> None:
-    check_laws(SlotMap(NUM_ROWS, NUM_SLOTS, order(NUM_SLOTS)), stream)
-
-
-@settings(max_examples=150, deadline=None)
-@given(stream=streams())
-def test_laws_of_device_slot_map(stream: list[tuple[str, list[int]]]) -> None:
-    check_laws(DeviceSlotMapOfRows(NUM_ROWS, NUM_SLOTS, TorchOps()), stream)
+def test_laws(ops: type[SlotOps], stream: list[tuple[str, list[int]]]) -> None:
+    check_laws(SlotMapOfRows(NUM_ROWS, NUM_SLOTS, ops()), stream)
 
 
 @settings(max_examples=15, deadline=None)
 @given(stream=streams())
-def test_laws_of_device_slot_map_in_triton(stream: list[tuple[str, list[int]]]) -> None:
-    check_laws(DeviceSlotMapOfRows(NUM_ROWS, NUM_SLOTS, TritonOps()), stream)
+def test_laws_in_triton(stream: list[tuple[str, list[int]]]) -> None:
+    check_laws(SlotMapOfRows(NUM_ROWS, NUM_SLOTS, TritonOps()), stream)
 
 
-def check_laws(slot_map: SlotMap | DeviceSlotMapOfRows, stream: list[tuple[str, list[int]]]) -> None:
+def check_laws(slot_map: SlotMapOfRows, stream: list[tuple[str, list[int]]]) -> None:
     in_flight: OrderedDict[int, dict[int, int]] = OrderedDict()
     newest_plan = None
     ahead: dict[int, list[int]] = {}
@@ -69,23 +65,23 @@ def check_laws(slot_map: SlotMap | DeviceSlotMapOfRows, stream: list[tuple[str, 
                 ahead[seen] = rows
         elif kind == "forget" and ahead:
             seen, rows = ahead.popitem()
-            slot_map.forget(seen, torch.tensor(rows, dtype=torch.int64))
-            slot_map._forget()  # as the next see() or plan() would
+            slot_map.unsee(seen, torch.tensor(rows, dtype=torch.int64))
+            slot_map._take_back_sightings()  # as the next see() or plan() would
         elif kind.startswith("plan"):
             ids = torch.tensor(rows, dtype=torch.int64)
-            row_to_slot = slot_map._row_to_slot.clone()
+            row_to_slot = slot_map.maps.row_to_slot.clone()
             held = {slot for slots in in_flight.values() for slot in slots.values()}
             cache_plan = _plan_or_none(slot_map, ids, seen)
             if cache_plan is None:  # refused, and rightly so: no row has moved, and there was no room
-                assert torch.equal(row_to_slot, slot_map._row_to_slot)
+                assert torch.equal(row_to_slot, slot_map.maps.row_to_slot)
                 assert len(set(rows).union(*in_flight.values())) > NUM_SLOTS
+                newest_plan = None
                 continue
             newest_plan, before = cache_plan, row_to_slot
             ahead.pop(seen, None)
             assert torch.equal(slot_map.rows_in(newest_plan.slots), ids)
             assert not held & set(newest_plan.victim_slots.tolist())
             assert len(set(newest_plan.miss_slots.tolist())) == newest_plan.miss_slots.numel()
-            assert set(newest_plan.unique_slots.tolist()) == set(newest_plan.slots.tolist())
             assert set(newest_plan.victim_slots.tolist()) <= set(newest_plan.miss_slots.tolist())
             in_flight[newest_plan.batch_index] = dict(zip(rows, newest_plan.slots.tolist(), strict=True))
         elif kind == "release" and in_flight:
@@ -94,7 +90,7 @@ def check_laws(slot_map: SlotMap | DeviceSlotMapOfRows, stream: list[tuple[str, 
             slot_map.release(in_flight.popitem(last=True)[0])
         elif kind == "undo" and newest_plan is not None and newest_plan.batch_index in in_flight:
             slot_map.undo(newest_plan)
-            assert torch.equal(before.clamp(min=-1), slot_map._row_to_slot.clamp(min=-1))
+            assert torch.equal(before.clamp(min=-1), slot_map.maps.row_to_slot.clamp(min=-1))
             del in_flight[newest_plan.batch_index]
             newest_plan = None
         elif kind == "purge" and not in_flight:
@@ -102,8 +98,6 @@ def check_laws(slot_map: SlotMap | DeviceSlotMapOfRows, stream: list[tuple[str, 
             assert slot_map.count_resident_rows() == 0
             newest_plan = None
         slot_map.check_integrity()
-        if isinstance(slot_map, SlotMap):
-            check_uses(slot_map)
         check_uses_ahead(slot_map, ahead)
         for slots in in_flight.values():  # held rows stay where they were promised to be
             for row, slot in slots.items():
@@ -111,23 +105,13 @@ def check_laws(slot_map: SlotMap | DeviceSlotMapOfRows, stream: list[tuple[str, 
     assert (slot_map.num_batches_in_flight == 0) == (len(in_flight) == 0)
 
 
-def check_uses(slot_map: SlotMap) -> None:
-    """Every occupied slot is on the list of its newest batch, once: else it would never be a victim, or be two rows' slot."""
-    order = slot_map._eviction_order
-    if isinstance(order, LeastRecentlyUsed):
-        last_use = slot_map._last_use
-        live = [slots[last_use[slots] == batch_index] for batch_index, slots in order._uses]
-        occupied = (slot_map._slot_to_row >= 0).nonzero().view(-1).tolist()
-        assert sorted(torch.cat(live).tolist() if live else []) == occupied
-
-
-def test_hits_are_noted_once_when_slots_of_released_batches_are_let_go() -> None:
-    slot_map = SlotMap(100, 6, LeastRecentlyUsed(6))
+def test_slots_of_batches_released_out_of_order_are_given_away_once() -> None:
+    slot_map = SlotMapOfRows(100, 6)
     slot_map.plan(torch.tensor([0, 1]))  # stays in flight while later ones are released
     for rows in ([2, 3], [4, 5]):
         slot_map.release(slot_map.plan(torch.tensor(rows)).batch_index)
     plan = slot_map.plan(torch.tensor([4, 10, 11]))  # a hit, and misses that need what the released ones held
-    check_uses(slot_map)
+    assert slot_map.num_early_frees == 1
     slot_map.release(1)
     slot_map.release(plan.batch_index)
     slots = slot_map.plan(torch.arange(20, 26)).miss_slots
@@ -135,43 +119,26 @@ def test_hits_are_noted_once_when_slots_of_released_batches_are_let_go() -> None
     slot_map.check_integrity()
 
 
-def check_uses_ahead(slot_map: SlotMap, ahead: dict[int, list[int]]) -> None:
+def check_uses_ahead(slot_map: SlotMapOfRows, ahead: dict[int, list[int]]) -> None:
     """Every row, resident or not, knows the batches seen ahead that will use it, and no others."""
-    row_to_slot = slot_map._row_to_slot
+    row_to_slot = slot_map.maps.row_to_slot
     slots = row_to_slot.clamp(min=0).long()
-    uses = torch.where(row_to_slot < 0, (-1 - row_to_slot) % (1 << WINDOW_BITS), slot_map._uses_ahead[slots])
+    uses = torch.where(row_to_slot < 0, (-1 - row_to_slot) % (1 << WINDOW_BITS), slot_map.maps.uses_ahead[slots])
     expected = [
         sum(1 << (seen % WINDOW_BITS) for seen, rows in ahead.items() if row in rows) for row in range(NUM_ROWS)
     ]
     assert expected == uses.tolist()
 
 
-def _plan_or_none(slot_map: SlotMap, ids: Tensor, seen: int | None) -> CachePlan | None:
+def _plan_or_none(slot_map: SlotMapOfRows, ids: Tensor, seen: int | None) -> PlannedRows | None:
     try:
         return slot_map.plan(ids, seen)
     except SlotsHeldError:
         return None
 
 
-def test_least_recently_used_is_exact() -> None:
-    slot_map = SlotMap(60, 20, LeastRecentlyUsed(20))
-    used_at: dict[int, int] = {}  # of resident rows
-    num_victims = 0
-    for rows in random_rows(num_batches=300, ids_per_batch=9):
-        plan = slot_map.plan(rows)
-        victims = plan.victim_rows.tolist()
-        ages = sorted(batch for row, batch in used_at.items() if row not in rows.tolist())
-        assert sorted(used_at[row] for row in victims) == ages[: len(victims)]
-        for row in victims:
-            del used_at[row]
-        used_at |= dict.fromkeys(rows.tolist(), plan.batch_index)
-        num_victims += len(victims)
-        slot_map.release(plan.batch_index)
-    assert num_victims > 500
-
-
 def test_rows_seen_ahead_stay_and_the_least_often_used_go() -> None:
-    slot_map = SlotMap(100, 4)
+    slot_map = SlotMapOfRows(100, 4)
     for rows in ([0, 1, 2, 3], [2, 3], [2, 3]):
         slot_map.release(slot_map.plan(torch.tensor(rows)).batch_index)
     assert slot_map.see(torch.tensor([0])) is not None
@@ -185,18 +152,17 @@ def test_rows_seen_ahead_stay_and_the_least_often_used_go() -> None:
 
 
 def test_frequencies_age() -> None:
-    order = LeastFrequentlyUsed(4, half_life=4)
-    slot_map = SlotMap(100, 4, order)
+    slot_map = SlotMapOfRows(100, 4, half_life=4)
     for _ in range(20):
         slot_map.release(slot_map.plan(torch.tensor([0, 1])).batch_index)
     for _ in range(200):  # float32 would not hold 2 ** 200 / 4 half lives
         slot_map.release(slot_map.plan(torch.tensor([2, 3])).batch_index)
     assert {0, 1} == set(slot_map.plan(torch.tensor([4, 5])).victim_rows.tolist())
-    assert order._origin > 0
+    assert slot_map._origin > 0
 
 
 def test_no_more_batches_are_seen_than_a_row_can_note() -> None:
-    slot_map = SlotMap(60, 20)
+    slot_map = SlotMapOfRows(60, 20)
     rows = torch.tensor([1, 2])
     seen = [slot_map.see(rows) for _ in range(WINDOW_BITS + 2)]
     assert seen[WINDOW_BITS:] == [None, None]
@@ -205,9 +171,9 @@ def test_no_more_batches_are_seen_than_a_row_can_note() -> None:
     slot_map.check_integrity()
 
 
-def test_victims_from_a_threshold_are_among_the_least_often_used() -> None:
-    num_slots = 4 * SAMPLE_SIZE
-    slot_map = SlotMap(2 * num_slots, num_slots)
+def test_victims_are_among_the_least_often_used() -> None:
+    num_slots = 32_768
+    slot_map = SlotMapOfRows(2 * num_slots, num_slots)
     rows = torch.randperm(2 * num_slots, generator=torch.Generator().manual_seed(3))
     resident, absent = rows.split(num_slots)
     for num_used in (num_slots, num_slots // 2, num_slots // 4):  # three quarters are used once or twice
@@ -216,20 +182,22 @@ def test_victims_from_a_threshold_are_among_the_least_often_used() -> None:
     assert set(resident[num_slots // 2 :].tolist()) == set(victims.tolist())
 
 
-def test_uses_of_long_runs_do_not_pile_up() -> None:
-    order = LeastRecentlyUsed(20)
-    slot_map = SlotMap(60, 20, order)
-    for rows in random_rows(num_batches=500, ids_per_batch=6):
-        slot_map.release(slot_map.plan(rows).batch_index)
-        assert order._num_uses <= 2 * 20 + 6
-    assert sum(slots.numel() for _, slots in order._uses) == order._num_uses
-    for _ in range(1000):
-        slot_map.release(slot_map.plan(torch.empty(0, dtype=torch.int64)).batch_index)
-    assert len(order._uses) < 100
+def test_a_list_that_is_spent_in_part_serves_the_next_batch() -> None:
+    slot_map = SlotMapOfRows(10_000, 3200)
+    slot_map.release(slot_map.plan(torch.arange(3200)).batch_index)
+    victims = []
+    for start in range(3200, 3800, 50):
+        victims.append(slot_map.plan(torch.arange(start, start + 50)).victim_rows)
+        slot_map.release(slot_map.next_batch - 1)
+    state = slot_map.maps.state.tolist()
+    assert torch.cat(victims).unique().numel() == 600
+    assert 0 < state[State.LIST_HEAD] <= state[State.LIST_LENGTH]
+    assert state[State.THRESHOLD] < NUM_BINS
+    slot_map.check_integrity()
 
 
 def test_release_is_idempotent_and_takes_any_order() -> None:
-    slot_map = SlotMap(60, 20)
+    slot_map = SlotMapOfRows(60, 20)
     plans = [slot_map.plan(rows) for rows in random_rows(num_batches=3, ids_per_batch=4)]
     slot_map.release(plans[1].batch_index)
     assert slot_map.num_batches_in_flight == 3
@@ -243,14 +211,15 @@ def test_release_is_idempotent_and_takes_any_order() -> None:
 
 @pytest.mark.parametrize("num_seen_ahead", [0, 8])
 @pytest.mark.parametrize("exponent", [0.8, 1.2])
-def test_the_device_chooses_victims_as_well_as_the_host(exponent: float, num_seen_ahead: int) -> None:
+def test_bins_choose_victims_as_well_as_an_exact_order_would(exponent: float, num_seen_ahead: int) -> None:
     generator = torch.Generator().manual_seed(0)
     num_rows, num_slots, num_batches = 20_000, 3_000, 400
     weights = torch.arange(1, num_rows + 1).float() ** -exponent
     rows = torch.randperm(num_rows, generator=generator)
     batches = [rows[torch.multinomial(weights, 500, replacement=True, generator=generator)] for _ in range(num_batches)]
     num_misses = []
-    for slot_map in (SlotMap(num_rows, num_slots), DeviceSlotMapOfRows(num_rows, num_slots, TorchOps())):
+    for ops in (ExactOrder(), TorchOps()):
+        slot_map = SlotMapOfRows(num_rows, num_slots, ops)
         misses, seen = 0, [slot_map.see(ids) for ids in batches[:num_seen_ahead]]
         for index, ids in enumerate(batches):
             ahead = index + num_seen_ahead
@@ -262,3 +231,23 @@ def test_the_device_chooses_victims_as_well_as_the_host(exponent: float, num_see
         num_misses.append(misses)
     assert num_misses[1] == pytest.approx(num_misses[0], rel=0.02)
     assert num_misses[0] > 5_000
+
+
+class ExactOrder(TorchOps):
+    """Lists as many slots as are wanted, in the exact order of their frequency or of their next use."""
+
+    def scan(self, maps: SlotMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
+        counts = buffers.counts.tolist()
+        missing = counts[Count.MISSES] - counts[Count.FROM_FREE] - counts[Count.VICTIMS]
+        if missing <= 0:
+            return
+        uses = maps.uses_ahead[:-1].long()
+        in_order = ((uses >> next_bit) | (uses << (WINDOW_BITS - next_bit))) & WINDOW_MASK
+        next_use = (in_order & -in_order).double()
+        order = torch.where(next_use > 0, 1e30 / next_use.clamp(min=1), maps.frequency.double())
+        order[(maps.last_use < 0) | (maps.last_use >= first_held)] = torch.inf
+        lowest, slots = order.sort(stable=True)
+        slots = slots[: min(max(missing, num_wanted), int((lowest < torch.inf).sum()))]
+        maps.listed[: slots.numel()] = slots.int()
+        maps.listed_last_use[: slots.numel()] = maps.last_use[slots]
+        maps.state[State.LIST_HEAD], maps.state[State.LIST_LENGTH] = 0, slots.numel()

@@ -10,7 +10,7 @@ import torch
 from core_helpers import (
     CPU,
     MostRecentlyUsed,
-    RandomOrder,
+    RandomVictims,
     UnguardedSlotMap,
     check_training,
     expected_parts,
@@ -21,6 +21,7 @@ from core_helpers import (
     run,
     train,
 )
+from torch import Tensor
 
 from torchrec_scratchpipe import stages
 from torchrec_scratchpipe.errors import (
@@ -29,25 +30,26 @@ from torchrec_scratchpipe.errors import (
     StageFailedError,
     TableOverwrittenError,
 )
-from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed, LeastRecentlyUsed
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
-from torchrec_scratchpipe.stages import collect, exchange, insert, plan
+from torchrec_scratchpipe.slot_map import CachePlan
+from torchrec_scratchpipe.stages import collect, exchange, insert, plan_rows
+from torchrec_scratchpipe.torch_ops import TorchOps, rows_of_ids
 from torchrec_scratchpipe.types import StagedRows
 
 RUNNERS = [StageRunner, OverlappedStageRunner]
-ORDERS = [LeastFrequentlyUsed, LeastRecentlyUsed, RandomOrder, MostRecentlyUsed]
+VICTIMS = [TorchOps, RandomVictims, MostRecentlyUsed]
 
 
 @pytest.mark.parametrize("runner_class", RUNNERS)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ops", VICTIMS)
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
-def test_trained_tables_are_exact(runner_class: type[StageRunner], order: type[EvictionOrder], lookahead: int) -> None:
-    check_training(make_pool(eviction_order=order(20)), runner_class(CPU), lookahead)
+def test_trained_tables_are_exact(runner_class: type[StageRunner], ops: type[TorchOps], lookahead: int) -> None:
+    check_training(make_pool(ops=ops()), runner_class(CPU), lookahead)
 
 
-@pytest.mark.parametrize("order", [RandomOrder, MostRecentlyUsed])
-def test_hazards_1_and_3_without_hold_rows_are_lost(order: type[EvictionOrder]) -> None:
-    pool = make_pool(eviction_order=order(20), slot_map_class=UnguardedSlotMap)
+@pytest.mark.parametrize("ops", [RandomVictims, MostRecentlyUsed])
+def test_hazards_1_and_3_without_hold_rows_are_lost(ops: type[TorchOps]) -> None:
+    pool = make_pool(ops=ops(), slot_map_class=UnguardedSlotMap)
     batches = random_rows(num_batches=200, ids_per_batch=6)
     expected = expected_parts(pool, batches)
     run(pool, batches, StageRunner(CPU), lookahead=2)
@@ -57,21 +59,29 @@ def test_hazards_1_and_3_without_hold_rows_are_lost(order: type[EvictionOrder]) 
 
 @pytest.mark.parametrize("is_guarded", [True, False])
 def test_hazard_2_collect_must_not_pass_the_insert_before_it(is_guarded: bool) -> None:
-    pool = make_pool(eviction_order=MostRecentlyUsed(20))
+    pool = make_pool(ops=MostRecentlyUsed())
+    runner = StageRunner(CPU)
     batches = random_rows(num_batches=200, ids_per_batch=6)
     expected = expected_parts(pool, batches)
+
+    def plan(rows: Tensor) -> CachePlan:
+        pool.slot_map.take_in_releases()
+        cache_plan = plan_rows(planned(pool, rows, runner), 0.0)
+        assert pool.slot_map.confirm(cache_plan)
+        return cache_plan
+
     for first, second in zip(batches[::2], batches[1::2], strict=True):
-        plans = [plan(pool, first, [6])]
-        staged = [_copied(collect(pool, plans[0]))]
+        plans = [plan(first)]
+        staged = [_copied(collect(pool, plans[0].moves()))]
         if is_guarded:
-            insert(pool, plans[0], exchange(pool, staged[0]))
-        plans.append(plan(pool, second, [6]))
-        staged.append(_copied(collect(pool, plans[1])))
+            insert(pool, plans[0].moves(), exchange(pool, staged[0]))
+        plans.append(plan(second))
+        staged.append(_copied(collect(pool, plans[1].moves())))
         if not is_guarded:
-            insert(pool, plans[0], exchange(pool, staged[0]))
-        insert(pool, plans[1], exchange(pool, staged[1]))
+            insert(pool, plans[0].moves(), exchange(pool, staged[0]))
+        insert(pool, plans[1].moves(), exchange(pool, staged[1]))
         for cache_plan in plans:
-            train(pool.scratchpad.parts, cache_plan.slots)
+            train(pool.scratchpad.parts, cache_plan.slots[: cache_plan.num_ids])
             pool.note_update()
             pool.slot_map.release(cache_plan.batch_index)
     pool.flush()
@@ -96,13 +106,14 @@ def test_hazard_4_train_waits_for_insert(monkeypatch: pytest.MonkeyPatch) -> Non
     rows = torch.arange(6)
     batch = planned(pool, rows, runner)
     runner.submit(batch)
-    assert not batch.done.wait(timeout=0.2)
+    time.sleep(0.2)
+    assert batch.is_pending
     # Without the wait, Train would find slots that are promised but not filled.
-    promised = pool.slot_map._row_to_slot[rows].long()
+    promised = pool.slot_map.maps.row_to_slot[rows].long()
     assert int((promised >= 0).sum()) == 6
     assert max_diff([pool.scratchpad.parts[0][promised]], [pool.host_table.parts[0][rows]]) > 1e-3
     may_insert.set()
-    slots = batch.wait()
+    slots = runner.wait(batch)
     assert torch.equal(pool.scratchpad.parts[0][slots], pool.host_table.parts[0][rows])
     assert pool.stats().num_stalls == 1
 
@@ -145,8 +156,8 @@ def test_hazard_6_planned_batches_train_what_was_loaded(is_guarded: bool, monkey
         part.fill_(5.0)
     expected = expected_parts(pool, batches[10:])
     for batch in in_flight:
-        train(pool.scratchpad.parts, batch.wait())
-        batch.hold.release(is_updated=True)
+        train(pool.scratchpad.parts, runner.wait(batch))
+        runner.release(batch, is_updated=True)
     run(pool, batches[12:], runner, lookahead=2)
     assert (max_diff(expected, pool.host_table.parts) == 0.0) == is_guarded
 
@@ -157,22 +168,22 @@ def test_hazard_6_slots_released_while_tables_are_overwritten_do_not_wake_the_wo
     runner = OverlappedStageRunner(CPU)
     first, second = (planned(pool, torch.arange(start, start + 7), runner) for start in (0, 5))
     runner.submit(first)
-    slots = first.wait()
+    slots = runner.wait(first)
     runner.submit(second)  # has to wait for slots that the first one holds
     if is_guarded:
-        runner.suspend()
+        runner.pause()
     else:
-        runner.settle()
+        runner.wait_until_idle()
     with runner.between_batches():
         pool.purge()
     # A graph that is collected only now lets go of its slots.
-    first.hold.release()
+    runner.release(first)
     time.sleep(0.1)
     for part in pool.host_table.parts:
         part.data.fill_(5.0)  # which leaves no trace in the tensor's version
     del slots
-    assert second.done.is_set() == (not is_guarded)
-    second_slots = second.wait()
+    assert second.is_pending == is_guarded
+    second_slots = runner.wait(second)
     is_fresh = bool((pool.scratchpad.parts[0][second_slots] == 5.0).all())
     assert is_fresh == is_guarded
 
@@ -182,8 +193,8 @@ def test_hazard_6_a_ready_batch_waits_while_the_worker_reads_rows_anew(monkeypat
     runner = OverlappedStageRunner(CPU)
     first, second = (planned(pool, torch.arange(start, start + 7), runner) for start in (0, 20))
     runner.submit(first)
-    runner.settle()
-    runner.suspend()
+    runner.wait_until_idle()
+    runner.pause()
     with runner.between_batches():
         pool.flush()
     for part in pool.host_table.parts:
@@ -198,7 +209,7 @@ def test_hazard_6_a_ready_batch_waits_while_the_worker_reads_rows_anew(monkeypat
     monkeypatch.setattr(pool, "refresh", refresh_late)
     runner.submit(second)
     is_refreshing.wait()
-    assert bool((pool.scratchpad.parts[0][first.wait()] == 5.0).all())
+    assert bool((pool.scratchpad.parts[0][runner.wait(first)] == 5.0).all())
 
 
 @pytest.mark.parametrize("is_batch_trained_since", [False, True])
@@ -211,19 +222,19 @@ def test_hazard_6_a_table_that_is_written_in_place_is_noticed(is_batch_trained_s
     if is_batch_trained_since:
         batch = planned(pool, batches[8], runner)
         runner.submit(batch)
-        train(pool.scratchpad.parts, batch.wait())
-        batch.hold.release(is_updated=True)
+        train(pool.scratchpad.parts, runner.wait(batch))
+        runner.release(batch, is_updated=True)
     with torch.no_grad():
         pool.host_table.table_parts(0)[0][3:20].mul_(2.0)
     batch = planned(pool, batches[9], runner)
     runner.submit(batch)
     if is_batch_trained_since:  # its rows are newer in the scratchpad, and would be lost
         with pytest.raises(TableOverwrittenError, match=r"Take a state_dict\(\) right before you write"):
-            batch.wait()
+            runner.wait(batch)
         return
     expected = expected_parts(pool, batches[9:])
-    train(pool.scratchpad.parts, batch.wait())
-    batch.hold.release(is_updated=True)
+    train(pool.scratchpad.parts, runner.wait(batch))
+    runner.release(batch, is_updated=True)
     run(pool, batches[10:], runner, lookahead=2)
     pool.flush()
     assert max_diff(expected, pool.host_table.parts) == 0.0
@@ -240,7 +251,7 @@ def test_int32_ids_are_widened_before_the_row_offset_is_added(monkeypatch: pytes
     pool = make_pool()
     monkeypatch.setattr(pool.host_table, "row_offsets", [3_000_000_000])
     batch = planned(pool, torch.tensor([5, 6], dtype=torch.int32), StageRunner(CPU))
-    assert batch._ids_of_pools()[0].tolist() == [3_000_000_005, 3_000_000_006]
+    assert rows_of_ids(*batch.pool_ids[0]).tolist() == [3_000_000_005, 3_000_000_006]
 
 
 def test_purge_keeps_what_was_trained() -> None:
@@ -251,8 +262,8 @@ def test_purge_keeps_what_was_trained() -> None:
     for rows in batches:
         batch = planned(pool, rows, runner)
         runner.submit(batch)
-        train(pool.scratchpad.parts, batch.wait())
-        batch.hold.release(is_updated=True)
+        train(pool.scratchpad.parts, runner.wait(batch))
+        runner.release(batch, is_updated=True)
     pool.purge()
     assert max_diff(expected, pool.host_table.parts) == 0.0
 
@@ -278,7 +289,7 @@ def test_one_batch_too_large_is_an_error_and_nothing_is_lost(runner_class: type[
     runner.submit(batch)
     message = r"pool of table t0 \(dim 4\): one batch needs 30 slots, the scratchpad has 10. Raise load_factor to at"
     with pytest.raises(ScratchpadFullError, match=message):
-        batch.wait()
+        runner.wait(batch)
     assert pool.slot_map.num_batches_in_flight == 0
     run(pool, batches, runner, lookahead=1)
     assert max_diff(expected, pool.host_table.parts) == 0.0
@@ -290,19 +301,19 @@ def test_slots_held_by_others_are_an_error_not_a_deadlock(runner_class: type[Sta
     runner = runner_class(CPU)
     first = planned(pool, torch.arange(8), runner)
     runner.submit(first)
-    first.wait()
+    runner.wait(first)
     blocked = planned(pool, torch.arange(20, 28), runner)
     runner.submit(blocked)
     urgent = planned(pool, torch.arange(8, 10), runner)  # fits beside the first; must not queue behind the blocked one
     runner.submit(urgent)
-    assert urgent.wait().numel() == 2
+    assert runner.wait(urgent).numel() == 2
     with pytest.raises(ScratchpadFullError, match="all but 0 are held by batches since the oldest"):
-        blocked.wait()
-    first.hold.release()
-    urgent.hold.release()
+        runner.wait(blocked)
+    runner.release(first)
+    runner.release(urgent)
     again = planned(pool, torch.arange(20, 28), runner)
     runner.submit(again)
-    assert again.wait().numel() == 8
+    assert runner.wait(again).numel() == 8
 
 
 @pytest.mark.parametrize("bad_id", [-1, 60])
@@ -312,7 +323,7 @@ def test_id_out_of_range_names_table_id_and_range(bad_id: int) -> None:
     batch = planned(pool, torch.tensor([3, bad_id]), runner)
     runner.submit(batch)
     with pytest.raises(IdOutOfRangeError, match=rf"table t0: feature f0 has id {bad_id}, there are rows \[0, 60\)"):
-        batch.wait()
+        runner.wait(batch)
     assert pool.slot_map.num_batches_in_flight == 0
     assert pool.stats().num_resident_rows == 0
 
@@ -331,7 +342,7 @@ def test_failure_in_collect_takes_the_plan_back(monkeypatch: pytest.MonkeyPatch)
     batches = random_rows(num_batches=20, ids_per_batch=6)
     expected = expected_parts(pool, batches + batches)
     run(pool, batches, runner, lookahead=2)
-    resident = pool.slot_map._row_to_slot.clone()
+    resident = pool.slot_map.maps.row_to_slot.clone()
 
     def no_memory(*_args: object) -> StagedRows:
         raise MemoryError("no room for staging")
@@ -341,8 +352,8 @@ def test_failure_in_collect_takes_the_plan_back(monkeypatch: pytest.MonkeyPatch)
         batch = planned(pool, torch.arange(40, 50), runner)
         runner.submit(batch)
         with pytest.raises(MemoryError, match="no room for staging"):
-            batch.wait()
-    assert torch.equal(resident.clamp(min=-1), pool.slot_map._row_to_slot.clamp(min=-1))
+            runner.wait(batch)
+    assert torch.equal(resident.clamp(min=-1), pool.slot_map.maps.row_to_slot.clamp(min=-1))
     pool.slot_map.check_integrity()
     run(pool, batches, runner, lookahead=2)
     assert max_diff(expected, pool.host_table.parts) == 0.0
@@ -362,11 +373,11 @@ def test_failure_in_insert_stops_the_pool_for_good(monkeypatch: pytest.MonkeyPat
         batch = planned(pool, torch.arange(40, 50), runner)
         runner.submit(batch)
         with pytest.raises(StageFailedError, match="torn"):
-            batch.wait()
+            runner.wait(batch)
     later = planned(pool, torch.arange(3), runner)
     runner.submit(later)
     with pytest.raises(StageFailedError, match="load a checkpoint"):
-        later.wait()
+        runner.wait(later)
     with pytest.raises(StageFailedError):
         pool.flush()
 
@@ -376,7 +387,7 @@ def test_a_batch_that_is_dropped_lets_go_of_its_slots() -> None:
     runner = OverlappedStageRunner(CPU)
     batch = planned(pool, torch.arange(6), runner)
     runner.submit(batch)
-    batch.wait()
+    runner.wait(batch)
     assert pool.slot_map.num_batches_in_flight == 1
     del batch
     gc.collect()
@@ -401,9 +412,9 @@ def test_worker_that_is_suspended_ends_with_its_runner_too() -> None:
     runner = OverlappedStageRunner(CPU)
     first, second = (planned(pool, torch.arange(start, start + 7), runner) for start in (0, 5))
     runner.submit(first)
-    first.wait()
+    runner.wait(first)
     runner.submit(second)  # has to wait for slots
-    runner.suspend()
+    runner.pause()
     thread = runner._thread
     assert thread is not None
     del runner, first, second, pool
@@ -418,13 +429,14 @@ def test_suspended_worker_serves_a_batch_that_train_waits_for() -> None:
     runner = OverlappedStageRunner(CPU)
     first, second = (planned(pool, torch.arange(start, start + 7), runner) for start in (0, 5))
     runner.submit(first)
-    first.wait()
+    runner.wait(first)
     runner.submit(second)
-    trainer = threading.Thread(target=second.wait)
-    second.is_awaited = True  # the trainer waits already ...
-    runner.suspend()  # ... when somebody suspends
-    first.hold.release()
+    trainer = threading.Thread(target=runner.wait, args=(second,))
+    for entry in runner._queue.waiting():
+        entry.is_awaited = True  # the trainer waits already ...
+    runner.pause()  # ... when somebody pauses
+    runner.release(first)
     trainer.start()
-    runner.suspend()
+    runner.pause()
     trainer.join(timeout=5)
     assert not trainer.is_alive()

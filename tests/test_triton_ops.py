@@ -15,24 +15,25 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe import triton_ops
-from torchrec_scratchpipe.device_ops import (
+from torchrec_scratchpipe.slot_map import _make_buffers, _make_scratch
+from torchrec_scratchpipe.slot_ops import (
     BEING_PLACED,
     FREQUENCY_BINS,
     NUM_BINS,
+    NUM_NOTES,
+    WINDOW_BITS,
     Aging,
     Count,
-    DeviceMaps,
-    DeviceOps,
     FeatureIds,
     FeatureRows,
     PlanBuffers,
     ScratchBuffers,
+    SlotMaps,
+    SlotOps,
     State,
     TableCounts,
     make_maps,
 )
-from torchrec_scratchpipe.device_slot_map import _make_buffers, _make_scratch
-from torchrec_scratchpipe.eviction import NUM_NOTES, WINDOW_BITS
 from torchrec_scratchpipe.torch_ops import TorchOps, _bins, _frequencies, _notes
 from torchrec_scratchpipe.triton_ops import TritonOps
 
@@ -49,7 +50,7 @@ FIRST_HELD = 38
 class Case:
     """A scratchpad in mid-run, a batch, and room for its plan."""
 
-    maps: DeviceMaps
+    maps: SlotMaps
     buffers: PlanBuffers
     scratch: ScratchBuffers
     tables: TableCounts
@@ -81,17 +82,14 @@ def make_case(
 
     known = integers(0, 1 << WINDOW_BITS, num_rows) | (integers(0, NUM_NOTES + 1, num_rows) << WINDOW_BITS)
     row_to_slot = -1 - known
-    slot_to_row = torch.full((NUM_SLOTS,), -1)
-    last_use = torch.full((NUM_SLOTS,), -1, dtype=torch.int32)
     slots = torch.randperm(NUM_SLOTS, generator=generator)
     resident = slots[:num_resident]
     rows = torch.randperm(num_rows, generator=generator)[:num_resident]
     row_to_slot[rows] = resident.int()
-    slot_to_row[resident] = rows
-    last_use[resident] = integers(1, NOW, num_resident)
-    uses_ahead = torch.zeros(NUM_SLOTS + 1, dtype=torch.int32)
-    uses_ahead[resident] = integers(0, 1 << WINDOW_BITS, num_resident) * integers(0, 2, num_resident)
-    maps = make_maps(row_to_slot, slot_to_row, last_use, uses_ahead, CAPACITY)
+    maps = make_maps(row_to_slot, NUM_SLOTS, CAPACITY)
+    maps.slot_to_row[resident] = rows
+    maps.last_use[resident] = integers(1, NOW, num_resident)
+    maps.uses_ahead[resident] = integers(0, 1 << WINDOW_BITS, num_resident) * integers(0, 2, num_resident)
     # In the middle of bins and of notes, where a rounding of the logarithm does not matter.
     maps.frequency[resident] = torch.exp2(integers(-40, 40, num_resident).float() / 2 + 0.03)
     free = slots[num_resident:]
@@ -99,7 +97,7 @@ def make_case(
     maps.state[State.NUM_FREE] = free.numel()
     listed = resident[torch.randperm(num_resident, generator=generator)[:num_listed]]
     maps.listed[:num_listed] = listed.int()
-    maps.listed_last_use[:num_listed] = last_use[listed]
+    maps.listed_last_use[:num_listed] = maps.last_use[listed]
     maps.state[State.LIST_LENGTH] = num_listed
 
     table = [0, 2, 1, -1, 2]  # of each feature; the fourth is another pool's
@@ -120,7 +118,7 @@ def make_case(
     return case
 
 
-def both(case: Case, *operations: Callable[[DeviceOps, Case], None]) -> tuple[Case, Case]:
+def both(case: Case, *operations: Callable[[SlotOps, Case], None]) -> tuple[Case, Case]:
     """What the twin makes of a case, and what the kernels make of it."""
     cases = case.clone(), case.clone()
     for ops, copy in zip((TorchOps(), TritonOps()), cases, strict=True):
@@ -140,27 +138,27 @@ def _to_device(value: Any, device: torch.device = DEVICE) -> Any:
     )
 
 
-def find(ops: DeviceOps, case: Case) -> None:
+def find(ops: SlotOps, case: Case) -> None:
     ops.find(case.ids, case.features, case.maps, case.buffers, case.scratch, NOW)
 
 
-def take(ops: DeviceOps, case: Case) -> None:
+def take(ops: SlotOps, case: Case) -> None:
     ops.take(case.maps, case.buffers, case.scratch, NOW, FIRST_HELD, True)
 
 
-def take_all(ops: DeviceOps, case: Case) -> None:
+def take_all(ops: SlotOps, case: Case) -> None:
     ops.take(case.maps, case.buffers, case.scratch, NOW, FIRST_HELD, False)
 
 
-def scan(ops: DeviceOps, case: Case) -> None:
+def scan(ops: SlotOps, case: Case) -> None:
     ops.scan(case.maps, case.buffers, FIRST_HELD, 3, NUM_SLOTS // 16)
 
 
-def commit(ops: DeviceOps, case: Case) -> None:
+def commit(ops: SlotOps, case: Case) -> None:
     ops.commit(case.maps, case.buffers, case.scratch, case.tables, NOW, ~(1 << 5), Aging(2.0**1.5, 700.0))
 
 
-def translate(ops: DeviceOps, case: Case) -> None:
+def translate(ops: SlotOps, case: Case) -> None:
     ops.translate(case.maps, case.buffers, case.tables, case.buffers.slots, case.ids.ids.numel())
 
 
@@ -168,7 +166,7 @@ def pairs(*columns: Tensor) -> list[tuple[int, ...]]:
     return sorted(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def assert_same_maps(twin: DeviceMaps, triton: DeviceMaps, *names: str) -> None:
+def assert_same_maps(twin: SlotMaps, triton: SlotMaps, *names: str) -> None:
     for name in names:
         assert torch.equal(getattr(twin, name), getattr(triton, name)), name
 
@@ -215,7 +213,7 @@ def test_find_names_an_id_out_of_range() -> None:
 
 @pytest.mark.parametrize("num_listed", [0, 60, 280])
 @pytest.mark.parametrize("operation", [take, take_all])
-def test_take(operation: Callable[[DeviceOps, Case], None], num_listed: int) -> None:
+def test_take(operation: Callable[[SlotOps, Case], None], num_listed: int) -> None:
     twin, triton = both(make_case(1, num_listed=num_listed), find, operation)
     assert torch.equal(twin.buffers.counts, triton.buffers.counts)
     assert_same_maps(twin.maps, triton.maps, "last_use", "state")

@@ -19,7 +19,6 @@ from torchrec_scratchpipe.errors import (
     TableOverwrittenError,
     TableStorageError,
 )
-from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed, LeastRecentlyUsed
 from torchrec_scratchpipe.pipeline import ScratchPipeTrainPipeline
 from torchrec_scratchpipe.plan_plot import plot_plan
 from torchrec_scratchpipe.plan_report import PlanReport
@@ -44,10 +43,7 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointSaveError",
     "ConfigError",
-    "EvictionOrder",
     "IdOutOfRangeError",
-    "LeastFrequentlyUsed",
-    "LeastRecentlyUsed",
     "MeasurementError",
     "PeerFailedError",
     "PlanReport",

@@ -20,11 +20,11 @@ from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_scratchpipe.batch import Batch, check_ids
 from torchrec_scratchpipe.errors import IdOutOfRangeError
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
 from torchrec_scratchpipe.options import ScratchpadOptions
 from torchrec_scratchpipe.peers import PeerNotice
-from torchrec_scratchpipe.planned_batch import PlannedBatch, check_ids
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
@@ -54,19 +54,20 @@ class PlannedBatches:
     """One batch's way through the stages, by lookup, until it is dropped; mixed into TorchRec's context."""
 
     id_error: IdOutOfRangeError | None = None  # found before distribution; the batch's own Train raises it
+    planned_batches: dict[int, list[Batch]]  # by the lookup's position in the collection
 
-    @property
-    def planned_batches(self) -> dict[int, list[PlannedBatch]]:
-        """By the lookup's position in the collection."""
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> "PlannedBatches":
+        """Make a context without batches, whatever TorchRec's constructor takes."""
         # Not every context of TorchRec, in every version, is a dataclass that a field could be added to.
-        batches: dict[int, list[PlannedBatch]] = self.__dict__.setdefault("_planned_batches", {})
-        return batches
+        context = super().__new__(cls)
+        context.planned_batches = {}
+        return context
 
     def release(self) -> None:
         """Let go of the batch's slots; it will not be looked up."""
         for batches in self.planned_batches.values():
             for batch in batches:
-                batch.hold.release()
+                batch.let_go(batch)
         self.planned_batches.clear()
 
 
@@ -139,19 +140,21 @@ class ScratchpadCollection:
             return
         for index, lookup in self._scratchpad_lookups():
             if index not in ctx.planned_batches:
-                ctx.planned_batches[index] = lookup.submit(dist_input[index])
+                ctx.planned_batches[index] = lookup.make_batches(dist_input[index])
             for batch in ctx.planned_batches[index]:
-                self._runner.allow(batch)
+                self._runner.submit(batch)
 
     def see(self, dist_input: KJTList, ctx: PlannedBatches) -> None:
-        """Show a distributed batch to the eviction orders, ahead of :meth:`prefetch`; no row moves, no slot is held.
+        """Show a distributed batch to the choice of victims, ahead of :meth:`prefetch`; no row moves, no slot is held.
 
         Args:
             dist_input: The batch after input distribution.
             ctx: The batch's own context.
         """
         for index, lookup in self._scratchpad_lookups():
-            ctx.planned_batches[index] = lookup.submit(dist_input[index], may_plan=False)
+            ctx.planned_batches[index] = lookup.make_batches(dist_input[index])
+            for batch in ctx.planned_batches[index]:
+                self._runner.see(batch)
 
     def snapshot(self, storage: SnapshotStorage) -> list[tuple[Pool, TableSnapshot]]:
         """Flush, and keep all rows readable as they are now; training may go on.
@@ -166,7 +169,7 @@ class ScratchpadCollection:
             TableStorageError: There is no room; no snapshot is left open.
         """
         taken: list[tuple[Pool, TableSnapshot]] = []
-        self._runner.settle()
+        self._runner.wait_until_idle()
         with self._runner.between_batches():
             try:
                 taken.extend((pool, pool.snapshot(storage)) for pool in self.pools)
@@ -176,9 +179,9 @@ class ScratchpadCollection:
                 raise
         return taken
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         """Wait until no stage runs, nor will before the next batch is sent or looked up."""
-        self._runner.settle()
+        self._runner.wait_until_idle()
 
     def _check_ids(self, ctx: Any, features: Any) -> Any:
         """Find ids out of range that Plan does not see; on a CPU only.
@@ -244,7 +247,7 @@ class ScratchpadCollection:
         finally:
             # If one lookup raises, those after it have not taken their batch, and must not take it next time.
             for _, lookup in self._scratchpad_lookups():
-                lookup.forget()
+                lookup.drop_expected()
         self._peers.forget()
 
     def _say_on_the_spot(self) -> None:

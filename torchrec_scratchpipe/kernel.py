@@ -9,7 +9,8 @@ the pool's one scratchpad. Ids become slots before the lookup, and nothing else 
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -31,10 +32,8 @@ from torchrec.modules.embedding_configs import data_type_to_dtype, data_type_to_
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_scratchpipe.batch import Batch, FeatureSource, feature_rows
 from torchrec_scratchpipe.compat import BoundsCheckMode, ComputeDevice, EmbeddingLocation, PoolingMode
-from torchrec_scratchpipe.device_batch import DeviceBatch, feature_rows
-from torchrec_scratchpipe.device_ops import DeviceOps, FeatureIds, FeatureRows
-from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
 from torchrec_scratchpipe.errors import BackwardTwiceError
 from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.lent_memory import LentMemory
@@ -48,11 +47,11 @@ from torchrec_scratchpipe.options import (
     tables_by_width,
     warn_of_ignored_settings,
 )
-from torchrec_scratchpipe.planned_batch import FeatureSource, Hold, PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
 from torchrec_scratchpipe.scratchpad import Scratchpad, ScratchpadMemory, allocate_scratchpads, grow_scratchpad
 from torchrec_scratchpipe.slot_map import SlotMap
+from torchrec_scratchpipe.slot_ops import FeatureIds, SlotOps
 from torchrec_scratchpipe.table_view import TableParameter, TableView
 from torchrec_scratchpipe.tbe import ScratchpadTbe
 from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
@@ -90,7 +89,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         """Allocate tables, scratchpads and TBE; what a constructor does after TorchRec's base class for kernels."""
         self._scratchpad_device = device or torch.device("cpu")
         self._runner = runner
-        self._next_batch: PlannedBatch | None = None
+        self._next_batch: Batch | None = None
         fused_params = dict(self._config.fused_params or {})
         warn_of_ignored_settings(self._config, fused_params, self._scratchpad_device.type)
         self._states = optimizer_states(self._config, fused_params, self._scratchpad_device.type)
@@ -103,49 +102,36 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._point_tbe_at_memory()
         mode = fused_params.get("bounds_check_mode", BoundsCheckMode.WARNING)
         self._bounds_check = self._make_bounds_check(options, mode)
-        self._in_train: WeakSet[Hold] = WeakSet()  # of forwards whose backward may still come
+        self._in_train: WeakSet[Batch] = WeakSet()  # of forwards whose backward may still come
         self._features = [
             FeatureSource(feature_name, *self._pool_of_table.get(table_index, (None, 0)))
             for table_index, table in enumerate(self._config.embedding_tables)
             for feature_name in table.feature_names
         ]
-        self._rows_of_features: tuple[FeatureRows, ...] | None = None
-        if isinstance(self.pools[0].slot_map, DeviceSlotMap):
-            self._rows_of_features = feature_rows(self.pools, self._features, self._scratchpad_device)
+        self._rows_of_features = feature_rows(self.pools, self._features, self._scratchpad_device)
         self._optim: FusedOptimizer = self._make_optimizer()
         self.init_parameters()
 
-    def submit(self, features: KeyedJaggedTensor, *, may_plan: bool = True) -> PlannedBatch:
-        """Send one batch through the stages, ahead of its lookup.
+    def make_batch(self, features: KeyedJaggedTensor) -> Batch:
+        """What this group's pools know of one batch.
 
         Args:
             features: This group's rank-local features, as the lookup will get them.
-            may_plan: False to have it seen only, until :meth:`StageRunner.allow`.
 
         Returns:
-            What :meth:`expect` takes when the batch is about to be looked up.
+            What the runner acts on, and what :meth:`expect` takes when the batch is about to be looked up.
         """
-        batch: PlannedBatch
-        if self._rows_of_features is None:
-            bounds = features.offset_per_key()
-            ids = self._within_tables(features.values(), bounds)
-            batch = PlannedBatch(self.pools, self._features, ids, bounds, self._runner, may_plan=may_plan)
-        else:  # the sizes of the features stay on the device
-            feature_bounds = _feature_bounds(features)
-            on_device = FeatureIds(self._within_tables(features.values(), feature_bounds), feature_bounds)
-            batch = DeviceBatch(
-                self.pools, self._features, on_device, self._rows_of_features, self._runner, may_plan=may_plan
-            )
-        self._runner.submit(batch)
-        return batch
+        bounds = _feature_bounds(features)  # the sizes of the features stay on the device
+        ids = FeatureIds(self._within_tables(features.values(), bounds), bounds)
+        return Batch(self.pools, self._features, ids, self._rows_of_features, self._runner.release)
 
-    def _within_tables(self, ids: Tensor, bounds: Sequence[int] | Tensor) -> Tensor:
+    def _within_tables(self, ids: Tensor, bounds: Tensor) -> Tensor:
         """Do to ids that are out of range what FBGEMM does to them, if the user wants that; its own check sees slots only."""
         if self._bounds_check is None or ids.numel() == 0:
             return ids
         ids = ids.clone()
         mode, rows_of_features, num_warnings = self._bounds_check
-        offsets = torch.as_tensor(bounds, dtype=ids.dtype, device=ids.device)
+        offsets = bounds.to(ids.dtype)
         torch.ops.fbgemm.bounds_check_indices(rows_of_features, ids, offsets, mode, num_warnings, None)
         return ids
 
@@ -162,32 +148,35 @@ class ScratchpadKernel(FusedOptimizerModule):
             torch.zeros(1, dtype=torch.int64, device=device),
         )
 
-    def expect(self, batch: PlannedBatch | None) -> None:
-        """Say which planned batch the next forward looks up; None plans it on the spot.
+    # TorchRec calls forward() with features alone. So the batch of the next forward is left here for it.
+
+    def expect(self, batch: Batch | None) -> None:
+        """Say which batch the next forward looks up; None plans it on the spot.
 
         Args:
-            batch: From :meth:`submit`.
+            batch: From :meth:`make_batch`.
         """
         self._next_batch = batch
 
-    def forget(self) -> None:
+    def drop_expected(self) -> None:
         """Drop a batch that was expected and not looked up, because another lookup has failed."""
         batch, self._next_batch = self._next_batch, None
         if batch is not None:
-            batch.hold.release()
+            self._runner.release(batch)
 
     def _look_up(self, features: KeyedJaggedTensor, look_up_slots: Callable[[KeyedJaggedTensor], Tensor]) -> Tensor:
         """Look up the expected batch, or fetch these features on the spot, over slots instead of ids."""
         batch, self._next_batch = self._next_batch, None
         if batch is None:
-            batch = self.submit(features)
+            batch = self.make_batch(features)
+            self._runner.submit(batch)
         assert batch.num_ids == features.values().numel(), f"{batch.num_ids=}, {features.values().numel()=}"
-        slots = batch.wait()
+        slots = self._runner.wait(batch)
         features_over_slots = copy.copy(features)
         features_over_slots._values = slots
-        self._in_train.add(batch.hold)
+        self._in_train.add(batch)
         output = look_up_slots(features_over_slots)
-        _release_after_backward(output, batch)
+        _release_after_backward(output, batch, self._runner)
         return output
 
     @property
@@ -206,7 +195,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         TorchRec calls this when somebody takes a state_dict. What is done to that by PyTorch's operations is noticed; for the sake
         of what goes round them, resident rows are read anew before the next batch.
         """
-        self._runner.settle()
+        self._runner.wait_until_idle()
         with self._runner.between_batches():
             for pool in self.pools:
                 pool.flush()
@@ -218,7 +207,7 @@ class ScratchpadKernel(FusedOptimizerModule):
 
         No stage runs until the caller submits or trains a batch, so that none reads or writes tables meanwhile.
         """
-        self._runner.suspend()
+        self._runner.pause()
         with self._runner.between_batches():
             for pool in self.pools:
                 pool.purge()
@@ -317,8 +306,8 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._block_of_table |= {index: len(self._pool_tables) + position for position, index in enumerate(whole)}
 
     def _make_pools(self, options: ScratchpadOptions) -> tuple[list[Pool], ScratchpadMemory]:
-        device_ops = options.find_device_ops(self._scratchpad_device)
-        storage = options.make_storage(device_ops)
+        ops = options.make_slot_ops(self._scratchpad_device)
+        storage = options.make_storage(self._scratchpad_device, ops)
         host_tables = []
         nums_slots: list[int] = []
         for indices in self._pool_tables:
@@ -336,7 +325,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         max_slots += nums_slots[len(max_slots) :]
         memory = allocate_scratchpads(layouts, nums_slots, self._scratchpad_device, max_slots)
         pools = [
-            self._make_pool(index, host_table, memory.scratchpads[index], options, device_ops)
+            self._make_pool(index, host_table, memory.scratchpads[index], options, ops)
             for index, host_table in enumerate(host_tables)
         ]
         for tensor in memory.flat_parts:
@@ -353,9 +342,17 @@ class ScratchpadKernel(FusedOptimizerModule):
         host_table: HostTable,
         scratchpad: Scratchpad,
         options: ScratchpadOptions,
-        device_ops: DeviceOps | None,
+        ops: SlotOps,
     ) -> Pool:
-        slot_map = self._make_slot_map(host_table, scratchpad.num_slots, options, device_ops)
+        slot_map = SlotMap(
+            host_table.num_rows,
+            scratchpad.num_slots,
+            host_table.row_offsets,
+            ops,
+            self._scratchpad_device,
+            self._runner.streams,
+            options.half_life,
+        )
         options.budget.charge(scratchpad)
         enlarge = partial(self._enlarge, index, options.budget) if options.on_full == "grow" else None
         pool = Pool(host_table, scratchpad, slot_map, enlarge)
@@ -375,9 +372,11 @@ class ScratchpadKernel(FusedOptimizerModule):
         is_moved = num_slots > self._memory.capacities[pool_index]
         if is_moved and len(self._memory.scratchpads) > len(self.pools):
             return "cannot grow beside tables that are kept whole on this device"
-        if is_moved and any(not hold.is_released for hold in self._in_train):
+        if is_moved and any(not batch.is_released for batch in self._in_train):
             return "cannot grow before the backward of an earlier forward"
-        num_new_bytes = (num_slots - scratchpad.num_slots) * (scratchpad.layout.row_bytes + SLOT_BYTES_OF_MAPS)
+        num_new_bytes = math.ceil(
+            (num_slots - scratchpad.num_slots) * (scratchpad.layout.row_bytes + SLOT_BYTES_OF_MAPS)
+        )
         refused = budget.refusal(num_new_bytes)
         if refused:
             return refused
@@ -402,17 +401,6 @@ class ScratchpadKernel(FusedOptimizerModule):
 
     def _point_tbe_at_memory(self) -> None:
         self._emb_module.point_at(self._memory, [self._block_of_table[index] for index in range(len(self._local_cols))])
-
-    def _make_slot_map(
-        self, host_table: HostTable, num_slots: int, options: ScratchpadOptions, device_ops: DeviceOps | None
-    ) -> SlotMap | DeviceSlotMap:
-        device = self._scratchpad_device
-        if device_ops is None:
-            return SlotMap(host_table.num_rows, num_slots, options.eviction_order(num_slots), device)
-        offsets = host_table.row_offsets
-        return DeviceSlotMap(
-            host_table.num_rows, num_slots, offsets, device_ops, device, self._runner.streams, options.half_life
-        )
 
     def _make_tbe(self, pooling: PoolingMode, fused_params: dict[str, Any]) -> ScratchpadTbe:
         is_cuda = self._scratchpad_device.type == "cuda"
@@ -443,13 +431,13 @@ class _PoolOwner:
         self._pool.host_table.check_process()
         if self._pool.is_flushed:
             return
-        self._runner.settle()
+        self._runner.wait_until_idle()
         with self._runner.between_batches():
             self._pool.flush()
 
     def prepare_write(self) -> None:
         self._pool.host_table.check_process()
-        self._runner.suspend()
+        self._runner.pause()
         with self._runner.between_batches():
             self._pool.purge()
 
@@ -577,31 +565,32 @@ def _feature_bounds(features: KeyedJaggedTensor) -> Tensor:
     if features.values().numel() == 0:
         return offsets.new_zeros(num_features + 1)
     if not features.variable_stride_per_key():
-        return offsets[:: features.stride()]
+        bounds = offsets[:: features.stride()]
+        # A view keeps all offsets; on a device, a copy costs a kernel.
+        return bounds.clone() if bounds.device.type == "cpu" else bounds
     positions = torch.tensor(
         [0, *accumulate(features.stride_per_key())], dtype=torch.int64, pin_memory=offsets.device.type == "cuda"
     )
     return offsets.index_select(0, positions.to(offsets.device, non_blocking=True))
 
 
-def _release_after_backward(output: Tensor, batch: PlannedBatch) -> None:
-    """Hold the batch's slots until its fused update has run, or until nobody can run it any more.
+def _release_after_backward(output: Tensor, batch: Batch, runner: StageRunner) -> None:
+    """Keep the batch's slots until its fused update has run, or until nobody can run it any more.
 
-    The autograd node owns the hold: it lets go after the node's backward, or when the graph is freed.
+    The autograd node owns the batch: it lets go after the node's backward, or when the graph is freed.
     """
-    hold = batch.hold
     if not output.requires_grad or output.grad_fn is None:
-        hold.release()
+        runner.release(batch)
         return
 
     def prepare_update(_grad_outputs: object) -> None:
-        if hold.is_released:
+        if batch.is_released:
             raise BackwardTwiceError(
                 "backward runs through a scratchpad lookup whose rows were already released, by an earlier backward or "
                 "by the pipeline's reset(). Call backward once per forward (retain_graph=True cannot be used through "
                 "embeddings), and not for batches that were dropped."
             )
-        batch.refresh()  # tables may have been loaded since the forward, and this update goes on top
+        runner.refresh(batch)  # tables may have been loaded since the forward, and this update goes on top
 
     output.grad_fn.register_prehook(prepare_update)
-    output.grad_fn.register_hook(lambda _grad_inputs, _grad_outputs: hold.release(is_updated=True))
+    output.grad_fn.register_hook(lambda _grad_inputs, _grad_outputs: runner.release(batch, is_updated=True))

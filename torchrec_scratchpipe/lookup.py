@@ -16,9 +16,9 @@ from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_scratchpipe.batch import Batch
 from torchrec_scratchpipe.kernel import ScratchpadKernel, ScratchPipeEmbedding, ScratchPipeEmbeddingBag
 from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.planned_batch import PlannedBatch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
 
@@ -46,36 +46,35 @@ class ScratchpadLookup:
         """All pools of this lookup."""
         return [pool for kernel in self._scratchpad_kernels() for pool in kernel.pools]
 
-    def submit(self, features: KeyedJaggedTensor, *, may_plan: bool = True) -> list[PlannedBatch]:
-        """Send one batch through the stages, ahead of its lookup.
+    def make_batches(self, features: KeyedJaggedTensor) -> list[Batch]:
+        """What the scratchpad groups know of one batch.
 
         Args:
             features: This sharding's rank-local features, as the lookup will get them.
-            may_plan: False to have it seen only, until :meth:`StageRunner.allow`.
 
         Returns:
-            One planned batch per scratchpad group, for :meth:`expect`.
+            One per scratchpad group, for the runner, and for :meth:`expect`.
         """
         groups = features.split(self._feature_splits)
         return [
-            kernel.submit(group, may_plan=may_plan)
+            kernel.make_batch(group)
             for kernel, group in zip(self._emb_modules, groups, strict=True)
             if isinstance(kernel, ScratchpadKernel)
         ]
 
-    def expect(self, batches: list[PlannedBatch]) -> None:
-        """Say which planned batches the next lookup is for.
+    def expect(self, batches: list[Batch]) -> None:
+        """Say which batches the next lookup is for.
 
         Args:
-            batches: From :meth:`submit`.
+            batches: From :meth:`make_batches`.
         """
         for kernel, batch in zip(self._scratchpad_kernels(), batches, strict=True):
             kernel.expect(batch)
 
-    def forget(self) -> None:
+    def drop_expected(self) -> None:
         """Drop batches that were expected and not looked up."""
         for kernel in self._scratchpad_kernels():
-            kernel.forget()
+            kernel.drop_expected()
 
     def register_optim_state_tracker_fn(self, record_fn: Callable[[KeyedJaggedTensor, Tensor, Any], None]) -> None:
         """As stock; of scratchpad tables, the states are on the host, and so are the ids that find them.

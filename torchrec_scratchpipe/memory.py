@@ -8,25 +8,13 @@ Every term names the tensor that it stands for; a test allocates and compares.
 
 from dataclasses import dataclass
 
-__all__ = ["BUFFER_HEADROOM", "STAGING_HEADROOM", "PoolDemand"]
+from torchrec_scratchpipe.pool import STAGING_HEADROOM
+from torchrec_scratchpipe.slot_map import BUFFER_HEADROOM
 
-# So much larger than the first batch are buffers made, so that others fit too.
-STAGING_HEADROOM = 1.25
-BUFFER_HEADROOM = 1.25
+__all__ = ["PoolDemand"]
 
 ROW_BYTES_OF_MAPS = 4  # row_to_slot
 SLOT_BYTES_OF_MAPS = (
-    8  # slot_to_row
-    + 4  # last_use
-    + 4  # uses_ahead
-    + 4  # first_seen_at
-    + 8  # free_slots
-    + 4  # frequency
-    + 1  # the list of coming victims: a sixteenth of the slots, 12 bytes each, 1.15 times as many
-    + 8  # slot_to_table, for statistics
-)
-# Where the device plans itself, sizes stay there, and every buffer has room for all ids of a batch.
-SLOT_BYTES_OF_DEVICE_MAPS = (
     8  # slot_to_row
     + 4  # last_use
     + 4  # uses_ahead
@@ -34,14 +22,11 @@ SLOT_BYTES_OF_DEVICE_MAPS = (
     + 4  # frequency
     + 8 / 16  # the list of coming victims
 )
-ID_BYTES_OF_DEVICE_PLAN = 8 + 8 + 8 + 4 + 8  # rows, slots, miss_rows, miss_slots, victim_rows; per batch planned
-ID_BYTES_OF_DEVICE_SCRATCH = 4 * 4 + 8  # hits and misses as they were, victims as they were; listed victims; per pool
+# Sizes stay on the device, so that every buffer has room for all ids of a batch.
+ID_BYTES_OF_PLAN = 8 + 8 + 8 + 4 + 8  # rows, slots, miss_rows, miss_slots, victim_rows; per batch planned
+ID_BYTES_OF_SCRATCH = 4 * 4 + 8  # hits and misses as they were, victims as they were; listed victims; per pool
 ID_BYTES_OF_INPUT = 8  # a KeyedJaggedTensor's values
 BAG_BYTES_OF_INPUT = 4 + 8  # its lengths and offsets
-ID_BYTES_OF_SEEN = 8  # row ids
-ID_BYTES_OF_PLANNED = 8 + 8  # row ids and their slots
-UNIQUE_BYTES_OF_PLANNED = 8  # slots that are held
-UNIQUE_BYTES_OF_NEWEST = 8 + 4  # the newest batch's slots, and their last use before it
 NUM_BATCHES_IN_DIST = 2  # that TorchRec's input distribution is at work on
 
 
@@ -76,7 +61,7 @@ class PoolDemand:
     @property
     def slot_bytes(self) -> float:
         """Device memory per slot."""
-        return self.row_bytes + (SLOT_BYTES_OF_MAPS if self.is_cpu else SLOT_BYTES_OF_DEVICE_MAPS)
+        return self.row_bytes + SLOT_BYTES_OF_MAPS
 
     @property
     def fixed_bytes(self) -> float:
@@ -101,19 +86,12 @@ class PoolDemand:
     @property
     def input_bytes(self) -> float:
         """Ids of all batches in flight, and what was planned for them."""
-        num_planned = self.lookahead + 1
-        if not self.is_cpu:
-            return self.plan_bytes + self._bytes_of_inputs
-        per_id = num_planned * ID_BYTES_OF_PLANNED + self.num_batches_seen_ahead * ID_BYTES_OF_SEEN
-        per_unique = num_planned * UNIQUE_BYTES_OF_PLANNED + UNIQUE_BYTES_OF_NEWEST
-        return self.num_ids * per_id + self.num_unique * per_unique + self._bytes_of_inputs
+        return self.plan_bytes + self._bytes_of_inputs
 
     @property
     def plan_bytes(self) -> float:
-        """Where the device plans: room for all ids of the kernel group, for each of its pools; 0 on a CPU."""
-        if self.is_cpu:
-            return 0.0
-        per_id = (self.lookahead + 1) * ID_BYTES_OF_DEVICE_PLAN + ID_BYTES_OF_DEVICE_SCRATCH
+        """Room for all ids of the kernel group, for each of its pools."""
+        per_id = (self.lookahead + 1) * ID_BYTES_OF_PLAN + ID_BYTES_OF_SCRATCH
         return self.num_ids * BUFFER_HEADROOM * per_id * self.num_pools
 
     @property

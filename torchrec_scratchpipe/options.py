@@ -6,7 +6,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -19,11 +19,11 @@ from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 
 from torchrec_scratchpipe.compat import WeightDecayMode
-from torchrec_scratchpipe.device_ops import DeviceOps
 from torchrec_scratchpipe.errors import ConfigError
-from torchrec_scratchpipe.eviction import HALF_LIFE, EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.host_table import MappedStorage, PageLockedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.scratchpad import Scratchpad
+from torchrec_scratchpipe.slot_ops import HALF_LIFE, SlotOps
+from torchrec_scratchpipe.torch_ops import TorchOps
 from torchrec_scratchpipe.types import TableSpec
 
 __all__ = [
@@ -176,12 +176,11 @@ class ScratchpadOptions:
     Args:
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        make_eviction_order: Makes a pool's eviction order, given its number of slots.
         host_access: How a CUDA device reaches tables in RAM: ``"direct"``, its kernels read and write page-locked tables in
             place; or ``"staged"``, rows are gathered on the host and copied.
         on_full: What happens if one batch alone needs more slots than there are: ``"grow"``, its pool gets more; or ``"error"``.
         budget: What scratchpads may take when they grow.
-        half_life: After so many batches a use counts half, when victims are chosen; for the default eviction order.
+        half_life: After so many batches a use counts half, when victims are chosen.
         out_of_range_ids: ``"error"``, or ``"fbgemm"`` for what FBGEMM does, by its `bounds_check_mode`.
         lookahead: Batches planned ahead that the sharding plan was made for, if it says so.
         load_factors: Slots per row of each scratchpad table of a collection, by name; the sharder adds them.
@@ -189,7 +188,6 @@ class ScratchpadOptions:
 
     table_dir: str | None = None
     overlap: bool = True
-    make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed
     host_access: str = "direct"
     on_full: str = "grow"
     budget: ScratchpadBudget = field(default_factory=ScratchpadBudget)
@@ -212,58 +210,38 @@ class ScratchpadOptions:
         if not self.half_life > 0:
             raise ConfigError(f"half_life is {self.half_life}, it must be a positive number of batches.")
 
-    def eviction_order(self, num_slots: int) -> EvictionOrder:
-        """Make the eviction order of a pool whose slots are planned by the host.
-
-        Args:
-            num_slots: S.
-
-        Returns:
-            The user's, or the default one.
-        """
-        if self.make_eviction_order is LeastFrequentlyUsed:
-            return LeastFrequentlyUsed(num_slots, self.half_life)
-        return self.make_eviction_order(num_slots)
-
-    def make_storage(self, device_ops: DeviceOps | None) -> TableStorage:
+    def make_storage(self, device: torch.device, ops: SlotOps) -> TableStorage:
         """Where host tables come from.
 
         Args:
-            device_ops: From :meth:`find_device_ops`.
+            device: Where the scratchpads are.
+            ops: From :meth:`make_slot_ops`.
 
         Returns:
             Memory-mapped files, page-locked RAM, or RAM.
         """
         if self.table_dir is not None:
             return MappedStorage(self.table_dir)
-        if self.host_access == "direct" and device_ops is not None:
-            return PageLockedStorage()
-        return RamStorage()
+        is_direct = self.host_access == "direct" and device.type != "cpu" and not isinstance(ops, TorchOps)
+        return PageLockedStorage() if is_direct else RamStorage()
 
-    def find_device_ops(self, device: torch.device) -> DeviceOps | None:
-        """What plans and moves rows without the host.
+    def make_slot_ops(self, device: torch.device) -> SlotOps:
+        """What plans, and moves rows in place.
 
         Args:
             device: Where the scratchpads are.
 
         Returns:
-            None on a CPU, with an eviction order that the device does not know, or without Triton.
+            Triton kernels on CUDA; torch operations on a CPU, or without Triton.
         """
         if device.type == "cpu":
-            return None
-        if self.make_eviction_order is not LeastFrequentlyUsed:
-            logger.warning(
-                "eviction order %s cannot run on the device: Plan waits for it, and rows are staged. Leave make_eviction_order "
-                "out to avoid both.",
-                self.make_eviction_order,
-            )
-            return None
+            return TorchOps()
         try:
             triton_ops = importlib.import_module("torchrec_scratchpipe.triton_ops")
         except ImportError as error:
             logger.warning("Triton cannot be imported (%s): Plan waits for the device, and rows are staged", error)
-            return None
-        ops: DeviceOps = triton_ops.TritonOps()
+            return TorchOps()
+        ops: SlotOps = triton_ops.TritonOps()
         return ops
 
 

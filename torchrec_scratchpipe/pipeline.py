@@ -27,8 +27,8 @@ from torchrec_scratchpipe.collection import (
     warn_of_missing_scratchpads,
 )
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
-from torchrec_scratchpipe.eviction import WINDOW_BITS
 from torchrec_scratchpipe.peers import PeerNotice
+from torchrec_scratchpipe.slot_ops import WINDOW_BITS
 
 __all__ = ["ScratchPipeTrainPipeline"]
 
@@ -306,7 +306,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             _release(context)
         for module in self._model.modules():
             if isinstance(module, ScratchpadCollection):
-                module.settle()  # the worker may just have planned a batch, and lets go of it in a moment
+                module.wait_until_idle()  # the worker may just have planned a batch, and lets go of it in a moment
         super().reset()
         self._dataloader_iter = None
         self._failed_to_load = None

@@ -29,11 +29,11 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError
 
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError, ScratchPipeError
-from torchrec_scratchpipe.eviction import WINDOW_BITS
 from torchrec_scratchpipe.plan_plot import plot_plan
 from torchrec_scratchpipe.plan_report import GIB, PlanReport, as_size
 from torchrec_scratchpipe.sharder import ScratchPipeEmbeddingBagCollectionSharder
 from torchrec_scratchpipe.sharding_planner import Advice, ScratchPipeShardingPlanner
+from torchrec_scratchpipe.slot_ops import WINDOW_BITS
 from torchrec_scratchpipe.spelling import did_you_mean, few
 from torchrec_scratchpipe.trace import read_trace
 from torchrec_scratchpipe.working_set import (

@@ -3,27 +3,26 @@
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.profiler import record_function
 
-from torchrec_scratchpipe.device_slot_map import DeviceSlotMap
-from torchrec_scratchpipe.errors import StageFailedError, TableOverwrittenError
+from torchrec_scratchpipe.errors import ScratchpadFullError, StageFailedError, TableOverwrittenError
 from torchrec_scratchpipe.host_table import HostTable
-from torchrec_scratchpipe.memory import STAGING_HEADROOM
 from torchrec_scratchpipe.row_parts import write_rows
 from torchrec_scratchpipe.scratchpad import Scratchpad
-from torchrec_scratchpipe.slot_map import SlotMap
+from torchrec_scratchpipe.slot_map import SlotMap, SlotsHeldError
 from torchrec_scratchpipe.snapshot import SnapshotStorage, TableSnapshot
-from torchrec_scratchpipe.stats import DevicePoolCounters, HostPoolCounters, PoolStats
+from torchrec_scratchpipe.stats import PoolCounters, PoolStats
 from torchrec_scratchpipe.types import RowLayout
 
-__all__ = ["Pool", "Staging"]
+__all__ = ["STAGING_HEADROOM", "Pool", "Staging"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+STAGING_HEADROOM = 1.25  # Staging is this much larger than the first batch needs, so that later batches fit too.
 GROWTH_HEADROOM = 1.25  # a scratchpad that must grow grows by a quarter more than the batch needs
 FLUSH_CHUNK_ROWS = 65536  # bounds what a flush needs beyond the tables: 16 MiB for rows of 64 floats
 
@@ -38,30 +37,24 @@ class Pool:
         enlarge: Gives the scratchpad so many slots, or says why it cannot; None if it never can.
     """
 
-    slot_map: Any  # SlotMap or DeviceSlotMap: whoever plans knows which
-    counters: Any  # HostPoolCounters or DevicePoolCounters, accordingly
-
     def __init__(
         self,
         host_table: HostTable,
         scratchpad: Scratchpad,
-        slot_map: SlotMap | DeviceSlotMap,
+        slot_map: SlotMap,
         enlarge: Callable[[int], str] | None = None,
     ) -> None:
         self.host_table = host_table
         self.scratchpad = scratchpad
         self.slot_map = slot_map
-        if isinstance(slot_map, DeviceSlotMap):
-            self.counters = DevicePoolCounters(host_table, slot_map.table_counts)
-        else:
-            self.counters = HostPoolCounters(host_table, scratchpad.num_slots, slot_map.device)
+        self.counters = PoolCounters(host_table, slot_map.table_counts)
         self._enlarge = enlarge
         self.failure: str | None = None
         self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
         self._num_updates = 0
         self._num_updates_flushed = 0
         self._flushed_below = 0
-        self._num_lowered_at_flush = 0
+        self._num_early_frees_at_flush = 0
 
     @property
     def name(self) -> str:
@@ -79,37 +72,49 @@ class Pool:
         """Whether :meth:`grow` may give more slots, as far as is known."""
         return self._enlarge is not None
 
-    def grow(self, num_needed: int, num_held: int) -> str:
+    def grow(self, held: SlotsHeldError) -> None:
         """Get slots for a batch that Train waits for, and that no other batch will let go of; only between the stages of two batches.
 
         Args:
-            num_needed: Slots that the batch needs.
-            num_held: Slots that other batches hold.
+            held: How many slots the batch needs, and how many are free.
 
-        Returns:
-            Why there are not more; nothing if there are.
+        Raises:
+            ScratchpadFullError: There are no more. Names both numbers and the setting to change.
         """
-        assert self._enlarge is not None, f"{self.name} cannot grow"
-        num_rows = self.host_table.num_rows
-        num_slots = min(num_rows, max(math.ceil(GROWTH_HEADROOM * num_needed), num_needed + num_held))
-        before = self.scratchpad.num_slots
+        if self._enlarge is None:
+            raise self._full_error(held, "")
+        num_rows, before = self.host_table.num_rows, self.scratchpad.num_slots
+        num_held = before - held.num_available
+        num_slots = min(num_rows, max(math.ceil(GROWTH_HEADROOM * held.num_needed), held.num_needed + num_held))
         with record_function("## scratchpipe grow ##"):
             reason = self._enlarge(num_slots)
         if reason:
-            return reason
+            raise self._full_error(held, f", and {reason}")
         self.slot_map.grow(num_slots)
-        self.counters.add_growth(num_slots)
+        self.counters.num_growths += 1
         logger.warning(
             "%s: one batch needs %s slots, the scratchpad had %s, of which %s were held, and has now %s. Set load_factor to at least %.4f "
             "to have so many from the beginning, and to more for batches that are planned ahead.",
             self.name,
-            f"{num_needed:,}",
+            f"{held.num_needed:,}",
             f"{before:,}",
             f"{num_held:,}",
             f"{num_slots:,}",
             min(1.0, num_slots / num_rows + 5e-5),
         )
-        return ""
+
+    def _full_error(self, held: SlotsHeldError, why_not_more: str) -> ScratchpadFullError:
+        num_slots, num_rows = self.scratchpad.num_slots, self.host_table.num_rows
+        if held.num_needed > num_slots:
+            return ScratchpadFullError(
+                f"{self.name}: one batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}{why_not_more}. "
+                f"Raise load_factor to at least {min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
+            )
+        return ScratchpadFullError(
+            f"{self.name}: a batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}, and all but "
+            f"{held.num_available:,} are held by batches since the oldest one in flight{why_not_more}. Let those train first, lower "
+            "lookahead, raise load_factor, or drop results whose backward will never run: they keep their batch in flight."
+        )
 
     @property
     def is_flushed(self) -> bool:
@@ -126,14 +131,17 @@ class Pool:
         """
         self.check_usable()
         # Read first: a batch that finishes its Train meanwhile must count as not flushed.
-        num_updates, first_held = self._num_updates, self.slot_map.first_held
+        num_updates = self._num_updates
+        self.slot_map.take_in_releases()
+        first_held = self.slot_map.first_held
         if num_updates == self._num_updates_flushed:
             self.host_table.drain()
             return
-        num_lowered = self.slot_map.num_lowered
+        num_early_frees = self.slot_map.num_early_frees
         with record_function("## scratchpipe flush ##"):
-            is_lowered = num_lowered != self._num_lowered_at_flush
-            slots, rows = self.slot_map.resident_since(0 if is_lowered else self._flushed_below)
+            # A slot that was freed early may hold a row that is newer than its table, and looks as if it was used long ago.
+            is_any_freed_early = num_early_frees != self._num_early_frees_at_flush
+            slots, rows = self.slot_map.resident_since(0 if is_any_freed_early else self._flushed_below)
             for some_slots, some_rows in zip(
                 slots.split(FLUSH_CHUNK_ROWS), rows.cpu().split(FLUSH_CHUNK_ROWS), strict=True
             ):
@@ -142,7 +150,7 @@ class Pool:
             self.host_table.drain()
         self._num_updates_flushed = num_updates
         self._flushed_below = first_held
-        self._num_lowered_at_flush = num_lowered
+        self._num_early_frees_at_flush = num_early_frees
 
     def snapshot(self, storage: SnapshotStorage) -> TableSnapshot:
         """Flush, and keep all rows readable as they are now; see :meth:`HostTable.snapshot`.
@@ -207,6 +215,22 @@ class Pool:
         self.host_table.check_process()
         if self.failure is not None:
             raise self.failure_error()
+
+    @contextmanager
+    def failing_for_good(self, what: str) -> Iterator[None]:
+        """While entered, an exception leaves rows incomplete, so that the pool is not usable any more.
+
+        Args:
+            what: Has failed then.
+
+        Raises:
+            StageFailedError: Names it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.failure = f"{what} ({error!r})"
+            raise self.failure_error() from error
 
     def failure_error(self) -> StageFailedError:
         """The first failure, and what to do about it."""

@@ -9,8 +9,8 @@ with probability ``exp(-rate * n)``, and all counts of a :class:`Reuse` are sums
 
 import numpy as np
 
-from torchrec_scratchpipe.eviction import HALF_LIFE
 from torchrec_scratchpipe.reuse import GAPS, LEVELS, Curve, Floats, Reuse, Window
+from torchrec_scratchpipe.slot_ops import HALF_LIFE
 
 __all__ = ["zipf_reuse"]
 

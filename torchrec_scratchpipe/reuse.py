@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from torchrec_scratchpipe.eviction import HALF_LIFE
+from torchrec_scratchpipe.slot_ops import HALF_LIFE
 
 __all__ = ["Curve", "Reuse", "ReuseMeter", "Window", "misses_of_pool"]
 

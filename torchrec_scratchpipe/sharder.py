@@ -3,7 +3,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from torchrec_scratchpipe.collection import PlannedBatches, ScratchpadCollection
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError
-from torchrec_scratchpipe.eviction import HALF_LIFE, EvictionOrder, LeastFrequentlyUsed
 from torchrec_scratchpipe.lookup import SCRATCHPAD_KERNEL, create_pooled_lookup, create_sequence_lookup
 from torchrec_scratchpipe.options import (
     DEFAULT_LOAD_FACTOR,
@@ -48,6 +47,7 @@ from torchrec_scratchpipe.options import (
     check_load_factor,
     warn_of_cache_settings,
 )
+from torchrec_scratchpipe.slot_ops import HALF_LIFE
 
 __all__ = [
     "ScratchPipeEmbeddingBagCollectionSharder",
@@ -190,7 +190,7 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             BatchesInFlightError: Batches in flight have been planned for the scratchpads as they are.
             ConfigError: A scratchpad table's new sharding cannot be served.
         """
-        self.settle()  # the worker may not have planned all of them yet
+        self.wait_until_idle()  # the worker may not have planned all of them yet
         num_batches = max((pool.slot_map.num_batches_in_flight for pool in self.pools), default=0)
         if num_batches > 0:
             raise BatchesInFlightError(
@@ -323,8 +323,6 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         sharded_module_order_overwrite: As stock.
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        make_eviction_order: Makes a pool's eviction order, given its number of slots. CUDA devices know the default only;
-            with another, Plan waits for the device, and rows are staged.
         host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
         on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
@@ -345,7 +343,6 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         *,
         table_dir: str | None = None,
         overlap: bool = True,
-        make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed,
         host_access: Literal["direct", "staged"] = "direct",
         on_full: Literal["grow", "error"] = "grow",
         max_scratchpad_bytes: int | None = None,
@@ -354,9 +351,7 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
         budget = ScratchpadBudget(max_scratchpad_bytes)
-        self._options = ScratchpadOptions(
-            table_dir, overlap, make_eviction_order, host_access, on_full, budget, half_life, out_of_range_ids
-        )
+        self._options = ScratchpadOptions(table_dir, overlap, host_access, on_full, budget, half_life, out_of_range_ids)
 
     def shard(
         self,
@@ -411,8 +406,6 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         use_index_dedup: As stock.
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        make_eviction_order: Makes a pool's eviction order, given its number of slots. CUDA devices know the default only;
-            with another, Plan waits for the device, and rows are staged.
         host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
             place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
         on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
@@ -433,7 +426,6 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         *,
         table_dir: str | None = None,
         overlap: bool = True,
-        make_eviction_order: Callable[[int], EvictionOrder] = LeastFrequentlyUsed,
         host_access: Literal["direct", "staged"] = "direct",
         on_full: Literal["grow", "error"] = "grow",
         max_scratchpad_bytes: int | None = None,
@@ -442,9 +434,7 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
         budget = ScratchpadBudget(max_scratchpad_bytes)
-        self._options = ScratchpadOptions(
-            table_dir, overlap, make_eviction_order, host_access, on_full, budget, half_life, out_of_range_ids
-        )
+        self._options = ScratchpadOptions(table_dir, overlap, host_access, on_full, budget, half_life, out_of_range_ids)
 
     def shard(
         self,

@@ -11,29 +11,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe.device_ops import (
+from torchrec_scratchpipe.slot_ops import (
     BEING_PLACED,
     BINS_PER_OCTAVE,
     FREQUENCY_BINS,
+    LOWEST_FREQUENCY,
     LOWEST_OCTAVE,
+    MAX_OCTAVES,
+    NOTES_PER_OCTAVE,
     NUM_BINS,
+    NUM_NOTES,
+    WINDOW_BITS,
+    WINDOW_MASK,
     Aging,
     CommonOps,
     Count,
-    DeviceMaps,
     FeatureIds,
     FeatureRows,
     PlanBuffers,
     ScratchBuffers,
+    SlotMaps,
     State,
     TableCounts,
 )
-from torchrec_scratchpipe.eviction import MAX_OCTAVES, NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
-from torchrec_scratchpipe.slot_map_base import WINDOW_MASK
 
-__all__ = ["TorchOps"]
+__all__ = ["TorchOps", "rows_of_ids"]
 
-LOWEST_FREQUENCY = 2.0**-90
 SMALLEST_CHUNK = 1024  # of the list of coming victims, looked at together
 
 
@@ -58,19 +61,19 @@ class _Found(NamedTuple):
             (tables.num_unique, self.num_unique),
             (tables.num_misses, self.num_misses),
         ):
-            counts.index_add_(0, table, of_feature.long() * is_mine)
+            counts.index_add_(0, table, of_feature * is_mine)
 
 
 class TorchOps(CommonOps):
-    """See :class:`~torchrec_scratchpipe.device_ops.DeviceOps`, which says what each operation does.
+    """See :class:`~torchrec_scratchpipe.slot_ops.SlotOps`, which says what each operation does.
 
-    Not to be shared by slot maps that plan at the same time: what :meth:`find` counts stays here until :meth:`commit`.
+    Not to be shared by slot maps that plan at the same time: what :meth:`find` has found stays here until :meth:`translate`.
     """
 
     _found: _Found
 
-    def mark(self, ids: FeatureIds, features: FeatureRows, maps: DeviceMaps, bit: int, is_used: bool) -> None:
-        """See :class:`DeviceOps`."""
+    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
+        """See :class:`SlotOps`."""
         rows, _ = _rows_of_ids(ids, features).valid()
 
         def change(uses: Tensor) -> Tensor:
@@ -90,12 +93,12 @@ class TorchOps(CommonOps):
         self,
         ids: FeatureIds,
         features: FeatureRows,
-        maps: DeviceMaps,
+        maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
         batch_index: int,
     ) -> None:
-        """See :class:`DeviceOps`."""
+        """See :class:`SlotOps`."""
         looked_up = _rows_of_ids(ids, features)
         _put(buffers.rows, looked_up.rows)
         rows, positions_of_rows = looked_up.valid()
@@ -116,30 +119,31 @@ class TorchOps(CommonOps):
         _put(scratch.miss_known, known_of_unique.index_select(0, misses))
         if positions_of_rows is not None:
             first = positions_of_rows.index_select(0, first)
+        bounds = ids.bounds.long()
         self._found = _Found(
             rows,
             positions_of_rows,
             known,
             features.table,
-            num_ids=ids.bounds.diff(),
-            num_unique=torch.searchsorted(first, ids.bounds).diff(),
-            num_misses=torch.searchsorted(first.index_select(0, misses), ids.bounds).diff(),
+            num_ids=bounds.diff(),
+            num_unique=torch.searchsorted(first, bounds).diff(),
+            num_misses=torch.searchsorted(first.index_select(0, misses), bounds).diff(),
         )
         counts = [0] * len(Count)
         counts[Count.HITS], counts[Count.MISSES] = hit_slots.numel(), misses.numel()
         counts[Count.BAD_POSITION] = looked_up.bad_position
-        buffers.counts.copy_(torch.tensor(counts))
+        buffers.counts.copy_(torch.tensor(counts, dtype=torch.int64))
 
     def take(
         self,
-        maps: DeviceMaps,
+        maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
         batch_index: int,
         first_held: int,
         skips_used_ahead: bool,
     ) -> None:
-        """See :class:`DeviceOps`."""
+        """See :class:`SlotOps`."""
         counts, state = buffers.counts.tolist(), maps.state.tolist()
         counts[Count.FROM_FREE] = min(counts[Count.MISSES], state[State.NUM_FREE])
         buffers.counts[Count.FROM_FREE] = counts[Count.FROM_FREE]
@@ -160,8 +164,8 @@ class TorchOps(CommonOps):
             taken, missing = taken + positions.numel(), missing - positions.numel()
         buffers.counts[Count.VICTIMS], maps.state[State.LIST_HEAD] = taken, head
 
-    def scan(self, maps: DeviceMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
-        """See :class:`DeviceOps`."""
+    def scan(self, maps: SlotMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
+        """See :class:`SlotOps`."""
         missing = _num_missing(buffers.counts.tolist())
         if missing <= 0:
             return
@@ -182,7 +186,7 @@ class TorchOps(CommonOps):
 
     def commit(
         self,
-        maps: DeviceMaps,
+        maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
         tables: TableCounts,
@@ -190,7 +194,7 @@ class TorchOps(CommonOps):
         keep_bits: int,
         aging: Aging,
     ) -> None:
-        """See :class:`DeviceOps`."""
+        """See :class:`SlotOps`."""
         counts = buffers.counts.tolist()
         num_misses, num_victims = counts[Count.MISSES], counts[Count.VICTIMS]
         hits = scratch.hit_slots[: counts[Count.HITS]].long()
@@ -227,10 +231,8 @@ class TorchOps(CommonOps):
         table_of_victims = torch.bucketize(victim_rows, tables.row_offsets[1:], right=True)
         tables.num_victims.add_(torch.bincount(table_of_victims, minlength=tables.num_victims.numel()))
 
-    def translate(
-        self, maps: DeviceMaps, buffers: PlanBuffers, tables: TableCounts, slots: Tensor, num_ids: int
-    ) -> None:
-        """See :class:`DeviceOps`."""
+    def translate(self, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts, slots: Tensor, num_ids: int) -> None:
+        """See :class:`SlotOps`."""
         counts = buffers.counts.tolist()
         rows, positions, known = self._found[:3]
         if _is_refused(counts):
@@ -247,21 +249,22 @@ class TorchOps(CommonOps):
             slots[:num_ids].copy_(slots_of_rows)
         else:
             slots.index_copy_(0, positions, slots_of_rows)
+        del self._found
 
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
     ) -> None:
-        """See :class:`DeviceOps`."""
+        """See :class:`SlotOps`."""
         num_rows = int(counts[count])
         values = source.index_select(0, source_index[:num_rows].long().to(source.device))
         # Not in place as autograd and the tables' version counters would see it: a kernel leaves no such trace.
         target.data.index_copy_(0, target_index[:num_rows].long().to(target.device), values.to(target.device))
 
-    def count_misses(self, maps: DeviceMaps, rows: Tensor, slots: Tensor, num_ids: int, num_misses: Tensor) -> None:
-        """See :class:`DeviceOps`."""
-        rows = rows[:num_ids]
-        is_mine = rows >= 0
-        num_misses += (maps.slot_to_row[slots[:num_ids][is_mine]] != rows[is_mine]).sum()
+    def count_misses(self, maps: SlotMaps, rows: Tensor, slots: Tensor, num_ids: int, num_misses: Tensor) -> None:
+        """See :class:`SlotOps`."""
+        rows, is_mine = rows[:num_ids], rows[:num_ids] >= 0
+        found = maps.slot_to_row.index_select(0, slots[:num_ids].masked_fill(is_mine.logical_not(), 0))
+        num_misses.add_((found != rows).logical_and_(is_mine).sum())
 
 
 class _Rows(NamedTuple):
@@ -275,6 +278,19 @@ class _Rows(NamedTuple):
             return self.rows, None
         positions = _positions(self.rows >= 0)
         return self.rows.index_select(0, positions), positions
+
+
+def rows_of_ids(ids: FeatureIds, features: FeatureRows) -> Tensor:
+    """The rows of one pool that a batch looks up.
+
+    Args:
+        ids: The batch's ids.
+        features: Where its features look up rows of the pool.
+
+    Returns:
+        [I] int64, -1 for what is not this pool's or out of range.
+    """
+    return _rows_of_ids(ids, features).rows
 
 
 def _rows_of_ids(ids: FeatureIds, features: FeatureRows) -> _Rows:
@@ -317,7 +333,7 @@ def _is_refused(counts: Sequence[int]) -> bool:
     return _num_missing(counts) > 0 or counts[Count.BAD_POSITION] > 0
 
 
-def _bins(maps: DeviceMaps, first_held: int, next_bit: int) -> Tensor:
+def _bins(maps: SlotMaps, first_held: int, next_bit: int) -> Tensor:
     """[S] int32: the bin of each slot, NUM_BINS if it must not go."""
     octaves = maps.frequency.clamp(min=LOWEST_FREQUENCY).log2_().sub_(LOWEST_OCTAVE)
     bins = octaves.mul_(BINS_PER_OCTAVE).int().clamp_(0, FREQUENCY_BINS - 1)

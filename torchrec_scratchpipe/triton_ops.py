@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The device operations as Triton kernels; :mod:`torchrec_scratchpipe.torch_ops` says the same in torch.
 
-Shapes: as in :mod:`torchrec_scratchpipe.device_ops`.
+Shapes: as in :mod:`torchrec_scratchpipe.slot_ops`.
 
 Grids follow what the host knows, ids, slots or a buffer's capacity, or are fixed. How many rows there are the kernels read on the device, so
 that nothing waits for the host. No sort: who is the first to mark a slot or a row stands for it.
@@ -12,26 +12,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchrec_scratchpipe.device_ops import (
+from torchrec_scratchpipe.slot_ops import (
     BEING_PLACED,
     BINS_PER_OCTAVE,
     FREQUENCY_BINS,
+    LOWEST_FREQUENCY,
     LOWEST_OCTAVE,
+    MAX_OCTAVES,
+    NOTES_PER_OCTAVE,
     NUM_BINS,
+    NUM_NOTES,
+    WINDOW_BITS,
+    WINDOW_MASK,
     Aging,
     CommonOps,
     Count,
-    DeviceMaps,
     FeatureIds,
     FeatureRows,
     PlanBuffers,
     ScratchBuffers,
+    SlotMaps,
     State,
     TableCounts,
 )
-from torchrec_scratchpipe.eviction import MAX_OCTAVES, NOTES_PER_OCTAVE, NUM_NOTES, WINDOW_BITS
-from torchrec_scratchpipe.slot_map_base import WINDOW_MASK
-from torchrec_scratchpipe.torch_ops import LOWEST_FREQUENCY
 
 __all__ = ["TritonOps"]
 
@@ -71,10 +74,10 @@ _FIRST_NOTE_LONG_PAST = tl.constexpr(MAX_OCTAVES * NOTES_PER_OCTAVE)
 
 
 class TritonOps(CommonOps):
-    """See :class:`~torchrec_scratchpipe.device_ops.DeviceOps`, which says what each operation does."""
+    """See :class:`~torchrec_scratchpipe.slot_ops.SlotOps`, which says what each operation does."""
 
-    def mark(self, ids: FeatureIds, features: FeatureRows, maps: DeviceMaps, bit: int, is_used: bool) -> None:
-        """See :class:`DeviceOps`."""
+    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
+        """See :class:`SlotOps`."""
         num_ids, num_features = ids.ids.numel(), features.table.numel()
         if num_ids:
             _mark_kernel[(triton.cdiv(num_ids, IDS_PER_PROGRAM),)](
@@ -96,12 +99,12 @@ class TritonOps(CommonOps):
         self,
         ids: FeatureIds,
         features: FeatureRows,
-        maps: DeviceMaps,
+        maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
         batch_index: int,
     ) -> None:
-        """See :class:`DeviceOps`."""
+        """See :class:`SlotOps`."""
         buffers.counts.zero_()
         num_ids, num_features = ids.ids.numel(), features.table.numel()
         if num_ids:
@@ -127,14 +130,14 @@ class TritonOps(CommonOps):
 
     def take(
         self,
-        maps: DeviceMaps,
+        maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
         batch_index: int,
         first_held: int,
         skips_used_ahead: bool,
     ) -> None:
-        """See :class:`DeviceOps`."""
+        """See :class:`SlotOps`."""
         _take_kernel[(1,)](
             buffers.counts,
             maps.state,
@@ -151,8 +154,8 @@ class TritonOps(CommonOps):
             num_warps=16,
         )
 
-    def scan(self, maps: DeviceMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
-        """See :class:`DeviceOps`."""
+    def scan(self, maps: SlotMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
+        """See :class:`SlotOps`."""
         num_slots = maps.last_use.numel()
         grid = (triton.cdiv(num_slots, SLOTS_PER_PROGRAM),)
         slots = (maps.last_use, maps.uses_ahead, maps.frequency, num_slots, first_held, next_bit)
@@ -170,7 +173,7 @@ class TritonOps(CommonOps):
 
     def commit(
         self,
-        maps: DeviceMaps,
+        maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
         tables: TableCounts,
@@ -178,7 +181,7 @@ class TritonOps(CommonOps):
         keep_bits: int,
         aging: Aging,
     ) -> None:
-        """See :class:`DeviceOps`."""
+        """See :class:`SlotOps`."""
         num_tables = tables.num_unique.numel()
         # As many programs as the unique rows can need, of which there are no more than a buffer has room for.
         _commit_kernel[(triton.cdiv(max(1, buffers.rows.numel()), IDS_PER_PROGRAM),)](
@@ -210,10 +213,8 @@ class TritonOps(CommonOps):
             BLOCK=IDS_PER_PROGRAM,
         )
 
-    def translate(
-        self, maps: DeviceMaps, buffers: PlanBuffers, tables: TableCounts, slots: Tensor, num_ids: int
-    ) -> None:
-        """See :class:`DeviceOps`."""
+    def translate(self, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts, slots: Tensor, num_ids: int) -> None:
+        """See :class:`SlotOps`."""
         num_tables = tables.num_ids.numel()
         _translate_kernel[(triton.cdiv(max(1, num_ids), IDS_PER_PROGRAM),)](
             buffers.counts,
@@ -232,7 +233,7 @@ class TritonOps(CommonOps):
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
     ) -> None:
-        """See :class:`DeviceOps`; `source` and `target` may lie in page-locked host memory."""
+        """See :class:`SlotOps`; `source` and `target` may lie in page-locked host memory."""
         row_bytes = source[:1].nbytes
         word = torch.int32 if row_bytes % 4 == 0 else torch.int16
         num_words = row_bytes // word.itemsize
@@ -250,8 +251,8 @@ class TritonOps(CommonOps):
             num_warps=8,
         )
 
-    def count_misses(self, maps: DeviceMaps, rows: Tensor, slots: Tensor, num_ids: int, num_misses: Tensor) -> None:
-        """See :class:`DeviceOps`."""
+    def count_misses(self, maps: SlotMaps, rows: Tensor, slots: Tensor, num_ids: int, num_misses: Tensor) -> None:
+        """See :class:`SlotOps`."""
         if num_ids:
             _count_misses_kernel[(triton.cdiv(num_ids, IDS_PER_PROGRAM),)](
                 maps.slot_to_row, rows, slots, num_misses, num_ids, BLOCK=IDS_PER_PROGRAM

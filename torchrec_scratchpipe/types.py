@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The words that the stages hand to each other.
 
-Shapes: ``I`` ids, ``U`` unique rows, ``M`` misses, ``V`` victims, ``S`` slots, ``R`` rows, ``D`` row width.
+Shapes: ``M`` misses, ``V`` victims, ``D`` row width.
 """
 
 import enum
@@ -11,13 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CachePlan", "RowLayout", "Stage", "StageSpan", "StagedRows", "StateSpec", "TableSpec"]
+__all__ = ["RowLayout", "Stage", "StageSpan", "StagedRows", "StateSpec", "TableSpec", "TimedStage"]
 
 
 class Stage(enum.StrEnum):
     """The paper's stages, in order; the value is the name in profiler traces and reports."""
 
-    LOAD = "load"
     PLAN = "plan"
     COLLECT = "collect"
     EXCHANGE = "exchange"
@@ -73,22 +72,6 @@ class RowLayout:
         ]
 
 
-class CachePlan(NamedTuple):
-    """Result of Plan for one batch and pool; every tensor lies on the planning device.
-
-    All slots of the batch are held until the batch is released.
-    """
-
-    batch_index: int
-    rows: Tensor  # [I] int64, row id of every id
-    slots: Tensor  # [I] int64, where Train finds that row
-    unique_slots: Tensor  # [U] int64
-    miss_rows: Tensor  # [M] int64, rows that come ...
-    miss_slots: Tensor  # [M] int64, ... and the slots they take
-    victim_rows: Tensor  # [V] int64, rows that leave ...
-    victim_slots: Tensor  # [V] int64, ... and the slots they leave, a subset of miss_slots
-
-
 class StagedRows(NamedTuple):
     """Rows on their way between table and scratchpad; one tensor per part of a row."""
 
@@ -96,11 +79,21 @@ class StagedRows(NamedTuple):
     writeback: list[Tensor]  # [V, ...] from the scratchpad to the table
 
 
+class TimedStage(NamedTuple):
+    """When one stage of a batch ran, by the host's clock, before it is known how many rows it moved."""
+
+    stage: Stage
+    start_s: float  # time.perf_counter()
+    end_s: float
+    moved: tuple[int, ...]  # which of the plan's counts say how many
+
+
 class StageSpan(NamedTuple):
     """When one stage of one batch ran, by the host's clock, and how much it moved.
 
-    On a CUDA device all are timed as they are issued, not as they run; where it moves rows itself, COLLECT is the whole way of
-    the victims and INSERT that of the misses, each with its own bytes. Elsewhere bytes are those of both directions.
+    On a CUDA device all are timed as they are issued, not as they run. Where it moves rows in place, COLLECT is the whole way of
+    the victims and INSERT that of the misses, each with its own bytes. Elsewhere bytes are those of both directions. The spans of a
+    batch are there once its Train has begun.
     """
 
     batch_index: int  # the pool's own count, which evaluation advances too

@@ -22,10 +22,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe.batch_features import find_tensors, ids_of_features, num_samples
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, MeasurementError
-from torchrec_scratchpipe.eviction import WINDOW_BITS
 from torchrec_scratchpipe.popularity import zipf_reuse
 from torchrec_scratchpipe.random_states import random_states_kept
 from torchrec_scratchpipe.reuse import Curve, Floats, Reuse, ReuseMeter, Window, misses_of_pool
+from torchrec_scratchpipe.slot_ops import WINDOW_BITS
 from torchrec_scratchpipe.spelling import did_you_mean, few
 
 __all__ = [

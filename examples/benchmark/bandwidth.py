@@ -18,9 +18,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe.device_ops import Count
 from torchrec_scratchpipe.host_table import PageLockedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.row_parts import read_rows, write_rows
+from torchrec_scratchpipe.slot_ops import Count
 
 NUM_REPEATS = 10
 

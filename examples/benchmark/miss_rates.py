@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Misses per batch: of several eviction orders for the same slots, and as planned against as counted by a training run.
+"""Misses per batch: of several ways to choose victims for the same slots, and as planned against as counted by a training run.
 
     python examples/benchmark/miss_rates.py --criteo_tsv train.txt
 
@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torchrec_scratchpipe.eviction import EvictionOrder, LeastFrequentlyUsed, LeastRecentlyUsed
-from torchrec_scratchpipe.slot_map import SlotMap, SlotsHeldError
+from torchrec_scratchpipe.slot_map import PoolIds, SlotMap, SlotsHeldError
+from torchrec_scratchpipe.slot_ops import HALF_LIFE, FeatureIds, FeatureRows
+from torchrec_scratchpipe.torch_ops import TorchOps
 
 Ids = npt.NDArray[np.int64]
 LOOKAHEAD, NUM_BATCHES_SEEN_AHEAD = 1, 16
@@ -58,10 +59,13 @@ def criteo_trace(path: str, batch_size: int = 16) -> Trace:
     return Trace("Criteo rows", batches, len(row_of))
 
 
-def count(trace: Trace, num_slots: int, order: EvictionOrder, num_seen_ahead: int, lookahead: int = LOOKAHEAD) -> Ids:
+def count(
+    trace: Trace, num_slots: int, num_seen_ahead: int, lookahead: int = LOOKAHEAD, half_life: float = HALF_LIFE
+) -> Ids:
     """Misses per batch by the slot map, as a pipeline would drive it."""
-    slot_map = SlotMap(trace.num_rows, num_slots, order)
-    rows = [torch.from_numpy(ids) for ids in trace.batches]
+    offsets = [0, trace.num_rows]
+    slot_map = SlotMap(trace.num_rows, num_slots, offsets, TorchOps(), torch.device("cpu"), half_life=half_life)
+    rows = [_ids_of_one_table(ids, trace.num_rows) for ids in trace.batches]
     seen: list[int | None] = []
     in_flight: list[int] = []
     misses = []
@@ -72,12 +76,36 @@ def count(trace: Trace, num_slots: int, order: EvictionOrder, num_seen_ahead: in
             slot_map.release(in_flight.pop(0))
         while True:
             try:
+                slot_map.take_in_releases()
                 plan = slot_map.plan(ids, seen[index])
-                break
+                if slot_map.confirm(plan):
+                    break
             except SlotsHeldError:  # Plan waits for a batch in flight to train
                 slot_map.release(in_flight.pop(0))
         in_flight.append(plan.batch_index)
-        misses.append(plan.miss_rows.numel())
+        misses.append(plan.moves().miss_rows.numel())
+    return np.array(misses)
+
+
+def _ids_of_one_table(ids: Ids, num_rows: int) -> PoolIds:
+    bounds, first, num, table = (
+        torch.tensor(values, dtype=torch.int64) for values in ([0, ids.size], [0], [num_rows], [0])
+    )
+    return PoolIds(FeatureIds(torch.from_numpy(ids), bounds), FeatureRows(first, num, table.int()))
+
+
+def count_lru(trace: Trace, num_slots: int) -> Ids:
+    """Those rows leave whose last use is longest ago."""
+    last_use = np.full(trace.num_rows, -1)  # of resident rows
+    misses = []
+    for batch, ids in enumerate(trace.batches):
+        rows = np.unique(ids)
+        misses.append(int((last_use[rows] < 0).sum()))
+        last_use[rows] = batch
+        resident = np.flatnonzero(last_use >= 0)
+        if resident.size > num_slots:
+            num_victims = resident.size - num_slots
+            last_use[resident[np.argpartition(last_use[resident], num_victims - 1)[:num_victims]]] = -1
     return np.array(misses)
 
 
@@ -142,10 +170,10 @@ def count_belady(trace: Trace, num_slots: int) -> Ids:
 
 
 ORDERS: dict[str, Callable[[Trace, int], Ids]] = {
-    "ours": lambda trace, n: count(trace, n, LeastFrequentlyUsed(n), NUM_BATCHES_SEEN_AHEAD),
-    "16 seen, none held": lambda trace, n: count(trace, n, LeastFrequentlyUsed(n), NUM_BATCHES_SEEN_AHEAD, 0),
-    "ours, nothing seen": lambda trace, n: count(trace, n, LeastFrequentlyUsed(n), 0),
-    "LRU": lambda trace, n: count(trace, n, LeastRecentlyUsed(n), 0),
+    "ours": lambda trace, n: count(trace, n, NUM_BATCHES_SEEN_AHEAD),
+    "16 seen, none held": lambda trace, n: count(trace, n, NUM_BATCHES_SEEN_AHEAD, 0),
+    "ours, nothing seen": lambda trace, n: count(trace, n, 0),
+    "LRU": count_lru,
     "32-way LRU": count_set_associative,
     "Belady": count_belady,
 }
@@ -170,9 +198,9 @@ def follow_a_shift(num_batches: int = 1500) -> list[dict[str, object]]:
     trace = Trace("shift", before.batches + [new_row[ids] for ids in after.batches], 100_000)
     num_slots = 5000
     runs = {
-        "ours": count(trace, num_slots, LeastFrequentlyUsed(num_slots), 0),
-        "ours, frequencies never age": count(trace, num_slots, LeastFrequentlyUsed(num_slots, half_life=1e9), 0),
-        "LRU": count(trace, num_slots, LeastRecentlyUsed(num_slots), 0),
+        "ours": count(trace, num_slots, 0),
+        "ours, frequencies never age": count(trace, num_slots, 0, half_life=1e9),
+        "LRU": count_lru(trace, num_slots),
     }
     phases = {
         "the last 500 before": slice(num_batches - 500, num_batches),

@@ -221,7 +221,7 @@ class Contender:
         for _ in range(num_steps):
             self.last_loss = self.pipeline.progress(self.batches)[0]
         if self.rival.is_scratchpad:
-            self.model.module.ebc.settle()
+            self.model.module.ebc.wait_until_idle()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -288,7 +288,7 @@ class Trainer:
         """Of batches whose planning has ended."""
         collection = self.model.module.get_submodule(COLLECTION_PATH)
         if isinstance(collection, ShardedScratchPipeEmbeddingBagCollection):
-            collection.settle()
+            collection.wait_until_idle()
         return scratchpad_stats(self.model)
 
     def _train_epoch(self, epoch: int) -> dict[str, float | None]:
