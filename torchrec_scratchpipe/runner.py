@@ -267,10 +267,9 @@ class StageRunner:
             pool.host_table.accept_overwrite()
 
     def _take_in_counts(self, batch: Batch) -> BaseException | None:
-        """Take in what Plan has counted. It has long done so, unless the host is further ahead than the lookahead.
+        """Take in what Plan has counted; why Train cannot begin, if it cannot.
 
-        Returns:
-            Why Train cannot begin, if it cannot.
+        Plan has long counted it, unless the host is further ahead than the lookahead.
         """
         if len(batch.plans) < len(batch.pools):
             return ScratchPipeError("the batch was dropped before its rows were fetched")
