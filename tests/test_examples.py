@@ -118,7 +118,7 @@ def test_criteo_dlrm_within_a_budget_on_two_ranks(tmp_path: Path) -> None:
 def test_orders_of_the_miss_rate_benchmark() -> None:
     trace = miss_rates.zipf_trace(1.05, num_rows=2000, num_ids=20, num_batches=100)
     one_set = miss_rates.count_set_associative(trace, 32)
-    lru = miss_rates.count(trace, 32, miss_rates.LeastRecentlyUsed(32), 0, lookahead=0)
+    lru = miss_rates.count_lru(trace, 32)
     assert one_set.sum() == pytest.approx(lru.sum(), rel=0.02), "one set of 32 ways is a scratchpad of 32 slots"
     for num_slots in (64, 320):
         misses = {name: order(trace, num_slots).sum() for name, order in miss_rates.ORDERS.items()}

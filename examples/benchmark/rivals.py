@@ -29,13 +29,8 @@ from torchrec_scratchpipe import (
     ScratchPipeTrainPipeline,
     scratchpad_stats,
 )
-from torchrec_scratchpipe.memory import (
-    BUFFER_HEADROOM,
-    ID_BYTES_OF_DEVICE_PLAN,
-    ID_BYTES_OF_DEVICE_SCRATCH,
-    ROW_BYTES_OF_MAPS,
-    SLOT_BYTES_OF_DEVICE_MAPS,
-)
+from torchrec_scratchpipe.memory import ID_BYTES_OF_PLAN, ID_BYTES_OF_SCRATCH, ROW_BYTES_OF_MAPS, SLOT_BYTES_OF_MAPS
+from torchrec_scratchpipe.slot_map import BUFFER_HEADROOM
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -102,9 +97,9 @@ class Shape:
     def cache_bytes(self) -> float:
         """Device memory of our slots, with their maps and the buffers of batches in flight: what every cache gets."""
         slots = self.load_factor * self.workload.num_rows
-        of_plans = (self.lookahead + 1) * ID_BYTES_OF_DEVICE_PLAN + ID_BYTES_OF_DEVICE_SCRATCH
+        of_plans = (self.lookahead + 1) * ID_BYTES_OF_PLAN + ID_BYTES_OF_SCRATCH
         return (
-            slots * (self.row_bytes + SLOT_BYTES_OF_DEVICE_MAPS)
+            slots * (self.row_bytes + SLOT_BYTES_OF_MAPS)
             + ROW_BYTES_OF_MAPS * self.workload.num_rows
             + BUFFER_HEADROOM * of_plans * self.workload.ids_per_batch
         )

@@ -25,8 +25,9 @@ from torchrec_scratchpipe import (
 )
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.row_parts import write_rows
+from torchrec_scratchpipe.slot_map import RowMoves
 from torchrec_scratchpipe.stages import insert
-from torchrec_scratchpipe.types import CachePlan, StagedRows
+from torchrec_scratchpipe.types import StagedRows
 
 from .case import Case, Contender
 from .suite import ROW_FACTOR, MoreBatches, kernel_of_test, qcomms_config
@@ -41,14 +42,14 @@ SPARE_SLOTS = 1.3  # of the ids of one batch; two batches do not fit
 SPARE_SLOTS_VBE = 2.2  # the suite draws batch sizes, which scatter more, and most with few ranks
 
 
-def _insert_without_writeback(pool: Pool, cache_plan: CachePlan, staged: StagedRows) -> None:
-    write_rows(pool.scratchpad.parts, cache_plan.miss_slots, staged.fill)
+def _insert_without_writeback(pool: Pool, moves: RowMoves, staged: StagedRows) -> None:
+    write_rows(pool.scratchpad.parts, moves.miss_slots, staged.fill)
 
 
-def _insert_without_states(pool: Pool, cache_plan: CachePlan, staged: StagedRows) -> None:
+def _insert_without_states(pool: Pool, moves: RowMoves, staged: StagedRows) -> None:
     for part in staged.fill[1:]:
         part.zero_()
-    insert(pool, cache_plan, staged)
+    insert(pool, moves, staged)
 
 
 BROKEN_INSERTS = {Contender.NO_WRITEBACK: _insert_without_writeback, Contender.NO_STATE: _insert_without_states}
