@@ -11,10 +11,10 @@ slots. It is looked up for each bin of batches, because it rises while the scrat
 
 A gap is the number of batches from one use of a row to the next. Pressures are
 
-* for :class:`LeastRecentlyUsed`, and for the optimum, gaps: the former keeps a row for so many batches after a use, the latter
+* for the least recently used order, and for the optimum, gaps: the former keeps a row for so many batches after a use, the latter
   keeps it only if it will be used again within so many. (This optimum may use more slots now and fewer then; Belady's, for a
   fixed number of slots, misses a little more.)
-* for :class:`LeastFrequentlyUsed`, first the frequency, aged to the moment, below which rows that no batch seen ahead will use
+* for our order, first the frequency, aged to the moment, below which rows that no batch seen ahead will use
   must leave; and when all of those have left, the gap beyond which even the others must.
 """
 
