@@ -4,7 +4,10 @@
 import ast
 import importlib
 import itertools
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,59 @@ def test_the_first_snippet_names_only_what_it_has_or_what_a_job_has(document: st
     for node in imports:
         assert {alias.name for alias in node.names} <= set(dir(importlib.import_module(str(node.module))))
     assert snippet.index("= DistributedModelParallel(") < snippet.index("= ScratchPipeTrainPipeline(")
+
+
+# What a side of the smallest job leaves behind, for the comparison.
+SAVE_STATE = """
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+def plain(value):
+    return value.local_shards()[0].tensor.detach().clone() if isinstance(value, ShardedTensor) else value
+
+state = {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()["state"]["model.sparse_arch.embedding_bag_collection.embedding_bags.t_item.weight"]}
+torch.save({kind: {name: plain(value) for name, value in values.items()} for kind, values in state.items()}, sys.argv[1])
+"""
+
+
+def run_side(side: str, path: Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """Run one side of README's diff as it stands, and read what it has trained and printed."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    job = "".join(line[1:] or "\n" for line in diff.splitlines(keepends=True) if line[:1] in (side, " ", "\n"))
+    (before_end, end) = job.split("dist.destroy_process_group()")
+    script = path.with_suffix(".py")
+    script.write_text(f"import sys\n{before_end}{SAVE_STATE}\ndist.destroy_process_group(){end}")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    run = subprocess.run(
+        [sys.executable, str(script), str(path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return torch.load(path), run.stdout
+
+
+def test_both_sides_of_the_smallest_job_train_the_same_bits(tmp_path: Path) -> None:
+    expected, stock_output = run_side("-", tmp_path / "stock.pt")
+    actual, our_output = run_side("+", tmp_path / "ours.pt")
+    assert expected["model"].keys() == actual["model"].keys()
+    assert expected["optimizer"].keys() == actual["optimizer"].keys()
+    assert len(expected["model"]) > 5
+    assert len(expected["optimizer"]) > 0
+    for kind, values in expected.items():
+        for name, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(actual[kind][name])), name
+    assert our_output.startswith(stock_output)  # the loss, then what the scratchpad did
+    assert re.search(r"[1-9][\d,]* evicted\n0 rows missing at Train", our_output)
+
+
+def test_the_description_on_an_index_shows_the_picture_and_the_job_of_the_readme() -> None:
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/package_index.md")]
+    for fence in ("diff", ""):
+        in_readme, in_description = (re.findall(rf"```{fence}\n(.*?)```", text, flags=re.DOTALL)[0] for text in texts)
+        assert in_description == in_readme
+
+
+def test_what_has_run_where_is_said_in_the_first_ten_lines() -> None:
+    first_lines = "\n".join((ROOT / "README.md").read_text().splitlines()[:10])
+    assert "**Nothing has run on a GPU yet**" in first_lines
 
 
 def test_every_snippet_of_checkpointing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
