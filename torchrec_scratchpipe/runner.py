@@ -7,7 +7,7 @@ A batch is data; a runner alone acts on it. One batch runs its stages as a unit,
 :class:`StageRunner` runs them on the caller's thread: it is the oracle. :class:`OverlappedStageRunner` runs the same code on a worker
 thread, and on a CUDA device on streams of its own, while earlier batches train.
 
-Hazards and guards; the numbers are those of docs/design.md:
+Hazards and guards; the numbers are those of docs/how_it_works.md:
 
 1.  Collect(N) must not read a victim that Train(M), M < N, has not updated yet: M holds its slots.
 2.  Collect(N+1) must not read a row from the table before Insert(N) has written it back: batches run their stages

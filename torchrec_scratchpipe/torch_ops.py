@@ -109,7 +109,7 @@ class TorchOps(CommonOps):
         first = _positions(maps.row_to_slot.index_select(0, rows) == positions)
         unique, known_of_unique = rows.index_select(0, first), known.index_select(0, first)
         is_miss = known_of_unique < 0
-        maps.row_to_slot.index_copy_(0, unique, known_of_unique.masked_fill(is_miss, BEING_PLACED))
+        maps.row_to_slot.index_copy_(0, unique, torch.where(is_miss, BEING_PLACED, known_of_unique))
         misses = _positions(is_miss)
         hit_slots = known_of_unique.index_select(0, _positions(is_miss.logical_not_())).long()
         _put(scratch.hit_slots, hit_slots)
@@ -343,7 +343,7 @@ def _bins(maps: SlotMaps, first_held: int, next_bit: int) -> Tensor:
         distance = (in_order & -in_order).float().log2_().clamp_(min=0).int()
         bins = torch.where(uses != 0, FREQUENCY_BINS + WINDOW_BITS - 1 - distance, bins)
     may_go = (maps.last_use >= 0) & (maps.last_use < first_held)
-    return bins.masked_fill_(may_go.logical_not_(), NUM_BINS)
+    return torch.where(may_go, bins, NUM_BINS)
 
 
 def _notes(frequency: Tensor, origin: float) -> Tensor:
