@@ -79,7 +79,8 @@ def files_of_internals() -> list[str]:
     """The files that the rooms' tables name, and those of the newcomer's minute."""
     files = re.findall(r"`((?:core|sharding|planning|checkpoint)/\w+\.py)`", INTERNALS)
     for room, text in re.findall(r"^### (\w+)/: (.*?)(?=^##)", INTERNALS, flags=re.MULTILINE | re.DOTALL):
-        files += [f"{room}/{name}" for line in text.splitlines() for name in re.findall(r"`(\w+\.py)`", line[:40])]
+        cells = re.findall(r"^\|([^|]+)\|", text, flags=re.MULTILINE)
+        files += [f"{room}/{name}" for cell in cells for name in re.findall(r"`(\w+\.py)`", cell)]
     return sorted(set(files))
 
 
