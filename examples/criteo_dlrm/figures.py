@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Makes the rows of README's table "Measured" that come from this example.
+"""Makes the rows of README's table "Results" that come from this example.
 
     python examples/criteo_dlrm/figures.py --criteo_tsv FILE
 
