@@ -60,8 +60,8 @@ def use_device_path(kind: str) -> Callable[[], None]:
     def make_slot_ops(self: ScratchpadOptions, device: torch.device) -> SlotOps:
         return make_ops(kind)
 
-    def make_storage(self: ScratchpadOptions, device: torch.device, ops: SlotOps) -> TableStorage:
-        return originals[1](self, device, ops) if self.table_dir is not None else ReachableRam()
+    def make_storage(self: ScratchpadOptions, ops: SlotOps) -> TableStorage:
+        return originals[1](self, ops) if self.table_dir is not None else ReachableRam()
 
     def end() -> None:
         ScratchpadOptions.make_slot_ops, ScratchpadOptions.make_storage = originals  # type: ignore[method-assign]

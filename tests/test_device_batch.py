@@ -348,14 +348,14 @@ def test_how_a_device_is_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     cuda, options = torch.device("cuda"), ScratchpadOptions()
     ops = options.make_slot_ops(cuda)
     assert isinstance(ops, TritonOps)
-    assert isinstance(options.make_storage(cuda, ops), PageLockedStorage)
-    assert not ScratchpadOptions(host_access="staged").make_storage(cuda, ops).is_device_accessible
+    assert isinstance(options.make_storage(ops), PageLockedStorage)
+    assert not ScratchpadOptions(host_access="staged").make_storage(ops).is_device_accessible
     assert isinstance(options.make_slot_ops(CPU), TorchOps)
-    assert not options.make_storage(CPU, TorchOps()).is_device_accessible
+    assert not options.make_storage(TorchOps()).is_device_accessible
     monkeypatch.setitem(sys.modules, "torchrec_scratchpipe.triton_ops", None)
     without_triton = options.make_slot_ops(cuda)
     assert isinstance(without_triton, TorchOps)
-    assert not options.make_storage(cuda, without_triton).is_device_accessible
+    assert not options.make_storage(without_triton).is_device_accessible
     assert "Triton cannot be imported" in caplog.text
     with pytest.raises(ConfigError, match="host_access is 'magic', it must be one of direct, staged"):
         ScratchpadOptions(host_access="magic")

@@ -307,7 +307,7 @@ class ScratchpadKernel(FusedOptimizerModule):
 
     def _make_pools(self, options: ScratchpadOptions) -> tuple[list[Pool], ScratchpadMemory]:
         ops = options.make_slot_ops(self._scratchpad_device)
-        storage = options.make_storage(self._scratchpad_device, ops)
+        storage = options.make_storage(ops)
         host_tables = []
         nums_slots: list[int] = []
         for indices in self._pool_tables:

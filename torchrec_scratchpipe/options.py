@@ -210,19 +210,18 @@ class ScratchpadOptions:
         if not self.half_life > 0:
             raise ConfigError(f"half_life is {self.half_life}, it must be a positive number of batches.")
 
-    def make_storage(self, device: torch.device, ops: SlotOps) -> TableStorage:
+    def make_storage(self, ops: SlotOps) -> TableStorage:
         """Where host tables come from.
 
         Args:
-            device: Where the scratchpads are.
-            ops: From :meth:`make_slot_ops`.
+            ops: From :meth:`make_slot_ops`; only kernels reach the tables themselves.
 
         Returns:
             Memory-mapped files, page-locked RAM, or RAM.
         """
         if self.table_dir is not None:
             return MappedStorage(self.table_dir)
-        is_direct = self.host_access == "direct" and device.type != "cpu" and not isinstance(ops, TorchOps)
+        is_direct = self.host_access == "direct" and not isinstance(ops, TorchOps)
         return PageLockedStorage() if is_direct else RamStorage()
 
     def make_slot_ops(self, device: torch.device) -> SlotOps:
