@@ -53,7 +53,7 @@ def compile_all() -> dict[str, list[dict[str, int]]]:
     JITFunction.__getitem__ = compile_instead
 
     from torchrec_scratchpipe.slot_map import SlotMap
-    from torchrec_scratchpipe.slot_ops import Aging, Count, FeatureIds, FeatureRows
+    from torchrec_scratchpipe.slot_ops import Aging, Count, FeatureIds, FeatureRows, PlanRequest
     from torchrec_scratchpipe.triton_ops import TritonOps
 
     slot_map = SlotMap(5000, 300, [0, 1000, 5000], TritonOps(), CPU)
@@ -66,13 +66,16 @@ def compile_all() -> dict[str, list[dict[str, int]]]:
         ids = FeatureIds(torch.zeros(1000, dtype=dtype), torch.zeros(3, dtype=dtype))
         ops.mark(ids, features, maps, 1, True)
         ops.mark(ids, features, maps, 1, False)
-        ops.find(ids, features, maps, buffers, scratch, 1)
+        request = PlanRequest(ids, features, buffers.slots, 1, 1, 0, -1, Aging(1.0, 0.0))
+        ops.find(request, maps, buffers, scratch)
     for skips_used_ahead in (True, False):
-        ops.take(maps, buffers, scratch, 1, 1, skips_used_ahead)
-    ops.scan(maps, buffers, 1, 0, 20)
-    ops.commit(maps, buffers, scratch, tables, 1, -1, Aging(1.0, 0.0))
-    ops.translate(maps, buffers, tables, buffers.slots, 1000)
-    ops.count_misses(maps, buffers.rows, buffers.slots, 1000, tables.num_misses_at_train)
+        ops.take(request, maps, buffers, scratch, skips_used_ahead)
+    ops.scan(request, maps, buffers, 20)
+    ops.commit(request, maps, buffers, scratch, tables)
+    ops.translate(request, maps, buffers, tables)
+    for count, rows in ((Count.WRITEBACKS, buffers.victim_rows), (Count.FILLS, buffers.miss_rows)):
+        ops.order(rows, buffers.miss_slots, buffers.counts, count, 5000, slot_map.order_buffers[count])
+    ops.count_misses(request, maps, buffers, tables.num_misses_at_train)
     for part in (torch.zeros(64, 128), torch.zeros(64, 4), torch.zeros(64), torch.zeros(64, 8, dtype=torch.float16)):
         ops.move(part, buffers.miss_slots, part.clone(), buffers.victim_rows, buffers.counts, Count.WRITEBACKS)
         ops.move(part, buffers.miss_rows, part.clone(), buffers.miss_slots, buffers.counts, Count.FILLS)

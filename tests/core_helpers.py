@@ -15,7 +15,7 @@ from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.runner import StageRunner
 from torchrec_scratchpipe.scratchpad import allocate_scratchpads
 from torchrec_scratchpipe.slot_map import CachePlan, PoolIds, SlotMap
-from torchrec_scratchpipe.slot_ops import HALF_LIFE, FeatureIds, FeatureRows, PlanBuffers, SlotMaps, SlotOps
+from torchrec_scratchpipe.slot_ops import HALF_LIFE, FeatureIds, FeatureRows, PlanRequest, SlotMaps, SlotOps
 from torchrec_scratchpipe.stats import PoolStats
 from torchrec_scratchpipe.streams import StageStreams
 from torchrec_scratchpipe.torch_ops import TorchOps
@@ -28,14 +28,14 @@ LAYOUT = RowLayout(dim=4, dtype=torch.float32, states=(StateSpec("momentum1", is
 class ListedAnew(TorchOps):
     """Lists victims anew for every batch, in an order of its own."""
 
-    def take(self, maps: SlotMaps, buffers: PlanBuffers, *args: Any) -> None:
+    def take(self, request: PlanRequest, maps: SlotMaps, *args: Any) -> None:
         if args[-1]:  # the first of two
             self.clear_victim_list(maps)
-        super().take(maps, buffers, *args)
+        super().take(request, maps, *args)
 
-    def scan(self, maps: SlotMaps, *args: Any) -> None:
+    def scan(self, request: PlanRequest, maps: SlotMaps, *args: Any) -> None:
         maps.frequency.copy_(self.frequencies(maps))
-        super().scan(maps, *args)
+        super().scan(request, maps, *args)
 
     def frequencies(self, maps: SlotMaps) -> Tensor:
         """[S] float32: the slots with the lowest ones go first."""

@@ -2,23 +2,26 @@
 """Has scratchpads on a CPU filled in place, as those on a GPU are.
 
 With ``TEST_DEVICE_PATH=torch``, every test that shards a model has rows moved by torch operations; with ``triton``, by interpreted
-kernels, which plan too.
+kernels, which plan too; with ``locked``, by torch operations, in memory that says that it is page-locked.
 """
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from torchrec_scratchpipe.host_table import RamStorage, TableStorage
+from torchrec_scratchpipe import host_table
+from torchrec_scratchpipe.host_table import PageLockedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.slot_ops import SlotOps
+from torchrec_scratchpipe.slot_ops import PlanBuffers, SlotOps
 from torchrec_scratchpipe.torch_ops import TorchOps
 
 KINDS = ("torch", "triton")
+LOCKED = "locked"
 
 
 class ReachableRam(RamStorage):
@@ -27,43 +30,105 @@ class ReachableRam(RamStorage):
     is_device_accessible = True
 
 
-class OneAtATime:
+class FakeDriver:
+    """Registers page-locked memory, and knows of an address whether it was registered."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[int, int] = {}
+
+    def lock(self, tensor: Tensor) -> str:
+        self._ranges[tensor.data_ptr()] = tensor.nbytes
+        return ""
+
+    def unlock(self, locked: list[Tensor]) -> None:
+        for tensor in locked:
+            del self._ranges[tensor.data_ptr()]
+        locked.clear()
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """As torch asks: about the address where the storage begins."""
+        start = tensor.untyped_storage().data_ptr()
+        return any(first <= start < first + num_bytes for first, num_bytes in self._ranges.items())
+
+
+class WrappedOps:
+    """Operations that something is done with; none is recorded, so that it is done each time."""
+
+    def __init__(self, ops: SlotOps) -> None:
+        self._ops = ops
+        self.orders_moves = ops.orders_moves
+
+    def prepare(self, *args: Any) -> None:
+        self._ops.prepare(*args)
+
+    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
+        operations()
+
+    def order(self, *args: Any) -> tuple[Tensor, Tensor]:
+        self._run("order", args)
+        return args[-1].rows, args[-1].slots
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self._run(name, args)
+
+    def _run(self, name: str, args: tuple[Any, ...]) -> None:
+        getattr(self._ops, name)(*args)
+
+
+class OneAtATime(WrappedOps):
     """Operations of which no two run at once: Triton's interpreter changes its own module while a kernel runs."""
 
     _lock = threading.Lock()
 
-    def __init__(self, ops: SlotOps) -> None:
-        self._ops = ops
+    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
+        self._ops.enqueue(buffers, key, operations)
 
-    def __getattr__(self, name: str) -> Any:
-        operation = getattr(self._ops, name)
+    def _run(self, name: str, args: tuple[Any, ...]) -> None:
+        with self._lock:
+            super()._run(name, args)
 
-        def run(*args: Any) -> None:
-            with self._lock:
-                operation(*args)
 
-        return run
+def replay_as_first_asked(operations: Callable[[], None]) -> Callable[[], None]:
+    """A recorder for a CPU: what was enqueued for an earlier batch is enqueued again, whatever that batch was."""
+    return operations
 
 
 def make_ops(kind: str) -> SlotOps:
     if kind == "triton":
         from torchrec_scratchpipe.triton_ops import TritonOps
 
-        return OneAtATime(TritonOps())
+        return OneAtATime(TritonOps(replay_as_first_asked))
     return TorchOps()
+
+
+def fake_locking() -> Callable[[], None]:
+    """Have page-locked memory without a driver, from now on; returns what ends it."""
+    driver = FakeDriver()
+    originals = host_table._lock_pages, host_table._unlock, torch.Tensor.is_pinned
+
+    def end() -> None:
+        host_table._lock_pages, host_table._unlock, torch.Tensor.is_pinned = originals  # type: ignore[method-assign]
+
+    host_table._lock_pages, host_table._unlock = driver.lock, driver.unlock
+    torch.Tensor.is_pinned = lambda tensor, device=None: driver.is_pinned(tensor)  # type: ignore[method-assign]
+    return end
 
 
 def use_device_path(kind: str) -> Callable[[], None]:
     """Have sharders use these operations from now on; returns what ends it."""
     originals = ScratchpadOptions.make_slot_ops, ScratchpadOptions.make_storage
+    end_locking = fake_locking() if kind == LOCKED else lambda: None
+
+    new_storage = PageLockedStorage if kind == LOCKED else ReachableRam
 
     def make_slot_ops(self: ScratchpadOptions, device: torch.device) -> SlotOps:
         return make_ops(kind)
 
     def make_storage(self: ScratchpadOptions, ops: SlotOps) -> TableStorage:
-        return originals[1](self, ops) if self.table_dir is not None else ReachableRam()
+        return originals[1](self, ops) if self.table_dir is not None else new_storage()
 
     def end() -> None:
+        end_locking()
         ScratchpadOptions.make_slot_ops, ScratchpadOptions.make_storage = originals  # type: ignore[method-assign]
 
     ScratchpadOptions.make_slot_ops = make_slot_ops  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from core_helpers import CPU
+from device_path import WrappedOps
 from torch import Tensor
 
 from torchrec_scratchpipe.batch import Batch
@@ -130,16 +131,16 @@ class SimulatedStreams(StageStreams):
         self._device.run_until(lambda: not any(stream.work for stream in self._device.streams[1:]))
 
 
-class DeferredOps:
+class DeferredOps(WrappedOps):
     """Operations that run when their stream gets to them."""
 
     def __init__(self, ops: SlotOps, device: Device) -> None:
-        self._ops = ops
+        super().__init__(ops)
         self._device = device
 
-    def __getattr__(self, name: str) -> Any:
+    def _run(self, name: str, args: tuple[Any, ...]) -> None:
         operation = getattr(self._ops, name)
-        return lambda *args: self._device.current.work.append(lambda: operation(*args))
+        self._device.current.work.append(lambda: operation(*args))
 
 
 class InlineRunner(OverlappedStageRunner):

@@ -235,7 +235,7 @@ def test_slots_of_dropped_batches_are_given_away_when_their_rows_have_moved(
 
 def _recycle_without_event(self: SlotMap, plan: CachePlan) -> None:
     if plan.buffers.rows.numel() == self._capacity:
-        self._free_buffers.append(plan.buffers)
+        self._free_buffers.append((plan.buffers, plan.planned))
 
 
 @pytest.mark.parametrize("lookahead", [1, 4])

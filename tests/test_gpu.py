@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from core_helpers import LAYOUT, RandomVictims, expected_parts, max_diff, random_rows
+from device_path import WrappedOps
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from helpers import Setting, Trainer, check_equal, drain, make_batches, max_abs_diff, run_ranks, with_optimizer
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -41,7 +42,8 @@ pytestmark = [
 
 CUDA = torch.device("cuda", 0)
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad, torch.optim.Adam]
-FBGEMM_OPTIMIZERS = [EmbOptimType.LARS_SGD, EmbOptimType.PARTIAL_ROWWISE_ADAM, EmbOptimType.LAMB]
+# Not LARS_SGD, whose states FBGEMM does not show: stock cannot be built with it.
+FBGEMM_OPTIMIZERS = [EmbOptimType.PARTIAL_ROWWISE_ADAM, EmbOptimType.LAMB]
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,10 @@ def check_as_equal_as_stock(setting: Setting, **kwargs: Any) -> Trainer:
 def test_optimizers(optimizer: type[torch.optim.Optimizer], overlap: bool, host_access: str) -> None:
     ours = check_as_equal_as_stock(with_optimizer(Setting(), optimizer), overlap=overlap, host_access=host_access)
     pools = ours.model.module.ebc.pools
-    assert all(isinstance(pool.slot_map.ops, TritonOps) for pool in pools)
+    for pool in pools:
+        assert isinstance(pool.slot_map.ops, TritonOps)
+        recordings = [recording for some in pool.slot_map.ops._recordings.values() for recording in some.values()]
+        assert sum(recording is not None for recording in recordings) > 3
     assert all(pool.host_table.is_device_accessible == (host_access == "direct") for pool in pools)
 
 
@@ -87,7 +92,7 @@ def test_optimizers_of_fbgemm(optimizer: EmbOptimType) -> None:
         Setting(features_per_table={0: ("a", "b"), 1: ("c",), 2: ("d",)}),
         Setting(fused_tables=("t1",)),
         Setting(is_weighted=True),
-        Setting(is_vbe=True),
+        with_optimizer(Setting(is_vbe=True), RowWiseAdagrad),  # one of the three that FBGEMM has for it
         Setting(is_pooled=False),
         # By default FBGEMM rounds at random there, by position in the sorted batch, which slots change.
         Setting(data_type=DataType.FP16, fused_params={"stochastic_rounding": False}),
@@ -109,27 +114,22 @@ def test_where_fbgemm_is_deterministic_the_difference_is_zero() -> None:
     check_equal(with_optimizer(Setting(max_ids_per_bag=1), torch.optim.SGD))
 
 
-class LateOps:
+class LateOps(WrappedOps):
     """Operations before which their stream sleeps for a random time; victims are random, and listed anew each time."""
 
     def __init__(self, ops: SlotOps, seed: int, max_cycles: int = 2_000_000) -> None:
-        self._ops = ops
+        super().__init__(ops)
         self._random = random.Random(seed)
         self._max_cycles = max_cycles
 
-    def __getattr__(self, name: str) -> Any:
-        operation = getattr(self._ops, name)
-
-        def run(*args: Any) -> None:
-            if self._max_cycles and self._random.random() < 0.5:
-                torch.cuda._sleep(self._random.randrange(self._max_cycles))
-            if name == "take" and args[-1]:
-                self._ops.clear_victim_list(args[0])
-            if name == "scan":
-                args[0].frequency.exponential_()
-            operation(*args)
-
-        return run
+    def _run(self, name: str, args: tuple[Any, ...]) -> None:
+        if self._max_cycles and self._random.random() < 0.5:
+            torch.cuda._sleep(self._random.randrange(self._max_cycles))
+        if name == "take" and args[-1]:
+            self._ops.clear_victim_list(args[1])
+        if name == "scan":
+            args[1].frequency.exponential_()
+        super()._run(name, args)
 
 
 def make_gpu_pool(ops: SlotOps, runner: StageRunner, num_rows: int = 60, num_slots: int = 30) -> Pool:
@@ -171,10 +171,13 @@ def run_on_gpu(pool: Pool, batches: list[torch.Tensor], runner: StageRunner, loo
     firsts = [torch.from_numpy(np.unique(rows.numpy(), return_index=True)[1]).to(CUDA) for rows in batches]
     in_flight: deque[Batch] = deque()
     remaining = deque(rows.to(CUDA) for rows in batches)
+    loading = torch.cuda.Stream()  # as a pipeline's: not ordered after Train
+    torch.cuda.synchronize()
     for batch_firsts in firsts:
         while remaining and len(in_flight) <= lookahead:
             batch = lookups.batch(remaining.popleft())
-            runner.submit(batch)
+            with torch.cuda.stream(loading):
+                runner.submit(batch)
             in_flight.append(batch)
         batch = in_flight.popleft()
         slots = runner.wait(batch)
@@ -198,7 +201,7 @@ def test_random_victims_and_delays_on_every_stream(seed: int, lookahead: int) ->
     # Train runs on the device here and on the host there.
     assert max_diff(expected, pool.host_table.parts) < 1e-5
     stats = pool.stats()
-    assert stats.num_victims > 300
+    assert stats.num_victims > 200  # at random, of about 300
     assert stats.num_misses_at_train == 0
     pool.slot_map.check_integrity()
 

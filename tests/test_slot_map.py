@@ -17,6 +17,7 @@ from torchrec_scratchpipe.slot_ops import (
     WINDOW_MASK,
     Count,
     PlanBuffers,
+    PlanRequest,
     SlotMaps,
     SlotOps,
     State,
@@ -236,7 +237,8 @@ def test_bins_choose_victims_as_well_as_an_exact_order_would(exponent: float, nu
 class ExactOrder(TorchOps):
     """Lists as many slots as are wanted, in the exact order of their frequency or of their next use."""
 
-    def scan(self, maps: SlotMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
+    def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
+        first_held, next_bit = request.first_held, request.next_bit
         counts = buffers.counts.tolist()
         missing = counts[Count.MISSES] - counts[Count.FROM_FREE] - counts[Count.VICTIMS]
         if missing <= 0:

@@ -27,6 +27,7 @@ from torchrec_scratchpipe.slot_ops import (
     FeatureIds,
     FeatureRows,
     PlanBuffers,
+    PlanRequest,
     ScratchBuffers,
     SlotMaps,
     SlotOps,
@@ -134,32 +135,39 @@ def _to_device(value: Any, device: torch.device = DEVICE) -> Any:
     if isinstance(value, tuple):
         return type(value)(*(part.to(device) for part in value))
     return type(value)(
-        **{name: part if name == "host_counts" else part.to(device) for name, part in vars(value).items()}
+        **{name: part if name.startswith("host_") else part.to(device) for name, part in vars(value).items()}
+    )
+
+
+def request(case: Case) -> PlanRequest:
+    return PlanRequest(
+        case.ids, case.features, case.buffers.slots, NOW, FIRST_HELD, 3, ~(1 << 5), Aging(2.0**1.5, 700.0)
     )
 
 
 def find(ops: SlotOps, case: Case) -> None:
-    ops.find(case.ids, case.features, case.maps, case.buffers, case.scratch, NOW)
+    ops.prepare(request(case), case.buffers)
+    ops.find(request(case), case.maps, case.buffers, case.scratch)
 
 
 def take(ops: SlotOps, case: Case) -> None:
-    ops.take(case.maps, case.buffers, case.scratch, NOW, FIRST_HELD, True)
+    ops.take(request(case), case.maps, case.buffers, case.scratch, True)
 
 
 def take_all(ops: SlotOps, case: Case) -> None:
-    ops.take(case.maps, case.buffers, case.scratch, NOW, FIRST_HELD, False)
+    ops.take(request(case), case.maps, case.buffers, case.scratch, False)
 
 
 def scan(ops: SlotOps, case: Case) -> None:
-    ops.scan(case.maps, case.buffers, FIRST_HELD, 3, NUM_SLOTS // 16)
+    ops.scan(request(case), case.maps, case.buffers, NUM_SLOTS // 16)
 
 
 def commit(ops: SlotOps, case: Case) -> None:
-    ops.commit(case.maps, case.buffers, case.scratch, case.tables, NOW, ~(1 << 5), Aging(2.0**1.5, 700.0))
+    ops.commit(request(case), case.maps, case.buffers, case.scratch, case.tables)
 
 
 def translate(ops: SlotOps, case: Case) -> None:
-    ops.translate(case.maps, case.buffers, case.tables, case.buffers.slots, case.ids.ids.numel())
+    ops.translate(request(case), case.maps, case.buffers, case.tables)
 
 
 def pairs(*columns: Tensor) -> list[tuple[int, ...]]:
@@ -386,8 +394,10 @@ def test_count_misses() -> None:
         for expected in (0, int((rows == rows[0]).sum())):  # repeated ids miss as often as they are looked up
             for ops in (TorchOps(), TritonOps()):
                 num_misses = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-                buffers = _to_device(outcome.buffers)
-                ops.count_misses(_to_device(outcome.maps), buffers.rows, buffers.slots, 150, num_misses)
+                on_device = Case(**{name: _to_device(value) for name, value in vars(outcome).items()})
+                ops.prepare(request(on_device), on_device.buffers)
+                on_device.buffers.numbers.copy_(on_device.buffers.host_numbers)
+                ops.count_misses(request(on_device), on_device.maps, on_device.buffers, num_misses)
                 assert int(num_misses) == expected
             outcome.maps.slot_to_row[outcome.buffers.slots[0]] = -1
 

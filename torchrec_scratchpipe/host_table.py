@@ -106,7 +106,9 @@ class PageLockedStorage:
         memory.madvise(mmap.MADV_DONTFORK)  # a data loader's worker would make locked pages be copied
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        tensor = torch.frombuffer(memory, dtype=dtype, count=max(1, num_values))
+        pages = torch.frombuffer(memory, dtype=torch.uint8)
+        pages[:: mmap.PAGESIZE].zero_()  # by several threads; to lock untouched pages takes one, and longer
+        tensor = pages.view(dtype)
         error = _lock_pages(tensor)
         if error:
             raise TableStorageError(

@@ -111,6 +111,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._rows_of_features = feature_rows(self.pools, self._features, self._scratchpad_device)
         self._optim: FusedOptimizer = self._make_optimizer()
         self.init_parameters()
+        runner.wait_for_device()  # the stages' streams are not ordered after the caller's, which all of this was made on
 
     def make_batch(self, features: KeyedJaggedTensor) -> Batch:
         """What this group's pools know of one batch.

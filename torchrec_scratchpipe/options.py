@@ -240,7 +240,7 @@ class ScratchpadOptions:
         except ImportError as error:
             logger.warning("Triton cannot be imported (%s): Plan waits for the device, and rows are staged", error)
             return TorchOps()
-        ops: SlotOps = triton_ops.TritonOps()
+        ops: SlotOps = triton_ops.TritonOps(triton_ops.record_cuda_graph)
         return ops
 
 

@@ -120,8 +120,7 @@ class StageRunner:
         self.refresh(batch)
         self._let_current_stream_wait(batch)
         for pool, plan in zip(batch.pools, batch.plans, strict=True):
-            counts = pool.slot_map.table_counts.num_misses_at_train
-            pool.slot_map.ops.count_misses(pool.slot_map.maps, plan.buffers.rows, plan.slots, plan.num_ids, counts)
+            pool.slot_map.count_misses(plan)
         batch.train_stream, batch.train_start_s = self.streams.current(), time.perf_counter()
         self._queue.advance(batch, BatchState.TRAINING)
         return batch.slots
@@ -434,7 +433,7 @@ class OverlappedStageRunner(StageRunner):
         # The thread sees the queue, and the runner only while it works, so that a runner that nobody needs and that
         # has no batch left is collected, and its thread ends. Batches that were dropped leave the queue unrun.
         self._thread = threading.Thread(
-            target=_work, args=(self._queue, weakref.ref(self)), name="scratchpipe-stages", daemon=True
+            target=_work, args=(self._queue, weakref.ref(self), self.streams), name="scratchpipe-stages", daemon=True
         )
         self._thread.start()
         weakref.finalize(self, _stop, self._queue, self._thread)
@@ -579,7 +578,8 @@ class _Queue:
         return _Work(waiting[0][1], True, False, self._num_changes) if can_plan else None
 
 
-def _work(queue: _Queue, runner_ref: "weakref.ref[OverlappedStageRunner]") -> None:
+def _work(queue: _Queue, runner_ref: "weakref.ref[OverlappedStageRunner]", streams: StageStreams) -> None:
+    streams.use_device()
     num_changes_seen = -1
     while not queue.is_closed:
         batch, is_plan, is_awaited, num_changes = queue.next(num_changes_seen)

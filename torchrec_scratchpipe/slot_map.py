@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,17 @@ from torchrec_scratchpipe.slot_ops import (
     MAX_HALF_LIVES,
     NOTES_PER_OCTAVE,
     NUM_NOTES,
+    NUM_ORDER_BINS,
     WINDOW_BITS,
     WINDOW_MASK,
     Aging,
     Count,
     FeatureIds,
     FeatureRows,
+    Number,
+    OrderBuffers,
     PlanBuffers,
+    PlanRequest,
     ScratchBuffers,
     SlotOps,
     State,
@@ -72,15 +77,28 @@ class RowMoves(NamedTuple):
 class CachePlan:
     """What was planned for one batch and pool. How many rows it concerns is known on the host after :meth:`wait`."""
 
-    batch_index: int
-    num_ids: int
+    request: PlanRequest
     buffers: PlanBuffers
-    slots: Tensor  # [>= I] int64, of all pools of the kernel group
     seen: int | None
     planned: torch.Event | None
     moved: torch.Event | None = None  # when its rows are in their slots; None if none has moved
     is_counted: bool = False  # whether the slot map has taken in how many slots it holds
     stages: list[TimedStage] = field(default_factory=list)  # that the counters have not taken in
+
+    @property
+    def batch_index(self) -> int:
+        """Of all that were planned in its pool, counted from 1."""
+        return self.request.batch_index
+
+    @property
+    def num_ids(self) -> int:
+        """I."""
+        return self.request.ids.ids.numel()
+
+    @property
+    def slots(self) -> Tensor:
+        """[>= I] int64, of all pools of the kernel group."""
+        return self.request.slots
 
     @property
     def is_known(self) -> bool:
@@ -186,9 +204,11 @@ class SlotMap:
         row_to_slot = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
         self.maps = make_maps(row_to_slot, num_slots, self._num_listed)
         self._scratch = _make_scratch(0, device)
+        self.order_buffers: dict[Count, OrderBuffers] = {}  # by what moves, if `ops` orders it
+        self.num_remakes = 0  # how often maps, or what all batches share, have been made anew
         for tensor in (*vars(self.maps).values(), *vars(self.table_counts).values()):
             self._streams.record_use(tensor)
-        self._free_buffers: list[PlanBuffers] = []
+        self._free_buffers: list[tuple[PlanBuffers, torch.Event | None]] = []  # and when their last plan was made
         self._moved_of_released: list[torch.Event] = []  # of batches that may have been dropped while their rows moved
         self.next_batch = 1  # so that slots which nobody holds can have been used by an earlier batch, 0
         self.first_held = 1  # the oldest batch in flight, or `next_batch`; as of the last `take_in_releases`
@@ -307,28 +327,52 @@ class SlotMap:
             slots = buffers.slots
             if has_whole_tables:
                 slots[:num_ids].copy_(batch.ids.ids)
+        request = PlanRequest(
+            batch.ids,
+            batch.features,
+            slots,
+            self.next_batch,
+            self.first_held,
+            self._seen[0] % WINDOW_BITS if self._seen else 0,
+            ~_bit(seen) if seen is not None and seen in self._seen else -1,
+            self._age(self.next_batch),
+        )
+        self.ops.prepare(request, buffers)
+        addresses = tuple(tensor.data_ptr() for tensor in batch.features)
+        key = (self.num_remakes, addresses, batch.ids.ids.dtype, batch.ids.bounds.dtype)
+        self.ops.enqueue(buffers, key, partial(self._enqueue_plan, request, buffers))
+        planned = self._streams.record(self._streams.plan)
+        return CachePlan(request, buffers, seen, planned)
+
+    def count_misses(self, plan: CachePlan) -> None:
+        """Count which ids of a plan that stands do not find their row in their slot; there must be none. From any thread.
+
+        Args:
+            plan: Of the batch that trains now, on the current stream.
+        """
+        key = ("count_misses", self.num_remakes)
+        num_misses = self.table_counts.num_misses_at_train
+        operations = partial(self.ops.count_misses, plan.request, self.maps, plan.buffers, num_misses)
+        self.ops.enqueue(plan.buffers, key, operations)
+
+    def _enqueue_plan(self, request: PlanRequest, buffers: PlanBuffers) -> None:
         ops, maps, scratch = self.ops, self.maps, self._scratch
-        batch_index, first_held = self.next_batch, self.first_held
-        aging = self._age(batch_index)
 
         # Hits are held from now on. Misses are marked.
-        ops.find(batch.ids, batch.features, maps, buffers, scratch, batch_index)
+        ops.find(request, maps, buffers, scratch)
 
         # Misses that free slots do not suffice for take listed victims, if no batch seen ahead will use those ...
-        ops.take(maps, buffers, scratch, batch_index, first_held, True)
+        ops.take(request, maps, buffers, scratch, True)
         # ... and where the list is spent, all slots are listed anew.
-        next_bit = self._seen[0] % WINDOW_BITS if self._seen else 0
-        ops.scan(maps, buffers, first_held, next_bit, self._num_listed)
-        ops.take(maps, buffers, scratch, batch_index, first_held, False)
+        ops.scan(request, maps, buffers, self._num_listed)
+        ops.take(request, maps, buffers, scratch, False)
 
         # If each miss has a slot, rows change places. Else everything is as before.
-        keep_bits = ~_bit(seen) if seen is not None and seen in self._seen else -1
-        ops.commit(maps, buffers, scratch, self.table_counts, batch_index, keep_bits, aging)
+        ops.commit(request, maps, buffers, scratch, self.table_counts)
 
         # Train looks up slots instead of ids.
-        ops.translate(maps, buffers, self.table_counts, slots, num_ids)
+        ops.translate(request, maps, buffers, self.table_counts)
         ops.report(buffers)
-        return CachePlan(batch_index, num_ids, buffers, slots, seen, self._streams.record(self._streams.plan))
 
     def confirm(self, plan: CachePlan) -> bool:
         """Let a plan stand; waits for it where it is not certain to have found its slots.
@@ -405,6 +449,7 @@ class SlotMap:
         self.maps.state[State.NUM_FREE] = num_free + new.numel()
         for tensor in vars(self.maps).values():
             self._streams.record_use(tensor)
+        self.num_remakes += 1
 
     def resident_since(self, batch_index: int) -> tuple[Tensor, Tensor]:
         """Rows in slots that this batch or a later one uses; scans all slots.
@@ -435,8 +480,10 @@ class SlotMap:
     def metadata_bytes(self) -> int:
         """Device memory of maps and buffers of all kinds, without rows."""
         tensors = [*vars(self.maps).values(), *vars(self._scratch).values(), *vars(self.table_counts).values()]
+        for order_buffers in self.order_buffers.values():
+            tensors += vars(order_buffers).values()
         in_flight = [plan.buffers for plan in self._in_flight.values()]
-        for buffers in [*in_flight, *self._free_buffers]:
+        for buffers in [*in_flight, *(buffers for buffers, _ in self._free_buffers)]:
             tensors += vars(buffers).values()
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -533,8 +580,14 @@ class SlotMap:
         self._capacity = max(SMALLEST_CAPACITY, math.ceil(BUFFER_HEADROOM * num_ids))
         self._free_buffers.clear()
         self._scratch = _make_scratch(self._capacity, self.device)
-        for tensor in vars(self._scratch).values():
-            self._streams.record_use(tensor)
+        if self.ops.orders_moves:
+            self.order_buffers = {
+                count: _make_order_buffers(self._capacity, self.device) for count in (Count.FILLS, Count.WRITEBACKS)
+            }
+        for shared in (self._scratch, *self.order_buffers.values()):
+            for tensor in vars(shared).values():
+                self._streams.record_use(tensor)
+        self.num_remakes += 1
         num_listed = self._num_listed + self._capacity  # a whole batch may be missing
         listed = torch.zeros(num_listed, dtype=torch.int32, device=self.device)
         self.ops.clear_victim_list(self.maps)
@@ -542,7 +595,10 @@ class SlotMap:
 
     def _take_buffers(self) -> PlanBuffers:
         if self._free_buffers:
-            return self._free_buffers.pop()
+            buffers, planned = self._free_buffers.pop()
+            if planned is not None:
+                planned.synchronize()  # has long happened, but for a batch that was dropped: the host writes to them
+            return buffers
         buffers = _make_buffers(self._capacity, self.device)
         for tensor in vars(buffers).values():
             self._streams.record_use(tensor)
@@ -552,7 +608,7 @@ class SlotMap:
         if plan.moved is not None:
             self._moved_of_released.append(plan.moved)
         if plan.buffers.rows.numel() == self._capacity:
-            self._free_buffers.append(plan.buffers)
+            self._free_buffers.append((plan.buffers, plan.planned))
 
     def _take_back_sightings(self) -> None:
         while self._newly_unseen:
@@ -576,6 +632,14 @@ def _make_scratch(capacity: int, device: torch.device) -> ScratchBuffers:
     return ScratchBuffers(*(torch.empty(capacity, dtype=torch.int32, device=device) for _ in range(4)))
 
 
+def _make_order_buffers(capacity: int, device: torch.device) -> OrderBuffers:
+    return OrderBuffers(
+        rows=torch.empty(capacity, dtype=torch.int64, device=device),
+        slots=torch.empty(capacity, dtype=torch.int32, device=device),
+        bins=torch.zeros(NUM_ORDER_BINS, dtype=torch.int32, device=device),
+    )
+
+
 def _make_buffers(capacity: int, device: torch.device) -> PlanBuffers:
     rows, slots, miss_rows, victim_rows = (torch.empty(capacity, dtype=torch.int64, device=device) for _ in range(4))
     return PlanBuffers(
@@ -586,4 +650,6 @@ def _make_buffers(capacity: int, device: torch.device) -> PlanBuffers:
         victim_rows=victim_rows,
         counts=torch.zeros(len(Count), dtype=torch.int64, device=device),
         host_counts=torch.zeros(len(Count), dtype=torch.int64, pin_memory=device.type == "cuda"),
+        numbers=torch.zeros(len(Number), dtype=torch.int64, device=device),
+        host_numbers=torch.zeros(len(Number), dtype=torch.int64, pin_memory=device.type == "cuda"),
     )

@@ -25,7 +25,7 @@ Source:
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -42,6 +42,7 @@ __all__ = [
     "NOTES_PER_OCTAVE",
     "NUM_BINS",
     "NUM_NOTES",
+    "NUM_ORDER_BINS",
     "WINDOW_BITS",
     "WINDOW_MASK",
     "Aging",
@@ -49,7 +50,10 @@ __all__ = [
     "Count",
     "FeatureIds",
     "FeatureRows",
+    "Number",
+    "OrderBuffers",
     "PlanBuffers",
+    "PlanRequest",
     "ScratchBuffers",
     "SlotMaps",
     "SlotOps",
@@ -78,6 +82,24 @@ LOWEST_OCTAVE = -96
 FREQUENCY_BINS = 160 * BINS_PER_OCTAVE
 NUM_BINS = 2048  # a power of two, at least FREQUENCY_BINS + WINDOW_BITS
 assert NUM_BINS >= FREQUENCY_BINS + WINDOW_BITS
+
+NUM_ORDER_BINS = 4096  # into which rows are put before they move, by where they lie in the tables
+
+
+class Number(enum.IntEnum):
+    """Positions in :attr:`PlanBuffers.numbers`: what changes from batch to batch, for kernels that are launched as recorded."""
+
+    NUM_IDS = 0
+    IDS = 1  # an address, as are the next and the one after the stride
+    BOUNDS = 2
+    BOUNDS_STRIDE = 3
+    SLOTS = 4
+    BATCH_INDEX = 5
+    FIRST_HELD = 6
+    NEXT_BIT = 7
+    KEEP_BITS = 8
+    WEIGHT = 9  # a float32, by its bits, as is the next
+    ORIGIN = 10
 
 
 class Count(enum.IntEnum):
@@ -127,7 +149,20 @@ class Aging(NamedTuple):
     origin: float  # the time at which a use weighs 1, as a note: in [0, NUM_NOTES)
 
 
-@dataclass(frozen=True)
+class PlanRequest(NamedTuple):
+    """One batch, as Plan is asked for it."""
+
+    ids: FeatureIds
+    features: FeatureRows
+    slots: Tensor  # [>= I] int64, to be written: the slot of each id
+    batch_index: int
+    first_held: int  # slots with ``last_use >= first_held`` stay
+    next_bit: int  # in [0, WINDOW_BITS): that of the oldest batch that was seen and not planned
+    keep_bits: int  # clears the batch's own bit in `uses_ahead`, if it was seen; -1 keeps all
+    aging: Aging
+
+
+@dataclass(frozen=True, eq=False)
 class SlotMaps:
     """A slot map's state on the device."""
 
@@ -143,7 +178,7 @@ class SlotMaps:
     state: Tensor  # [len(State)] int64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScratchBuffers:
     """What Plan needs until its batch is planned; shared by all batches of a pool."""
 
@@ -153,7 +188,16 @@ class ScratchBuffers:
     victim_last_use: Tensor  # [C] int32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class OrderBuffers:
+    """Room for the rows that move in one direction, in the order in which they move; shared by all batches of a pool."""
+
+    rows: Tensor  # [C] int64
+    slots: Tensor  # [C] int32
+    bins: Tensor  # [NUM_ORDER_BINS] int32
+
+
+@dataclass(frozen=True, eq=False)
 class PlanBuffers:
     """What is planned for one batch and pool, until the batch has trained."""
 
@@ -164,9 +208,11 @@ class PlanBuffers:
     victim_rows: Tensor  # [C] int64
     counts: Tensor  # [len(Count)] int64
     host_counts: Tensor  # the same on the host, page-locked where the device is another
+    numbers: Tensor  # [len(Number)] int64
+    host_numbers: Tensor  # the same on the host, page-locked where the device is another
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TableCounts:
     """Statistics of a pool, by table."""
 
@@ -186,7 +232,9 @@ class TableCounts:
 
 
 class SlotOps(Protocol):
-    """The operations, in the order in which Plan enqueues them."""
+    """The operations, in the order in which Plan enqueues them, and those that move rows."""
+
+    orders_moves: bool  # whether :meth:`order` needs buffers
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
         """Note that a batch seen ahead will use these rows, or take that back; ids out of range are left alone.
@@ -194,58 +242,55 @@ class SlotOps(Protocol):
         `bit` is ``1 << (seen % WINDOW_BITS)``.
         """
 
-    def find(
-        self,
-        ids: FeatureIds,
-        features: FeatureRows,
-        maps: SlotMaps,
-        buffers: PlanBuffers,
-        scratch: ScratchBuffers,
-        batch_index: int,
-    ) -> None:
+    def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
+        """Take in what is asked for; before the operations of a plan, which may be enqueued by :meth:`enqueue`."""
+
+    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
+        """Enqueue operations, or a recording of them.
+
+        They must depend on nothing but what :meth:`prepare` takes in, and what `key` tells apart.
+        """
+
+    def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
         """Tell unique hits, which are held from now on, from unique misses, which are marked in row_to_slot."""
 
     def take(
         self,
+        request: PlanRequest,
         maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
-        batch_index: int,
-        first_held: int,
         skips_used_ahead: bool,
     ) -> None:
         """Take listed slots until there is one for every miss, or the list is spent.
 
-        Slots with ``last_use >= first_held`` stay; with `skips_used_ahead`, so do rows that a batch seen ahead will use.
+        Slots that are held stay; with `skips_used_ahead`, so do rows that a batch seen ahead will use.
         """
 
-    def scan(self, maps: SlotMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
+    def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
         """List those slots that should go first, if slots are missing after :meth:`take`; else nothing.
 
-        About `num_wanted` of them, or as many as are missing. `next_bit`, in ``[0, WINDOW_BITS)``, is that of the oldest batch
-        that was seen and not planned.
+        About `num_wanted` of them, or as many as are missing.
         """
 
     def commit(
-        self,
-        maps: SlotMaps,
-        buffers: PlanBuffers,
-        scratch: ScratchBuffers,
-        tables: TableCounts,
-        batch_index: int,
-        keep_bits: int,
-        aging: Aging,
+        self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers, tables: TableCounts
     ) -> None:
-        """Place every miss, if there is a slot for each and no id is bad; else put the maps back as they were.
+        """Place every miss, if there is a slot for each and no id is bad; else put the maps back as they were."""
 
-        `keep_bits` clears the batch's own bit in `uses_ahead`, if it was seen; -1 keeps all.
-        """
-
-    def translate(self, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts, slots: Tensor, num_ids: int) -> None:
-        """Write the slot of each of this pool's ids to `slots`, and settle the counts."""
+    def translate(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts) -> None:
+        """Write the slot of each of this pool's ids, and settle the counts."""
 
     def report(self, buffers: PlanBuffers) -> None:
         """Copy the counts to the host."""
+
+    def order(
+        self, rows: Tensor, slots: Tensor, counts: Tensor, count: Count, num_rows: int, buffers: OrderBuffers
+    ) -> tuple[Tensor, Tensor]:
+        """Put the first ``counts[count]`` pairs of a row and its slot in the order in which they had better move.
+
+        `num_rows` is R. Returns [C] int64 and [C] int32.
+        """
 
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
@@ -256,8 +301,8 @@ class SlotOps(Protocol):
         memory. Indices are [C] int32 or int64.
         """
 
-    def count_misses(self, maps: SlotMaps, rows: Tensor, slots: Tensor, num_ids: int, num_misses: Tensor) -> None:
-        """Add how many ids would not find their row in their slot."""
+    def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
+        """Add how many ids would not find their row in their slot; before Train of a plan that stands."""
 
     def age(self, maps: SlotMaps, factor: float) -> None:
         """Multiply all frequencies."""
@@ -268,6 +313,14 @@ class SlotOps(Protocol):
 
 class CommonOps:
     """What needs no kernel: see :class:`SlotOps`."""
+
+    orders_moves = False
+
+    def order(
+        self, rows: Tensor, slots: Tensor, counts: Tensor, count: Count, num_rows: int, buffers: OrderBuffers
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`SlotOps`; no order is better than another."""
+        return rows, slots
 
     def report(self, buffers: PlanBuffers) -> None:
         """See :class:`SlotOps`."""

@@ -27,13 +27,14 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 from torchrec_scratchpipe.batch import Batch
 from torchrec_scratchpipe.pool import Pool
 from torchrec_scratchpipe.row_parts import read_rows, write_rows
 from torchrec_scratchpipe.slot_map import CachePlan, RowMoves
-from torchrec_scratchpipe.slot_ops import Count
+from torchrec_scratchpipe.slot_ops import Count, PlanBuffers
 from torchrec_scratchpipe.streams import StageStreams
 from torchrec_scratchpipe.types import Stage, StagedRows
 
@@ -184,8 +185,13 @@ def write_back(pool: Pool, plan: CachePlan) -> None:
         plan: What Plan decided.
     """
     buffers, ops = plan.buffers, pool.slot_map.ops
-    for table, slots in zip(pool.host_table.parts, pool.scratchpad.parts, strict=True):
-        ops.move(slots, buffers.miss_slots, table, buffers.victim_rows, buffers.counts, Count.WRITEBACKS)
+
+    def enqueue() -> None:
+        rows, places = _order(pool, buffers, buffers.victim_rows, Count.WRITEBACKS)
+        for table, slots in zip(pool.host_table.parts, pool.scratchpad.parts, strict=True):
+            ops.move(slots, places, table, rows, buffers.counts, Count.WRITEBACKS)
+
+    ops.enqueue(buffers, _key(pool, Count.WRITEBACKS), enqueue)
 
 
 def fill(pool: Pool, plan: CachePlan) -> None:
@@ -196,5 +202,23 @@ def fill(pool: Pool, plan: CachePlan) -> None:
         plan: What Plan decided.
     """
     buffers, ops = plan.buffers, pool.slot_map.ops
-    for table, slots in zip(pool.host_table.parts, pool.scratchpad.parts, strict=True):
-        ops.move(table, buffers.miss_rows, slots, buffers.miss_slots, buffers.counts, Count.FILLS)
+
+    def enqueue() -> None:
+        rows, places = _order(pool, buffers, buffers.miss_rows, Count.FILLS)
+        for table, slots in zip(pool.host_table.parts, pool.scratchpad.parts, strict=True):
+            ops.move(table, rows, slots, places, buffers.counts, Count.FILLS)
+
+    ops.enqueue(buffers, _key(pool, Count.FILLS), enqueue)
+
+
+def _order(pool: Pool, buffers: PlanBuffers, rows: Tensor, count: Count) -> tuple[Tensor, Tensor]:
+    slot_map = pool.slot_map
+    order_buffers = slot_map.order_buffers.get(count)
+    if order_buffers is None:
+        return rows, buffers.miss_slots
+    return slot_map.ops.order(rows, buffers.miss_slots, buffers.counts, count, slot_map.num_rows, order_buffers)
+
+
+def _key(pool: Pool, count: Count) -> tuple[int, ...]:
+    """Tells apart all that moves of one set of buffers depend on; tables stay where they are."""
+    return (count, pool.slot_map.num_remakes, *(part.data_ptr() for part in pool.scratchpad.parts))

@@ -27,8 +27,10 @@ class StageStreams:
     fill: torch.Stream | None = None
 
     def __init__(self, device: torch.device, *, is_overlapped: bool) -> None:
-        self.device = device
         self._module = torch.get_device_module(device) if device.type == "cuda" else None
+        if self._module is not None and device.index is None:
+            device = torch.device(device.type, self._module.current_device())
+        self.device = device
         if self._module is not None and is_overlapped:
             # Before Train's: its kernels fill the device, and these are small.
             self.plan, self.writeback, self.fill = (self._module.Stream(device, priority=-1) for _ in range(3))
@@ -41,6 +43,11 @@ class StageStreams:
     def current(self) -> torch.Stream | None:
         """The caller's stream; None on a CPU."""
         return None if self._module is None else self._module.current_stream(self.device)
+
+    def use_device(self) -> None:
+        """Make the device the calling thread's own; a new thread's is the first, whose memory it would take."""
+        if self._module is not None:
+            self._module.set_device(self.device)
 
     @contextmanager
     def on(self, stream: torch.Stream | None) -> Iterator[None]:

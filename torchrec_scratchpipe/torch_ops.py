@@ -4,7 +4,7 @@
 They are right on any device. On CUDA they are slow, because most of them wait for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +23,12 @@ from torchrec_scratchpipe.slot_ops import (
     NUM_NOTES,
     WINDOW_BITS,
     WINDOW_MASK,
-    Aging,
     CommonOps,
     Count,
     FeatureIds,
     FeatureRows,
     PlanBuffers,
+    PlanRequest,
     ScratchBuffers,
     SlotMaps,
     State,
@@ -72,6 +72,13 @@ class TorchOps(CommonOps):
 
     _found: _Found
 
+    def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
+        """Does nothing: operations take what they need from the request."""
+
+    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
+        """See :class:`SlotOps`; nothing is recorded."""
+        operations()
+
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
         """See :class:`SlotOps`."""
         rows, _ = _rows_of_ids(ids, features).valid()
@@ -89,16 +96,9 @@ class TorchOps(CommonOps):
         maps.uses_ahead.scatter_(0, slots, change(maps.uses_ahead.index_select(0, slots)))
         maps.uses_ahead[-1] = 0
 
-    def find(
-        self,
-        ids: FeatureIds,
-        features: FeatureRows,
-        maps: SlotMaps,
-        buffers: PlanBuffers,
-        scratch: ScratchBuffers,
-        batch_index: int,
-    ) -> None:
+    def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
         """See :class:`SlotOps`."""
+        ids, features = request.ids, request.features
         looked_up = _rows_of_ids(ids, features)
         _put(buffers.rows, looked_up.rows)
         rows, positions_of_rows = looked_up.valid()
@@ -114,7 +114,7 @@ class TorchOps(CommonOps):
         hit_slots = known_of_unique.index_select(0, _positions(is_miss.logical_not_())).long()
         _put(scratch.hit_slots, hit_slots)
         _put(scratch.hit_last_use, maps.last_use.index_select(0, hit_slots))
-        maps.last_use.index_fill_(0, hit_slots, batch_index)
+        maps.last_use.index_fill_(0, hit_slots, request.batch_index)
         _put(buffers.miss_rows, unique.index_select(0, misses))
         _put(scratch.miss_known, known_of_unique.index_select(0, misses))
         if positions_of_rows is not None:
@@ -136,11 +136,10 @@ class TorchOps(CommonOps):
 
     def take(
         self,
+        request: PlanRequest,
         maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
-        batch_index: int,
-        first_held: int,
         skips_used_ahead: bool,
     ) -> None:
         """See :class:`SlotOps`."""
@@ -152,24 +151,24 @@ class TorchOps(CommonOps):
         while missing > 0 and head < length:
             end = min(length, head + max(SMALLEST_CHUNK, 2 * missing))
             listed, last_use = maps.listed[head:end], maps.listed_last_use[head:end]
-            is_usable = (maps.last_use.index_select(0, listed) == last_use) & (last_use < first_held)
+            is_usable = (maps.last_use.index_select(0, listed) == last_use) & (last_use < request.first_held)
             if skips_used_ahead:
                 is_usable &= maps.uses_ahead.index_select(0, listed) == 0
             positions = _positions(is_usable)[:missing]
             chosen = listed.index_select(0, positions)
             _put(buffers.miss_slots[taken:], chosen)
             _put(scratch.victim_last_use[taken:], last_use.index_select(0, positions))
-            maps.last_use.index_fill_(0, chosen.long(), batch_index)
+            maps.last_use.index_fill_(0, chosen.long(), request.batch_index)
             head = head + int(positions[-1]) + 1 if positions.numel() == missing else end
             taken, missing = taken + positions.numel(), missing - positions.numel()
         buffers.counts[Count.VICTIMS], maps.state[State.LIST_HEAD] = taken, head
 
-    def scan(self, maps: SlotMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
+    def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
         """See :class:`SlotOps`."""
         missing = _num_missing(buffers.counts.tolist())
         if missing <= 0:
             return
-        bins = _bins(maps, first_held, next_bit)
+        bins = _bins(maps, request.first_held, request.next_bit)
         at_most = torch.bincount(bins, minlength=NUM_BINS + 1)[:NUM_BINS].cumsum(0)
         num_unused_ahead = int(at_most[FREQUENCY_BINS - 1])
         target = max(missing, num_wanted)
@@ -185,16 +184,10 @@ class TorchOps(CommonOps):
         state[State.THRESHOLD], state[State.NUM_BELOW] = threshold, below.numel()
 
     def commit(
-        self,
-        maps: SlotMaps,
-        buffers: PlanBuffers,
-        scratch: ScratchBuffers,
-        tables: TableCounts,
-        batch_index: int,
-        keep_bits: int,
-        aging: Aging,
+        self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers, tables: TableCounts
     ) -> None:
         """See :class:`SlotOps`."""
+        batch_index, keep_bits, aging = request.batch_index, request.keep_bits, request.aging
         counts = buffers.counts.tolist()
         num_misses, num_victims = counts[Count.MISSES], counts[Count.VICTIMS]
         hits = scratch.hit_slots[: counts[Count.HITS]].long()
@@ -231,8 +224,9 @@ class TorchOps(CommonOps):
         table_of_victims = torch.bucketize(victim_rows, tables.row_offsets[1:], right=True)
         tables.num_victims.add_(torch.bincount(table_of_victims, minlength=tables.num_victims.numel()))
 
-    def translate(self, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts, slots: Tensor, num_ids: int) -> None:
+    def translate(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts) -> None:
         """See :class:`SlotOps`."""
+        slots, num_ids = request.slots, request.ids.ids.numel()
         counts = buffers.counts.tolist()
         rows, positions, known = self._found[:3]
         if _is_refused(counts):
@@ -260,10 +254,12 @@ class TorchOps(CommonOps):
         # Not in place as autograd and the tables' version counters would see it: a kernel leaves no such trace.
         target.data.index_copy_(0, target_index[:num_rows].long().to(target.device), values.to(target.device))
 
-    def count_misses(self, maps: SlotMaps, rows: Tensor, slots: Tensor, num_ids: int, num_misses: Tensor) -> None:
+    def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
         """See :class:`SlotOps`."""
-        rows, is_mine = rows[:num_ids], rows[:num_ids] >= 0
-        found = maps.slot_to_row.index_select(0, slots[:num_ids].masked_fill(is_mine.logical_not(), 0))
+        num_ids = request.ids.ids.numel()
+        rows = buffers.rows[:num_ids]
+        is_mine = rows >= 0
+        found = maps.slot_to_row.index_select(0, request.slots[:num_ids].masked_fill(is_mine.logical_not(), 0))
         num_misses.add_((found != rows).logical_and_(is_mine).sum())
 
 

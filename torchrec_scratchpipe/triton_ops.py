@@ -7,6 +7,11 @@ Grids follow what the host knows, ids, slots or a buffer's capacity, or are fixe
 that nothing waits for the host. No sort: who is the first to mark a slot or a row stands for it.
 """
 
+import logging
+import struct
+from collections.abc import Callable, Hashable
+from weakref import WeakKeyDictionary
+
 import torch
 import triton
 import triton.language as tl
@@ -22,28 +27,34 @@ from torchrec_scratchpipe.slot_ops import (
     NOTES_PER_OCTAVE,
     NUM_BINS,
     NUM_NOTES,
+    NUM_ORDER_BINS,
     WINDOW_BITS,
     WINDOW_MASK,
-    Aging,
     CommonOps,
     Count,
     FeatureIds,
     FeatureRows,
+    Number,
+    OrderBuffers,
     PlanBuffers,
+    PlanRequest,
     ScratchBuffers,
     SlotMaps,
     State,
     TableCounts,
 )
 
-__all__ = ["TritonOps"]
+__all__ = ["TritonOps", "record_cuda_graph"]
 
-# Not measured yet; few programs for moving, because the bus is the limit and Train needs the multiprocessors.
+logger: logging.Logger = logging.getLogger(__name__)
+
 IDS_PER_PROGRAM = 1024
 LISTED_PER_ROUND = 4096
+WARPS_OF_TAKE = 16
 SLOTS_PER_PROGRAM = 2048
-NUM_MOVE_PROGRAMS = 32
 WORDS_PER_MOVE = 4096  # that a program has under way at a time
+# Few, because the bus is the limit, and because accesses that wait for the bus stand in the way of Train's.
+NUM_MOVE_PROGRAMS = {Count.FILLS: 8, Count.WRITEBACKS: 8}
 
 _BEING_PLACED = tl.constexpr(BEING_PLACED)
 _HITS = tl.constexpr(int(Count.HITS))
@@ -61,9 +72,21 @@ _THRESHOLD = tl.constexpr(int(State.THRESHOLD))
 _NUM_BELOW = tl.constexpr(int(State.NUM_BELOW))
 _BELOW_CURSOR = tl.constexpr(int(State.BELOW_CURSOR))
 _AT_CURSOR = tl.constexpr(int(State.AT_CURSOR))
+_NUM_IDS = tl.constexpr(int(Number.NUM_IDS))
+_IDS = tl.constexpr(int(Number.IDS))
+_BOUNDS = tl.constexpr(int(Number.BOUNDS))
+_BOUNDS_STRIDE = tl.constexpr(int(Number.BOUNDS_STRIDE))
+_SLOTS = tl.constexpr(int(Number.SLOTS))
+_BATCH_INDEX = tl.constexpr(int(Number.BATCH_INDEX))
+_FIRST_HELD = tl.constexpr(int(Number.FIRST_HELD))
+_NEXT_BIT = tl.constexpr(int(Number.NEXT_BIT))
+_KEEP_BITS = tl.constexpr(int(Number.KEEP_BITS))
+_WEIGHT = tl.constexpr(int(Number.WEIGHT))
+_ORIGIN = tl.constexpr(int(Number.ORIGIN))
 _WINDOW_BITS = tl.constexpr(WINDOW_BITS)
 _WINDOW_MASK = tl.constexpr(WINDOW_MASK)
 _NUM_BINS = tl.constexpr(NUM_BINS)
+_NUM_ORDER_BINS = tl.constexpr(NUM_ORDER_BINS)
 _FREQUENCY_BINS = tl.constexpr(FREQUENCY_BINS)
 _BINS_PER_OCTAVE = tl.constexpr(BINS_PER_OCTAVE)
 _LOWEST_OCTAVE = tl.constexpr(LOWEST_OCTAVE)
@@ -73,8 +96,46 @@ _NOTES_PER_OCTAVE = tl.constexpr(NOTES_PER_OCTAVE)
 _FIRST_NOTE_LONG_PAST = tl.constexpr(MAX_OCTAVES * NOTES_PER_OCTAVE)
 
 
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def record_cuda_graph(operations: Callable[[], None]) -> Callable[[], None]:
+    """Record what would be enqueued, and enqueue nothing.
+
+    Args:
+        operations: Launch kernels that have been compiled, and copy; allocate nothing, and wait for nothing.
+
+    Returns:
+        What enqueues all of it on the then current stream.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be recorded
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads go on allocating
+        try:
+            operations()
+        finally:
+            graph.capture_end()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
 class TritonOps(CommonOps):
-    """See :class:`~torchrec_scratchpipe.slot_ops.SlotOps`, which says what each operation does."""
+    """See :class:`~torchrec_scratchpipe.slot_ops.SlotOps`, which says what each operation does.
+
+    A launch from Python costs the host 20 us or more. So a plan's launches are recorded for each set of buffers, and replayed as one.
+
+    Args:
+        record: What records launches; None launches them one by one.
+    """
+
+    orders_moves = True
+
+    def __init__(self, record: Record | None = None) -> None:
+        self._record = record
+        # By buffers, then by key: None after the first time, which compiles kernels and records nothing.
+        self._recordings: WeakKeyDictionary[PlanBuffers, dict[Hashable, Callable[[], None] | None]] = (
+            WeakKeyDictionary()
+        )
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
         """See :class:`SlotOps`."""
@@ -95,50 +156,78 @@ class TritonOps(CommonOps):
                 BLOCK=IDS_PER_PROGRAM,
             )
 
-    def find(
-        self,
-        ids: FeatureIds,
-        features: FeatureRows,
-        maps: SlotMaps,
-        buffers: PlanBuffers,
-        scratch: ScratchBuffers,
-        batch_index: int,
-    ) -> None:
+    def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
         """See :class:`SlotOps`."""
+        ids, bounds = request.ids
+        numbers = [0] * len(Number)
+        numbers[Number.NUM_IDS] = ids.numel()
+        numbers[Number.IDS] = ids.data_ptr()
+        numbers[Number.BOUNDS] = bounds.data_ptr()
+        numbers[Number.BOUNDS_STRIDE] = bounds.stride(0)
+        numbers[Number.SLOTS] = request.slots.data_ptr()
+        numbers[Number.BATCH_INDEX] = request.batch_index
+        numbers[Number.FIRST_HELD] = request.first_held
+        numbers[Number.NEXT_BIT] = request.next_bit
+        numbers[Number.KEEP_BITS] = request.keep_bits
+        numbers[Number.WEIGHT] = _bits_of(request.aging.weight)
+        numbers[Number.ORIGIN] = _bits_of(request.aging.origin)
+        buffers.host_numbers.numpy()[:] = numbers
+
+    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
+        """See :class:`SlotOps`; recorded the second time."""
+        if self._record is None:
+            operations()
+            return
+        recordings = self._recordings.setdefault(buffers, {})
+        if key not in recordings:
+            recordings[key] = None
+            operations()
+            return
+        recording = recordings[key]
+        if recording is None:
+            try:
+                recording = recordings[key] = self._record(operations)
+            except RuntimeError as error:
+                logger.warning("launches cannot be recorded, and cost more of the host's time (%s)", error)
+                self._record = None
+                operations()
+                return
+        recording()
+
+    def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
+        """See :class:`SlotOps`."""
+        buffers.numbers.copy_(buffers.host_numbers, non_blocking=True)
         buffers.counts.zero_()
-        num_ids, num_features = ids.ids.numel(), features.table.numel()
-        if num_ids:
-            _find_kernel[(triton.cdiv(num_ids, IDS_PER_PROGRAM),)](
-                ids.ids,
-                ids.bounds,
-                *features,
-                maps.row_to_slot,
-                maps.last_use,
-                buffers.rows,
-                scratch.hit_slots,
-                scratch.hit_last_use,
-                buffers.miss_rows,
-                scratch.miss_known,
-                buffers.counts,
-                num_ids,
-                num_features,
-                ids.bounds.stride(0),
-                batch_index,
-                SEARCH_STEPS=num_features.bit_length(),
-                BLOCK=IDS_PER_PROGRAM,
-            )
+        num_features = request.features.table.numel()
+        _find_kernel[_grid(buffers)](
+            buffers.numbers,
+            *request.features,
+            maps.row_to_slot,
+            maps.last_use,
+            buffers.rows,
+            scratch.hit_slots,
+            scratch.hit_last_use,
+            buffers.miss_rows,
+            scratch.miss_known,
+            buffers.counts,
+            num_features,
+            ARE_IDS_64_BIT=request.ids.ids.dtype is torch.int64,
+            ARE_BOUNDS_64_BIT=request.ids.bounds.dtype is torch.int64,
+            SEARCH_STEPS=num_features.bit_length(),
+            BLOCK=IDS_PER_PROGRAM,
+        )
 
     def take(
         self,
+        request: PlanRequest,
         maps: SlotMaps,
         buffers: PlanBuffers,
         scratch: ScratchBuffers,
-        batch_index: int,
-        first_held: int,
         skips_used_ahead: bool,
     ) -> None:
         """See :class:`SlotOps`."""
         _take_kernel[(1,)](
+            buffers.numbers,
             buffers.counts,
             maps.state,
             maps.listed,
@@ -147,21 +236,20 @@ class TritonOps(CommonOps):
             maps.uses_ahead,
             buffers.miss_slots,
             scratch.victim_last_use,
-            batch_index,
-            first_held,
             SKIPS_USED_AHEAD=skips_used_ahead,
             BLOCK=LISTED_PER_ROUND,
-            num_warps=16,
+            num_warps=WARPS_OF_TAKE,
         )
 
-    def scan(self, maps: SlotMaps, buffers: PlanBuffers, first_held: int, next_bit: int, num_wanted: int) -> None:
+    def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
         """See :class:`SlotOps`."""
         num_slots = maps.last_use.numel()
         grid = (triton.cdiv(num_slots, SLOTS_PER_PROGRAM),)
-        slots = (maps.last_use, maps.uses_ahead, maps.frequency, num_slots, first_held, next_bit)
-        _histogram_kernel[grid](buffers.counts, maps.histogram, *slots, BLOCK=SLOTS_PER_PROGRAM)
+        slots = (maps.last_use, maps.uses_ahead, maps.frequency, num_slots)
+        _histogram_kernel[grid](buffers.numbers, buffers.counts, maps.histogram, *slots, BLOCK=SLOTS_PER_PROGRAM)
         _threshold_kernel[(1,)](buffers.counts, maps.state, maps.histogram, num_wanted, maps.listed.numel())
         _list_kernel[grid](
+            buffers.numbers,
             buffers.counts,
             maps.state,
             maps.listed,
@@ -172,19 +260,13 @@ class TritonOps(CommonOps):
         )
 
     def commit(
-        self,
-        maps: SlotMaps,
-        buffers: PlanBuffers,
-        scratch: ScratchBuffers,
-        tables: TableCounts,
-        batch_index: int,
-        keep_bits: int,
-        aging: Aging,
+        self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers, tables: TableCounts
     ) -> None:
         """See :class:`SlotOps`."""
         num_tables = tables.num_unique.numel()
         # As many programs as the unique rows can need, of which there are no more than a buffer has room for.
-        _commit_kernel[(triton.cdiv(max(1, buffers.rows.numel()), IDS_PER_PROGRAM),)](
+        _commit_kernel[_grid(buffers)](
+            buffers.numbers,
             buffers.counts,
             maps.state,
             maps.row_to_slot,
@@ -205,30 +287,52 @@ class TritonOps(CommonOps):
             tables.num_misses,
             tables.num_victims,
             num_tables,
-            batch_index,
-            keep_bits,
-            aging.weight,
-            aging.origin,
             SEARCH_STEPS=num_tables.bit_length(),
+            TABLE_BINS=_table_bins(num_tables),
             BLOCK=IDS_PER_PROGRAM,
         )
 
-    def translate(self, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts, slots: Tensor, num_ids: int) -> None:
+    def translate(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts) -> None:
         """See :class:`SlotOps`."""
         num_tables = tables.num_ids.numel()
-        _translate_kernel[(triton.cdiv(max(1, num_ids), IDS_PER_PROGRAM),)](
+        _translate_kernel[_grid(buffers)](
+            buffers.numbers,
             buffers.counts,
             maps.state,
             maps.row_to_slot,
             buffers.rows,
-            slots,
             tables.row_offsets,
             tables.num_ids,
-            num_ids,
             num_tables,
             SEARCH_STEPS=num_tables.bit_length(),
+            TABLE_BINS=_table_bins(num_tables),
             BLOCK=IDS_PER_PROGRAM,
         )
+
+    def order(
+        self, rows: Tensor, slots: Tensor, counts: Tensor, count: Count, num_rows: int, buffers: OrderBuffers
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`SlotOps`; by bins of neighbouring rows.
+
+        A device reaches rows of a large table in any order at a third of the bus's speed, because it must look up each one's page.
+        """
+        shift = max(0, (max(1, num_rows) - 1).bit_length() - (NUM_ORDER_BINS - 1).bit_length())
+        grid = (triton.cdiv(max(1, rows.numel()), IDS_PER_PROGRAM),)
+        buffers.bins.zero_()
+        _count_bins_kernel[grid](rows, buffers.bins, counts, shift, COUNT=int(count), BLOCK=IDS_PER_PROGRAM)
+        _first_of_bins_kernel[(1,)](buffers.bins, num_warps=16)
+        _put_in_bins_kernel[grid](
+            rows,
+            slots,
+            buffers.rows,
+            buffers.slots,
+            buffers.bins,
+            counts,
+            shift,
+            COUNT=int(count),
+            BLOCK=IDS_PER_PROGRAM,
+        )
+        return buffers.rows, buffers.slots
 
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
@@ -238,7 +342,7 @@ class TritonOps(CommonOps):
         word = torch.int32 if row_bytes % 4 == 0 else torch.int16
         num_words = row_bytes // word.itemsize
         words_per_block = min(triton.next_power_of_2(num_words), 1024)
-        _move_kernel[(NUM_MOVE_PROGRAMS,)](
+        _move_kernel[(NUM_MOVE_PROGRAMS[count],)](
             source.view(word),
             source_index,
             target.view(word),
@@ -251,12 +355,41 @@ class TritonOps(CommonOps):
             num_warps=8,
         )
 
-    def count_misses(self, maps: SlotMaps, rows: Tensor, slots: Tensor, num_ids: int, num_misses: Tensor) -> None:
+    def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
         """See :class:`SlotOps`."""
-        if num_ids:
-            _count_misses_kernel[(triton.cdiv(num_ids, IDS_PER_PROGRAM),)](
-                maps.slot_to_row, rows, slots, num_misses, num_ids, BLOCK=IDS_PER_PROGRAM
-            )
+        _count_misses_kernel[_grid(buffers)](
+            buffers.numbers, maps.slot_to_row, buffers.rows, num_misses, BLOCK=IDS_PER_PROGRAM
+        )
+
+
+def _grid(buffers: PlanBuffers) -> tuple[int]:
+    """For all ids that the buffers have room for; programs beyond the last id do nothing."""
+    return (triton.cdiv(buffers.rows.numel(), IDS_PER_PROGRAM),)
+
+
+def _table_bins(num_tables: int) -> int:
+    return max(32, triton.next_power_of_2(num_tables))
+
+
+def _bits_of(number: float) -> int:
+    bits: int = struct.unpack("<i", struct.pack("<f", number))[0]
+    return bits
+
+
+@triton.jit
+def _float_of(numbers_ptr, position: tl.constexpr):
+    return tl.load(numbers_ptr + position).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _address_of(numbers_ptr, position: tl.constexpr, IS_64_BIT: tl.constexpr):
+    """The address of integers that a batch has brought."""
+    address = tl.load(numbers_ptr + position)
+    if IS_64_BIT:  # noqa: SIM108  one type for the compiler
+        pointer = address.to(tl.pointer_type(tl.int64))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int32))
+    return pointer
 
 
 @triton.jit
@@ -316,14 +449,15 @@ def _append(cursor_ptr, is_new):
 
 
 @triton.jit
-def _add_per_table(counts_ptr, row_offsets_ptr, rows, inside, num_tables, SEARCH_STEPS: tl.constexpr):
+def _per_table(row_offsets_ptr, rows, inside, num_tables, SEARCH_STEPS: tl.constexpr, TABLE_BINS: tl.constexpr):
+    """How many of these rows each table has."""
     table = _segment_of(row_offsets_ptr, 1, rows, num_tables, inside, SEARCH_STEPS)
-    lowest = tl.min(tl.where(inside, table, num_tables), 0)
-    highest = tl.max(tl.where(inside, table, -1), 0)
-    if lowest == highest:  # as ids come feature by feature, this is the rule
-        tl.atomic_add(counts_ptr + lowest, tl.sum(inside.to(tl.int64), 0), sem="relaxed")
-    else:
-        tl.atomic_add(counts_ptr + table, tl.full(table.shape, 1, tl.int64), mask=inside, sem="relaxed")
+    return tl.histogram(table.to(tl.int32), TABLE_BINS, mask=inside).to(tl.int64)
+
+
+@triton.jit
+def _add_per_table(counts_ptr, sizes, TABLE_BINS: tl.constexpr):
+    tl.atomic_add(counts_ptr + tl.arange(0, TABLE_BINS), sizes, mask=sizes > 0, sem="relaxed")
 
 
 @triton.jit(
@@ -368,13 +502,9 @@ def _mark_kernel(
     tl.store(row_to_slot_ptr + rows, -1 - uses, mask=inside & (slots < 0))
 
 
-@triton.jit(
-    do_not_specialize=["num_ids", "num_features", "bounds_stride", "batch_index"],
-    do_not_specialize_on_alignment=["ids_ptr", "bounds_ptr"],
-)
+@triton.jit(do_not_specialize=["num_features"])
 def _find_kernel(
-    ids_ptr,
-    bounds_ptr,
+    numbers_ptr,
     first_row_ptr,
     num_rows_ptr,
     table_ptr,
@@ -386,22 +516,25 @@ def _find_kernel(
     miss_rows_ptr,
     miss_known_ptr,
     counts_ptr,
-    num_ids,
     num_features,
-    bounds_stride,
-    batch_index,
+    ARE_IDS_64_BIT: tl.constexpr,
+    ARE_BOUNDS_64_BIT: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    num_ids = tl.load(numbers_ptr + _NUM_IDS)
+    if tl.program_id(0) * BLOCK >= num_ids:
+        return
+    batch_index = tl.load(numbers_ptr + _BATCH_INDEX).to(tl.int32)
     positions, rows, is_mine, is_bad = _rows_of_ids(
-        ids_ptr,
-        bounds_ptr,
+        _address_of(numbers_ptr, _IDS, ARE_IDS_64_BIT),
+        _address_of(numbers_ptr, _BOUNDS, ARE_BOUNDS_64_BIT),
         first_row_ptr,
         num_rows_ptr,
         table_ptr,
         num_ids,
         num_features,
-        bounds_stride,
+        tl.load(numbers_ptr + _BOUNDS_STRIDE),
         SEARCH_STEPS,
         BLOCK,
     )
@@ -429,8 +562,9 @@ def _find_kernel(
     tl.store(miss_known_ptr + place, known, mask=is_miss)
 
 
-@triton.jit(do_not_specialize=["batch_index", "first_held"])
+@triton.jit
 def _take_kernel(
+    numbers_ptr,
     counts_ptr,
     state_ptr,
     listed_ptr,
@@ -439,11 +573,11 @@ def _take_kernel(
     uses_ahead_ptr,
     miss_slots_ptr,
     victim_last_use_ptr,
-    batch_index,
-    first_held,
     SKIPS_USED_AHEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    batch_index = tl.load(numbers_ptr + _BATCH_INDEX).to(tl.int32)
+    first_held = tl.load(numbers_ptr + _FIRST_HELD)
     num_misses = tl.load(counts_ptr + _MISSES)
     from_free = tl.minimum(num_misses, tl.load(state_ptr + _NUM_FREE))
     wanted = num_misses - from_free
@@ -474,8 +608,10 @@ def _take_kernel(
 
 
 @triton.jit
-def _bins_of(last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots, first_held, next_bit):
+def _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots):
     """The bin of each slot, -1 if it must not go; and its last use."""
+    first_held = tl.load(numbers_ptr + _FIRST_HELD)
+    next_bit = tl.load(numbers_ptr + _NEXT_BIT).to(tl.int32)
     inside = slots < num_slots
     last_use = tl.load(last_use_ptr + slots, mask=inside, other=-1)
     is_usable = (last_use >= 0) & (last_use < first_held)
@@ -491,22 +627,23 @@ def _bins_of(last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots, firs
     return tl.where(is_usable, bins, -1), last_use
 
 
-@triton.jit(do_not_specialize=["num_slots", "first_held", "next_bit"])
+@triton.jit(do_not_specialize=["num_slots"])
 def _histogram_kernel(
+    numbers_ptr,
     counts_ptr,
     histogram_ptr,
     last_use_ptr,
     uses_ahead_ptr,
     frequency_ptr,
     num_slots,
-    first_held,
-    next_bit,
     BLOCK: tl.constexpr,
 ):
     if _num_missing(counts_ptr) > 0:
         slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        bins, _ = _bins_of(last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots, first_held, next_bit)
-        tl.atomic_add(histogram_ptr + bins, tl.full(bins.shape, 1, tl.int32), mask=bins >= 0, sem="relaxed")
+        bins, _ = _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots)
+        # Most slots share few bins: counted here first, so that atomics on one address are rare.
+        sizes = tl.histogram(tl.maximum(bins, 0), _NUM_BINS, mask=bins >= 0)
+        tl.atomic_add(histogram_ptr + tl.arange(0, _NUM_BINS), sizes, mask=sizes > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_wanted", "capacity"])
@@ -532,8 +669,9 @@ def _threshold_kernel(counts_ptr, state_ptr, histogram_ptr, num_wanted, capacity
         tl.store(histogram_ptr + bins, tl.zeros_like(sizes))
 
 
-@triton.jit(do_not_specialize=["capacity", "num_slots", "first_held", "next_bit"])
+@triton.jit(do_not_specialize=["capacity", "num_slots"])
 def _list_kernel(
+    numbers_ptr,
     counts_ptr,
     state_ptr,
     listed_ptr,
@@ -543,13 +681,11 @@ def _list_kernel(
     uses_ahead_ptr,
     frequency_ptr,
     num_slots,
-    first_held,
-    next_bit,
     BLOCK: tl.constexpr,
 ):
     if _num_missing(counts_ptr) > 0:
         slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        bins, last_use = _bins_of(last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots, first_held, next_bit)
+        bins, last_use = _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots)
         threshold = tl.load(state_ptr + _THRESHOLD)
         is_below = (bins >= 0) & (bins < threshold)
         place = _append(state_ptr + _BELOW_CURSOR, is_below)
@@ -562,8 +698,9 @@ def _list_kernel(
         tl.store(listed_last_use_ptr + place, last_use, mask=is_at)
 
 
-@triton.jit(do_not_specialize=["num_tables", "batch_index", "keep_bits", "weight", "origin"])
+@triton.jit(do_not_specialize=["num_tables"])
 def _commit_kernel(
+    numbers_ptr,
     counts_ptr,
     state_ptr,
     row_to_slot_ptr,
@@ -584,14 +721,18 @@ def _commit_kernel(
     num_misses_ptr,
     num_victims_ptr,
     num_tables,
-    batch_index,
-    keep_bits,
-    weight,
-    origin,
     SEARCH_STEPS: tl.constexpr,
+    TABLE_BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if (first >= tl.load(counts_ptr + _HITS)) & (first >= tl.load(counts_ptr + _MISSES)):
+        return
+    batch_index = tl.load(numbers_ptr + _BATCH_INDEX).to(tl.int32)
+    keep_bits = tl.load(numbers_ptr + _KEEP_BITS).to(tl.int32)
+    weight = _float_of(numbers_ptr, _WEIGHT)
+    origin = _float_of(numbers_ptr, _ORIGIN)
+    positions = first + tl.arange(0, BLOCK)
     num_victims = tl.load(counts_ptr + _VICTIMS)
     is_hit = positions < tl.load(counts_ptr + _HITS)
     is_miss = positions < tl.load(counts_ptr + _MISSES)
@@ -611,9 +752,10 @@ def _commit_kernel(
         hit_rows = tl.load(slot_to_row_ptr + hits, mask=is_hit, other=0)
         tl.store(frequency_ptr + hits, frequency + weight, mask=is_hit)
         tl.store(uses_ahead_ptr + hits, uses & keep_bits, mask=is_hit)
-        _add_per_table(num_unique_ptr, row_offsets_ptr, hit_rows, is_hit, num_tables, SEARCH_STEPS)
-        _add_per_table(num_unique_ptr, row_offsets_ptr, rows, is_miss, num_tables, SEARCH_STEPS)
-        _add_per_table(num_misses_ptr, row_offsets_ptr, rows, is_miss, num_tables, SEARCH_STEPS)
+        num_hits = _per_table(row_offsets_ptr, hit_rows, is_hit, num_tables, SEARCH_STEPS, TABLE_BINS)
+        num_misses = _per_table(row_offsets_ptr, rows, is_miss, num_tables, SEARCH_STEPS, TABLE_BINS)
+        _add_per_table(num_unique_ptr, num_hits + num_misses, TABLE_BINS)
+        _add_per_table(num_misses_ptr, num_misses, TABLE_BINS)
 
         # Who leaves, and what is to be remembered of it.
         victim_rows = tl.load(slot_to_row_ptr + slots, mask=is_victim, other=0)
@@ -624,7 +766,8 @@ def _commit_kernel(
         note = (note + 2 * _NUM_NOTES) % _NUM_NOTES + 1
         tl.store(victim_rows_ptr + positions, victim_rows, mask=is_victim)
         tl.store(row_to_slot_ptr + victim_rows, -1 - (victim_uses | (note << _WINDOW_BITS)), mask=is_victim)
-        _add_per_table(num_victims_ptr, row_offsets_ptr, victim_rows, is_victim, num_tables, SEARCH_STEPS)
+        sizes = _per_table(row_offsets_ptr, victim_rows, is_victim, num_tables, SEARCH_STEPS, TABLE_BINS)
+        _add_per_table(num_victims_ptr, sizes, TABLE_BINS)
         tl.debug_barrier()  # the same places are written below
 
         # Who comes.
@@ -646,20 +789,22 @@ def _commit_kernel(
         tl.store(frequency_ptr + slots, frequency, mask=is_miss)
 
 
-@triton.jit(do_not_specialize=["num_ids", "num_tables"])
+@triton.jit(do_not_specialize=["num_tables"])
 def _translate_kernel(
+    numbers_ptr,
     counts_ptr,
     state_ptr,
     row_to_slot_ptr,
     rows_ptr,
-    slots_ptr,
     row_offsets_ptr,
     num_ids_ptr,
-    num_ids,
     num_tables,
     SEARCH_STEPS: tl.constexpr,
+    TABLE_BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    num_ids = tl.load(numbers_ptr + _NUM_IDS)
+    slots_ptr = _address_of(numbers_ptr, _SLOTS, True)
     positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_refused = _is_refused(counts_ptr)
     rows = tl.load(rows_ptr + positions, mask=positions < num_ids, other=-1)
@@ -668,7 +813,8 @@ def _translate_kernel(
     # A bad plan leaves negative values in row_to_slot; its batch will not be looked up.
     tl.store(slots_ptr + positions, tl.where(is_refused, tl.zeros_like(slots), slots), mask=is_mine)
     if not is_refused:
-        _add_per_table(num_ids_ptr, row_offsets_ptr, rows, is_mine, num_tables, SEARCH_STEPS)
+        sizes = _per_table(row_offsets_ptr, rows, is_mine, num_tables, SEARCH_STEPS, TABLE_BINS)
+        _add_per_table(num_ids_ptr, sizes, TABLE_BINS)
     if tl.program_id(0) == 0:
         if is_refused:
             tl.store(counts_ptr + _IS_REFUSED, 1)
@@ -677,6 +823,52 @@ def _translate_kernel(
             tl.store(state_ptr + _NUM_FREE, tl.load(state_ptr + _NUM_FREE) - from_free)
             tl.store(counts_ptr + _FILLS, tl.load(counts_ptr + _MISSES))
             tl.store(counts_ptr + _WRITEBACKS, tl.load(counts_ptr + _VICTIMS))
+
+
+@triton.jit(do_not_specialize=["shift"])
+def _count_bins_kernel(rows_ptr, bins_ptr, counts_ptr, shift, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    num_rows = tl.load(counts_ptr + COUNT)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first < num_rows:
+        positions = first + tl.arange(0, BLOCK)
+        inside = positions < num_rows
+        bins = tl.load(rows_ptr + positions, mask=inside, other=0) >> shift
+        tl.atomic_add(bins_ptr + bins, tl.full(bins.shape, 1, tl.int32), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _first_of_bins_kernel(bins_ptr):
+    """From how many there are in each bin to where each begins."""
+    bins = tl.arange(0, _NUM_ORDER_BINS)
+    sizes = tl.load(bins_ptr + bins)
+    firsts = tl.cumsum(sizes, 0) - sizes
+    tl.debug_barrier()
+    tl.store(bins_ptr + bins, firsts)
+
+
+@triton.jit(do_not_specialize=["shift"])
+def _put_in_bins_kernel(
+    rows_ptr,
+    slots_ptr,
+    ordered_rows_ptr,
+    ordered_slots_ptr,
+    bins_ptr,
+    counts_ptr,
+    shift,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    num_rows = tl.load(counts_ptr + COUNT)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first < num_rows:
+        positions = first + tl.arange(0, BLOCK)
+        inside = positions < num_rows
+        rows = tl.load(rows_ptr + positions, mask=inside, other=0)
+        slots = tl.load(slots_ptr + positions, mask=inside, other=0)
+        one = tl.full(rows.shape, 1, tl.int32)
+        places = tl.atomic_add(bins_ptr + (rows >> shift), one, mask=inside, sem="relaxed")
+        tl.store(ordered_rows_ptr + places, rows, mask=inside)
+        tl.store(ordered_slots_ptr + places, slots, mask=inside)
 
 
 @triton.jit
@@ -707,10 +899,11 @@ def _move_kernel(
         first += stride
 
 
-@triton.jit(do_not_specialize=["num_ids"])
-def _count_misses_kernel(slot_to_row_ptr, rows_ptr, slots_ptr, num_misses_ptr, num_ids, BLOCK: tl.constexpr):
+@triton.jit
+def _count_misses_kernel(numbers_ptr, slot_to_row_ptr, rows_ptr, num_misses_ptr, BLOCK: tl.constexpr):
+    slots_ptr = _address_of(numbers_ptr, _SLOTS, True)
     positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(rows_ptr + positions, mask=positions < num_ids, other=-1)
+    rows = tl.load(rows_ptr + positions, mask=positions < tl.load(numbers_ptr + _NUM_IDS), other=-1)
     is_mine = rows >= 0
     slots = tl.load(slots_ptr + positions, mask=is_mine, other=0)
     is_miss = is_mine & (tl.load(slot_to_row_ptr + slots, mask=is_mine, other=0) != rows)
