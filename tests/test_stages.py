@@ -4,6 +4,8 @@
 import gc
 import threading
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -440,3 +442,34 @@ def test_suspended_worker_serves_a_batch_that_train_waits_for() -> None:
     runner.pause()
     trainer.join(timeout=5)
     assert not trainer.is_alive()
+
+
+class RunnerOfADevice(OverlappedStageRunner):
+    """Says that its worker enqueues on a device; everything happens on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.streams.plan = SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("make_runner", [RunnerOfADevice, lambda: OverlappedStageRunner(CPU)], ids=["device", "cpu"])
+def test_a_worker_that_only_enqueues_waits_until_forward_is_issued(
+    make_runner: Callable[[], OverlappedStageRunner],
+) -> None:
+    runner = make_runner()
+    is_device = runner.streams.plan is not None
+    pool = make_pool(num_slots=30)
+    batches = [planned(pool, torch.arange(index, index + 5), runner) for index in range(3)]
+    with runner.holding_back():
+        for batch in batches:
+            runner.submit(batch)
+        runner.wait_until_idle()  # held back, it has nothing to do
+        assert [batch.is_pending for batch in batches] == [is_device] * 3
+        runner.wait(batches[0])  # Train goes ahead
+        assert [batch.is_pending for batch in batches] == [False, is_device, is_device]
+    runner.wait_until_idle()
+    assert [batch.is_pending for batch in batches] == [False] * 3
+    for batch in batches[1:]:
+        runner.wait(batch)
+    for batch in batches:
+        runner.release(batch)

@@ -28,7 +28,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_tracker.types import DeltaTrackerConfig, TrackingMode
 from torchrec.optim import RowWiseAdagrad
 
-from torchrec_scratchpipe import CheckpointManager, ConfigError, TableOverwrittenError, to_stock
+from torchrec_scratchpipe import CheckpointManager, ConfigError, TableOverwrittenError, table_view, to_stock
 from torchrec_scratchpipe.host_table import HostTable
 from torchrec_scratchpipe.table_view import TableView, shown
 
@@ -562,3 +562,30 @@ def test_copies_are_what_stock_copies_are() -> None:
         assert actual.requires_grad == expected.requires_grad
     weight = ROADS["model.named_parameters"](ours)[0]
     assert f"{weight[0, 0]:.3f}" == f"{float(weight[0, 0]):.3f}"
+
+
+def test_initial_weights_are_drawn_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    name, parameter = next((n, p) for n, p in ours.model.named_parameters() if isinstance(p, table_view.TableParameter))
+    drawn: list[torch.device] = []
+    draw = table_view._draw
+
+    def noting(*args: Any, device: torch.device, **kwargs: Any) -> torch.Tensor:
+        drawn.append(device)
+        return draw(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(table_view, "_draw", noting)
+    monkeypatch.setattr(table_view, "NUM_DRAWN_TOGETHER", 64)  # a CPU draws one after another: in pieces, the same bits
+    torch.manual_seed(3)
+    torch.nn.init.uniform_(parameter, -0.5, 0.25)
+    assert not drawn  # a CPU
+    expected = parameter.detach().clone()
+    monkeypatch.setattr(parameter._owner, "drawing_device", torch.device("cpu"))
+    drain(ours.pipeline(), make_batches(SETTING)[:4])
+    torch.manual_seed(3)
+    torch.nn.init.uniform_(parameter, -0.5, 0.25)
+    assert drawn == [torch.device("cpu")]
+    assert torch.equal(parameter, expected), name
+    torch.nn.init.uniform_(parameter, generator=torch.Generator())  # the host's generator
+    assert drawn == [torch.device("cpu")]
+    assert parameter._owner._pool.host_table.is_overwritten

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe import triton_ops
-from torchrec_scratchpipe.slot_map import _make_buffers, _make_scratch
+from torchrec_scratchpipe.slot_map import PoolIds, SlotMap, _make_buffers, _make_order_buffers, _make_scratch
 from torchrec_scratchpipe.slot_ops import (
     BEING_PLACED,
     FREQUENCY_BINS,
@@ -38,6 +38,7 @@ from torchrec_scratchpipe.slot_ops import (
 from torchrec_scratchpipe.torch_ops import TorchOps, _bins, _frequencies, _notes
 from torchrec_scratchpipe.triton_ops import TritonOps
 
+CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TABLE_ROWS = [500, 1, 2000]
 OTHER_POOL_ROWS = 50
@@ -414,3 +415,72 @@ def test_kernels_compile_for_a_gpu_and_move_rows_16_bytes_at_a_time() -> None:
         assert of_wide_rows["ld.global.v4.b32"] == of_wide_rows["st.global.v4.b32"] == 4
     for found in (found for variants in instructions.values() for found in variants):
         assert not any("acq_rel" in name for name in found), found
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 4096, 4097, 10_000_000])
+def test_order_puts_neighbours_beside_each_other(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    capacity, count = 3000, 2500
+    rows = torch.randint(0, num_rows, (capacity,), generator=generator)
+    slots = torch.randperm(capacity, generator=generator).int()
+    counts = torch.zeros(len(Count), dtype=torch.int64)
+    counts[Count.WRITEBACKS] = count
+    buffers = _make_order_buffers(capacity, DEVICE)
+    for _ in range(2):  # its bins are used again
+        ordered = TritonOps().order(
+            rows.to(DEVICE), slots.to(DEVICE), counts.to(DEVICE), Count.WRITEBACKS, num_rows, buffers
+        )
+        ordered_rows, ordered_slots = (values[:count].cpu() for values in ordered)
+        assert pairs(ordered_rows, ordered_slots) == pairs(rows[:count], slots[:count])
+        bin_rows = 1 << max(0, (num_rows - 1).bit_length() - 12)
+        assert bool(((ordered_rows // bin_rows).diff() >= 0).all())
+    assert num_rows < 2 or not bool(((rows[:count] // bin_rows).diff() >= 0).all())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted beside a GPU")
+def test_recordings_serve_later_batches_and_are_told_apart() -> None:
+    """What is recorded depends on nothing but the numbers that :meth:`prepare` writes, and on the key."""
+    recorded: list[Callable[[], None]] = []
+
+    def record(operations: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(operations)
+        return operations  # enqueues what it was first asked for
+
+    plans = {}
+    for ops in (TritonOps(), TritonOps(record)):
+        slot_map = SlotMap(200, 60, [0, 200], ops, CPU)
+        features = FeatureRows(torch.tensor([0]), torch.tensor([200]), torch.tensor([0], dtype=torch.int32))
+        generator = torch.Generator().manual_seed(0)
+        outcomes = []
+        for index in range(12):
+            num_ids = 5 + 3 * index
+            dtype = torch.int32 if index % 4 == 3 else torch.int64
+            ids = torch.randint(0, 200, (num_ids,), generator=generator).to(dtype)
+            batch = PoolIds(FeatureIds(ids, torch.tensor([0, num_ids])), features)
+            slot_map.take_in_releases()
+            plan = slot_map.plan(batch)
+            assert slot_map.confirm(plan)
+            slot_map.count_misses(plan)
+            moves = plan.moves()
+            outcomes.append((plan.wait(), pairs(moves.miss_rows), pairs(moves.victim_rows)))
+            assert torch.equal(slot_map.maps.slot_to_row[plan.slots[:num_ids]], ids.long())
+            slot_map.release(plan.batch_index)
+        assert int(slot_map.table_counts.num_misses_at_train) == 0
+        slot_map.check_integrity()
+        plans[ops] = outcomes
+    by_launches, by_recordings = plans.values()
+    assert by_launches == by_recordings
+    assert sum(len(victims) for _, _, victims in by_launches) > 50
+    assert len(recorded) == 3  # for ids of 64 and of 32 bits, and the count of misses
+
+
+def test_where_nothing_can_be_recorded_launches_go_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(operations: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    ops, num_runs = TritonOps(refuse), []
+    buffers = _make_buffers(CAPACITY, CPU)
+    for _ in range(4):
+        ops.enqueue(buffers, "key", lambda: num_runs.append(1))
+    assert len(num_runs) == 4
+    assert caplog.text.count("launches cannot be recorded") == 1

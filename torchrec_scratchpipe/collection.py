@@ -7,7 +7,7 @@ Shapes: ``I`` ids.
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -178,6 +178,14 @@ class ScratchpadCollection:
                     pool.host_table.close_snapshot(snapshot)
                 raise
         return taken
+
+    def holding_back(self) -> AbstractContextManager[None]:
+        """See :meth:`StageRunner.holding_back`.
+
+        Returns:
+            To be entered.
+        """
+        return self._runner.holding_back()
 
     def wait_until_idle(self) -> None:
         """Wait until no stage runs, nor will before the next batch is sent or looked up."""

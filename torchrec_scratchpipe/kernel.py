@@ -89,7 +89,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         """Allocate tables, scratchpads and TBE; what a constructor does after TorchRec's base class for kernels."""
         self._scratchpad_device = device or torch.device("cpu")
         self._runner = runner
-        self._next_batch: Batch | None = None
+        self._expected: list[Batch] = []  # at most one; to set an attribute of a module takes 10 us
         fused_params = dict(self._config.fused_params or {})
         warn_of_ignored_settings(self._config, fused_params, self._scratchpad_device.type)
         self._states = optimizer_states(self._config, fused_params, self._scratchpad_device.type)
@@ -110,7 +110,10 @@ class ScratchpadKernel(FusedOptimizerModule):
         ]
         self._rows_of_features = feature_rows(self.pools, self._features, self._scratchpad_device)
         self._optim: FusedOptimizer = self._make_optimizer()
-        self.init_parameters()
+        if (
+            self._scratchpad_device.type == "cpu"
+        ):  # as stock, draw for draw; elsewhere the collection's reset_parameters() is enough
+            self.init_parameters()
         runner.wait_for_device()  # the stages' streams are not ordered after the caller's, which all of this was made on
 
     def make_batch(self, features: KeyedJaggedTensor) -> Batch:
@@ -157,18 +160,18 @@ class ScratchpadKernel(FusedOptimizerModule):
         Args:
             batch: From :meth:`make_batch`.
         """
-        self._next_batch = batch
+        self._expected[:] = [] if batch is None else [batch]
 
     def drop_expected(self) -> None:
         """Drop a batch that was expected and not looked up, because another lookup has failed."""
-        batch, self._next_batch = self._next_batch, None
-        if batch is not None:
-            self._runner.release(batch)
+        if self._expected:
+            self._runner.release(self._expected.pop())
 
     def _look_up(self, features: KeyedJaggedTensor, look_up_slots: Callable[[KeyedJaggedTensor], Tensor]) -> Tensor:
         """Look up the expected batch, or fetch these features on the spot, over slots instead of ids."""
-        batch, self._next_batch = self._next_batch, None
-        if batch is None:
+        if self._expected:
+            batch = self._expected.pop()
+        else:
             batch = self.make_batch(features)
             self._runner.submit(batch)
         assert batch.num_ids == features.values().numel(), f"{batch.num_ids=}, {features.values().numel()=}"
@@ -427,6 +430,7 @@ class _PoolOwner:
         self._pool = pool
         self._runner = runner
         self._has_warned = False
+        self.drawing_device = None if runner.device.type == "cpu" else runner.device
 
     def prepare_read(self) -> None:
         self._pool.host_table.check_process()

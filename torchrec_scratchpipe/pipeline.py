@@ -4,6 +4,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Generic, cast
@@ -231,6 +232,19 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             raise self._failed_error(self._failed_to_load)
         for module, forward in zip(self._pipelined_modules, self._own_forwards, strict=True):
             module.forward = forward  # another pipeline may have left its own
+        with self._stages_held_back():
+            context, losses, output = self._forward(dataloader_iter)
+        if not self._model.training:  # else the graph would hold the slots until it is collected
+            _release(context)
+        else:
+            self._backward(losses)
+            self.sync_embeddings(self._model, self._dmp_collection_sync_interval_batches, context)
+            with record_function(f"## optimizer {context.index} ##"):
+                self._optimizer.step()
+        self.dequeue_batch()
+        return output
+
+    def _forward(self, dataloader_iter: Iterator[In]) -> tuple["ScratchPipeTrainPipelineContext", torch.Tensor, Out]:
         self.fill_pipeline(dataloader_iter)
         if not self.batches or self._leave_rest_as_stock():
             raise StopIteration
@@ -249,15 +263,16 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 losses, output = self._model_fwd(self.batches[0])
         finally:
             context.is_in_forward = False
-        if not self._model.training:  # else the graph would hold the slots until it is collected
-            _release(context)
-        else:
-            self._backward(losses)
-            self.sync_embeddings(self._model, self._dmp_collection_sync_interval_batches, context)
-            with record_function(f"## optimizer {context.index} ##"):
-                self._optimizer.step()
-        self.dequeue_batch()
-        return output
+        return context, losses, output
+
+    @contextmanager
+    def _stages_held_back(self) -> Iterator[None]:
+        """Until backward; where there is time to plan the next batch but one, and where backward will come."""
+        with ExitStack() as held_back:
+            if self._lookahead > 1 and self._model.training:
+                for collection in self._collections:
+                    held_back.enter_context(collection.holding_back())
+            yield
 
     def fill_pipeline(self, dataloader_iter: Iterator[In]) -> None:
         """Load batches until the pipeline is full or the data ends, and bring each to the stage its place asks for.

@@ -181,6 +181,11 @@ class StageRunner:
         with self._lock:
             yield
 
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """While entered, stages that only cost the host's time wait, but for those that Train waits for."""
+        yield
+
     def wait_until_idle(self) -> None:
         """Wait until no stage will run before the caller submits, awaits or releases a batch."""
 
@@ -370,6 +375,22 @@ class OverlappedStageRunner(StageRunner):
             if self.streams.plan is not None:
                 self.streams.wait(None, self.streams.record(self.streams.plan))
 
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """While entered, a worker that enqueues on a device waits, but for a batch that Train waits for; on a CPU it works.
+
+        One interpreter runs one thread at a time: a worker that enqueues while Train's forward is issued costs Train more time than
+        it takes. While backward is issued, by torch's own thread, the interpreter is free.
+        """
+        if self.streams.plan is None:
+            yield
+            return
+        self._queue.hold_back()
+        try:
+            yield
+        finally:
+            self._queue.go_on()
+
     def wait_until_idle(self) -> None:
         """Wait until the worker has nothing to do, or waits for slots."""
         self._queue.wait_until_idle()
@@ -461,6 +482,7 @@ class _Queue:
         self._num_changes_seen = -1  # by the worker, when it last tried a batch in vain
         self._is_working = False
         self._is_paused = False
+        self._is_held_back = False
         self.is_closed = False
 
     def after_fork_in_child(self) -> None:
@@ -468,6 +490,7 @@ class _Queue:
         self._changed = threading.Condition()
         self._is_working = False
         self._is_paused = True
+        self._is_held_back = False
         self._num_changes_seen = -1
 
     def put(self, batch: Batch) -> None:
@@ -507,6 +530,7 @@ class _Queue:
                     entry.is_awaited = True
             self._is_paused = False
             self.note_change()
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not batch.is_pending)
 
     def advance(self, batch: Batch, state: BatchState) -> None:
@@ -525,11 +549,23 @@ class _Queue:
     def note_change(self) -> None:
         with self._changed:
             self._num_changes += 1
+            if not self._is_held_back:  # to wake the worker in vain costs Train time too
+                self._changed.notify_all()
+
+    def hold_back(self) -> None:
+        """Begin nothing but what is awaited."""
+        with self._changed:
+            self._is_held_back = True
+
+    def go_on(self) -> None:
+        """Begin what was held back."""
+        with self._changed:
+            self._is_held_back = False
             self._changed.notify_all()
 
     def close(self) -> None:
         self.is_closed = True
-        self.note_change()
+        self.go_on()
 
     def next(self, num_changes_seen: int) -> _Work:
         """What to work on next; nothing when closed.
@@ -559,7 +595,7 @@ class _Queue:
         """The worker's priorities.
 
         1. A batch that Train waits for is planned, whether the queue is paused or not.
-        2. While the queue is paused, or somebody has memory of a table, nothing is done.
+        2. While the queue is paused or held back, or somebody has memory of a table, nothing is done.
         3. A batch that may only be seen, or that stands behind one that waits for slots, is seen, for it guides the choice of victims.
         4. The oldest batch is planned. If that was in vain, it is tried again when something has changed.
         """
@@ -568,7 +604,7 @@ class _Queue:
         awaited = next((batch for entry, batch in waiting if entry.is_awaited), None)
         if awaited is not None:
             return _Work(awaited, True, True, self._num_changes) if has_changed else None
-        if self._is_paused or not waiting or self._lent.is_any_lent:
+        if self._is_paused or self._is_held_back or not waiting or self._lent.is_any_lent:
             return None
         can_plan = waiting[0][0].may_plan and has_changed
         for position, (entry, batch) in enumerate(waiting):

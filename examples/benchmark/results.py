@@ -97,8 +97,42 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def write_results(
+    directory: Path,
+    figures: list[Figures],
+    where: dict[str, Any],
+    command: str,
+    bandwidth: dict[str, Any],
+    notes: list[str],
+) -> None:
+    """Write results.json.
+
+    Args:
+        directory: Made if it is missing.
+        figures: In the order of measurement.
+        where: From :func:`machine`.
+        command: That made them.
+        bandwidth: GB/s of rows and of plain copies.
+        notes: What was left out, and why.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    results = {
+        "machine": where,
+        "command": command,
+        "gb_per_s": bandwidth,
+        "notes": notes,
+        "rows": [dataclasses.asdict(dataclasses.replace(row, scratchpad=None)) for row in figures],
+    }
+    (directory / "results.json").write_text(json.dumps(results, indent=2))
+
+
 def write_report(
-    directory: Path, figures: list[Figures], where: dict[str, Any], command: str, bandwidth: dict[str, Any]
+    directory: Path,
+    figures: list[Figures],
+    where: dict[str, Any],
+    command: str,
+    bandwidth: dict[str, Any],
+    notes: list[str],
 ) -> None:
     """Write results.json, results.md, and a plot per model.
 
@@ -108,16 +142,10 @@ def write_report(
         where: From :func:`machine`.
         command: That made them.
         bandwidth: GB/s of rows and of plain copies.
+        notes: What was left out, and why.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    results = {
-        "machine": where,
-        "command": command,
-        "gb_per_s": bandwidth,
-        "rows": [dataclasses.asdict(dataclasses.replace(row, scratchpad=None)) for row in figures],
-    }
-    (directory / "results.json").write_text(json.dumps(results, indent=2))
-    (directory / "results.md").write_text(_markdown(figures, where, command, bandwidth))
+    write_results(directory, figures, where, command, bandwidth, notes)
+    (directory / "results.md").write_text(_markdown(figures, where, command, bandwidth, notes))
     for name in dict.fromkeys(row.workload["name"] for row in figures):
         _plot([row for row in figures if row.workload["name"] == name], directory / f"{name}.png")
 
@@ -169,7 +197,9 @@ def _by_contender(rows: list[Figures]) -> dict[str, Any]:
     return result
 
 
-def _markdown(figures: list[Figures], where: dict[str, Any], command: str, bandwidth: dict[str, Any]) -> str:
+def _markdown(
+    figures: list[Figures], where: dict[str, Any], command: str, bandwidth: dict[str, Any], notes: list[str]
+) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     lines = [
         "# Training step",
@@ -200,6 +230,8 @@ def _markdown(figures: list[Figures], where: dict[str, Any], command: str, bandw
         lines += ["", *(line for row in rows for line in _stages_of(row)), ""]
     lines += ["## Bandwidth", "", "| way | GB/s |", "|---|---|"]
     lines += [f"| {name} | {speed:.1f} |" for name, speed in bandwidth.items()]
+    if notes:
+        lines += ["", "## Left out", "", *(f"* {note}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 

@@ -10,28 +10,34 @@
 `--caches` chooses among the ways of rivals.py; by default all that exist on this machine's device. All train on the same
 samples. Blocks of steps alternate, whoever went first goes last in the next round; a block ends when all of its work is
 done, the stages of coming batches included. Slots are filled before the first step, so that every measured batch evicts.
-Batches are made before the clock starts. `--out` gets results.json, results.md and plots; `--json` one file by contender,
-with a list of `points` where the grid has several.
+Batches are made before the clock starts. `--out` gets results.json, after every point, and results.md and plots in the end; `--json`
+one file by contender, with a list of `points` where the grid has several.
+
+A contender that fails is named and left out, and the exit status is 1. `--seconds` ends the run after the point at which so many have
+passed.
 """
 
 import argparse
 import dataclasses
 import gc
 import itertools
+import math
 import os
 import shlex
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from bandwidth import measure_bandwidth
-from results import Figures, machine, write_by_contender, write_report
+from results import Figures, machine, write_by_contender, write_report, write_results
 from rivals import CPU_OPTIMIZERS, OPTIMIZERS, RIVALS, Contender, Shape
 from torch._C._profiler import _ExperimentalConfig
 from tqdm import tqdm
@@ -43,8 +49,9 @@ from torchrec_scratchpipe import PoolStats, scratchpad_stats, stage_spans
 NUM_WARMUP_STEPS = 5
 NUM_PROFILED_STEPS = 4
 PIPELINE_DEPTH = 8  # batches that a pipeline may draw ahead of the one that trains
+BLOCK_STEPS = {"cpu": 3, "cuda": 10}  # a block begins and ends with an idle device, and a GPU's steps are short
 
-# Less than 4 minutes on 2 cores of a CPU; the grid for a GPU has not been timed yet.
+# Less than 4 minutes on 2 cores of a CPU, about 2 minutes on an H200. The unique rows of three batches must fit into the slots.
 QUICK_ON_CPU = [
     "--model paper --num_embeddings 400000 --batch_size 256 --zipf 0.8,1.05,1.2 --load_factor 0.05 "
     "--optimizer sgd --lookahead 2 --steps 60",
@@ -54,49 +61,91 @@ QUICK_ON_CPU = [
     "--optimizer rowwise_adagrad --lookahead 1,2 --steps 60",
 ]
 QUICK_ON_GPU = [
-    "--model paper --num_embeddings 1000000 --zipf 0.8,1.05 --load_factor 0.05 --optimizer sgd --lookahead 2",
-    "--model paper --num_embeddings 1000000 --zipf 1.05 --load_factor 0.05 --optimizer rowwise_adagrad,adam "
-    "--lookahead 2",
-    "--model criteo --num_embeddings 1000000 --zipf 1.05 --load_factor 0.05 --optimizer rowwise_adagrad --lookahead 2",
+    "--model paper --num_embeddings 1000000 --zipf 0.8,1.05 --load_factor 0.1 --optimizer sgd --lookahead 2 --steps 60",
+    "--model criteo --num_embeddings 1000000 --zipf 1.05 --load_factor 0.1 --optimizer rowwise_adagrad --lookahead 2 "
+    "--steps 40",
+    "--model paper --num_embeddings 1000000 --zipf 0.8,1.05 --load_factor 0.1 --optimizer adam --lookahead 2 --steps 60",
 ]
 
 
-def run_grid(args: argparse.Namespace, device: torch.device) -> Iterator[Figures]:
+@dataclass
+class Course:
+    """How far a run is, and what has gone wrong."""
+
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+    has_failures: bool = False
+    start_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing new should begin."""
+        return time.perf_counter() - self.start_s > self.seconds
+
+    def note(self, text: str) -> None:
+        """Say it now, and in the report."""
+        print(f"NOTE {text}", flush=True)
+        self.notes.append(text)
+
+
+def run_grid(
+    args: argparse.Namespace, device: torch.device, bandwidth: dict[str, Any], course: Course
+) -> Iterator[list[Figures]]:
     """Measure every point of the grid; contenders are built once per optimizer and load factor."""
     workload = workload_of(args)
     caches = args.caches or [name for name, rival in RIVALS.items() if device.type == "cuda" or not rival.is_cuda_only]
-    bandwidth = measure_bandwidth(
-        device, workload.embedding_dim, min(100_000, workload.num_embeddings // 4), workload.num_embeddings
-    )
+    num_batches = NUM_WARMUP_STEPS + args.steps + PIPELINE_DEPTH + (NUM_PROFILED_STEPS if args.profile_trace else 0)
     for optimizer, load_factor in itertools.product(args.optimizer, args.load_factor):
         shape = Shape(workload, optimizer, load_factor, max(args.lookahead))
-        check_host_memory(shape, caches, device)
-        contenders = [Contender(name, shape, device, args.table_dir, args.seed, not args.no_overlap) for name in caches]
-        num_batches = NUM_WARMUP_STEPS + args.steps + PIPELINE_DEPTH
-        if args.profile_trace:
-            num_batches += NUM_PROFILED_STEPS
+        check_host_memory(shape, caches, device, args.host_memory_gb)
+        contenders = []
+        for name in caches:
+            start_s = time.perf_counter()
+            try:
+                contender = Contender(name, shape, device, args.table_dir, args.seed, not args.no_overlap)
+                contender.fill(args.zipf[0], args.seed)
+                contenders.append(contender)
+                print(f"  {name}: built and filled in {time.perf_counter() - start_s:.1f} s", flush=True)
+            except Exception as error:
+                _note_failure(course, f"{workload.name}, {optimizer}: {name} cannot be built", error)
         for point, (exponent, lookahead) in enumerate(itertools.product(args.zipf, args.lookahead)):
-            for contender in contenders:
-                if point == 0:
-                    contender.fill(exponent, args.seed)
-                contender.start(exponent, lookahead, args.seed + 1 + point, num_batches)
-            yield from measure(contenders, exponent, lookahead, bandwidth, args)
+            where = f"{workload.name}, {optimizer}, {load_factor:.0%}, Zipf {exponent:g}, lookahead {lookahead}"
+            if course.is_over:
+                course.note(f"{where}: left out, {course.seconds:.0f} seconds are over")
+                continue
+            for contender in list(contenders):
+                try:
+                    contender.start(exponent, lookahead, args.seed + 1 + point, num_batches)
+                    contender.run(NUM_WARMUP_STEPS)
+                except Exception as error:
+                    _note_failure(course, f"{where}: {contender.name} cannot train", error)
+                    contenders.remove(contender)
+            if contenders:
+                yield measure(contenders, exponent, lookahead, bandwidth, args)
         for contender in contenders:
             contender.finish()
-        del contender, contenders
+        contender = None  # type: ignore[assignment]  # the last one's tables would stay
+        contenders.clear()
         gc.collect()
 
 
-def check_host_memory(shape: Shape, caches: Sequence[str], device: torch.device) -> None:
+def _note_failure(course: Course, what: str, error: Exception) -> None:
+    traceback.print_exc()
+    course.has_failures = True
+    course.note(f"{what}: {type(error).__name__}: {str(error)[:300]}")
+
+
+def check_host_memory(shape: Shape, caches: Sequence[str], device: torch.device, memory_gb: float | None) -> None:
     """All contenders are there at once; stop before the system does."""
     needed = sum(shape.host_bytes(RIVALS[name]) for name in caches)
     if device.type == "cpu":
         needed = len(caches) * shape.workload.num_rows * shape.row_bytes
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    installed = 1e9 * memory_gb if memory_gb else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.85 * installed:
         raise SystemExit(
             f"{shape.workload.name} with {shape.optimizer}: the tables of {len(caches)} contenders take {needed / 1e9:.0f} GB of "
-            f"host memory, there are {installed / 1e9:.0f} GB. Give fewer --caches, or a smaller --num_embeddings."
+            f"host memory, there are {installed / 1e9:.0f} GB. Give fewer --caches, or a smaller --num_embeddings; or --host_memory_gb, "
+            "on a machine whose memory grows with use."
         )
 
 
@@ -108,8 +157,6 @@ def measure(
     args: argparse.Namespace,
 ) -> list[Figures]:
     """One point of the grid: blocks of steps, interleaved."""
-    for contender in contenders:
-        contender.run(NUM_WARMUP_STEPS)
     block_ms: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     peak_bytes = dict.fromkeys(block_ms, 0)
     stats_before = {contender.name: scratchpad_stats(contender.model) for contender in contenders}
@@ -264,9 +311,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lookahead", type=integers, default=[2])
     parser.add_argument("--optimizer", type=names_of(OPTIMIZERS), default=["rowwise_adagrad"])
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each contender")
-    parser.add_argument("--block_steps", type=int, default=3, help="steps before it is another contender's turn")
+    parser.add_argument("--block_steps", type=int, help="steps before it is another contender's turn; 3, on a GPU 10")
     parser.add_argument("--table_dir", help="existing directory for memory-mapped tables of scratchpads; default: RAM")
     parser.add_argument("--no_overlap", action="store_true", help="run the scratchpads' stages on the training thread")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no new point after so many")
+    parser.add_argument("--host_memory_gb", type=float, help="what the tables may count on; default: what is installed")
     parser.add_argument("--profile_trace", help="write traces and their plots into this directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write results.json, results.md and plots into this directory")
@@ -303,26 +352,35 @@ def main() -> None:
             if RIVALS[name].is_cuda_only:
                 parser.error(f"{name} exists on CUDA only")
     check_outputs(parser, args)
-    start = time.perf_counter()
+    command = shlex.join(["python", "examples/benchmark/train_step.py", *sys.argv[1:]])
+    # Each contender has five streams of its own; those that share a hardware queue wait for each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    course = Course(args.seconds)
     figures: list[Figures] = []
+    where = machine(device)
+    bandwidth = measure_bandwidth(device, 128, 100_000, 1_000_000)
     with tempfile.TemporaryDirectory() as directory:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{directory}/store", rank=0, world_size=1
         )
         for grid in grids:
-            for row in run_grid(grid, device):
-                print(row.line(), flush=True)
-                figures.append(row)
+            grid.block_steps = grid.block_steps or BLOCK_STEPS[device.type]
+            for rows in run_grid(grid, device, bandwidth, course):
+                for row in rows:
+                    print(row.line(), flush=True)
+                figures += rows
+                if args.out:
+                    write_results(Path(args.out), figures, where, command, bandwidth, course.notes)
         dist.destroy_process_group()
-    bandwidth = measure_bandwidth(device, 128, 100_000, 1_000_000)
-    command = shlex.join(["python", "examples/benchmark/train_step.py", *sys.argv[1:]])
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
+    minutes = (time.perf_counter() - course.start_s) / 60
+    print(f"{minutes:.1f} minutes")
     if args.json:
         write_by_contender(Path(args.json), figures, vars(args))
     if args.out:
-        where = {**machine(device), "minutes": round((time.perf_counter() - start) / 60, 1)}
-        write_report(Path(args.out), figures, where, command, bandwidth)
+        where["minutes"] = round(minutes, 1)
+        write_report(Path(args.out), figures, where, command, bandwidth, course.notes)
         print(f"written: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
+    sys.exit(course.has_failures)
 
 
 if __name__ == "__main__":
