@@ -52,9 +52,11 @@ IDS_PER_PROGRAM = 1024
 LISTED_PER_ROUND = 4096
 WARPS_OF_TAKE = 16
 SLOTS_PER_PROGRAM = 2048
-WORDS_PER_MOVE = 4096  # that a program has under way at a time
-# Few, because the bus is the limit, and because accesses that wait for the bus stand in the way of Train's.
-NUM_MOVE_PROGRAMS = {Count.FILLS: 8, Count.WRITEBACKS: 8}
+# Few programs move rows, and large ones: the bus is the limit, accesses that wait for it stand in the way of Train's, and a
+# multiprocessor with a program of ours has no room for a program of a large matrix product.
+WORDS_PER_MOVE = 16384  # that a program has under way at a time
+WARPS_OF_MOVE = 32
+NUM_MOVE_PROGRAMS = {Count.FILLS: 2, Count.WRITEBACKS: 2}
 
 _BEING_PLACED = tl.constexpr(BEING_PLACED)
 _HITS = tl.constexpr(int(Count.HITS))
@@ -351,8 +353,8 @@ class TritonOps(CommonOps):
             COUNT=int(count),
             WORDS=num_words,
             BLOCK_WORDS=words_per_block,
-            BLOCK_ROWS=max(1, min(1024, WORDS_PER_MOVE // words_per_block)),
-            num_warps=8,
+            BLOCK_ROWS=max(1, min(4096, WORDS_PER_MOVE // words_per_block)),
+            num_warps=WARPS_OF_MOVE,
         )
 
     def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
