@@ -2,6 +2,7 @@
 """The grouped lookup of one sharding: scratchpad kernels for scratchpad tables, stock kernels for the rest."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class ScratchpadLookup:
     @property
     def pools(self) -> list[Pool]:
         """All pools of this lookup."""
-        return [pool for kernel in self._scratchpad_kernels() for pool in kernel.pools]
+        return [pool for kernel in self._scratchpad_kernels for pool in kernel.pools]
 
     def make_batches(self, features: KeyedJaggedTensor) -> list[Batch]:
         """What the scratchpad groups know of one batch.
@@ -68,12 +69,12 @@ class ScratchpadLookup:
         Args:
             batches: From :meth:`make_batches`.
         """
-        for kernel, batch in zip(self._scratchpad_kernels(), batches, strict=True):
+        for kernel, batch in zip(self._scratchpad_kernels, batches, strict=True):
             kernel.expect(batch)
 
     def drop_expected(self) -> None:
         """Drop batches that were expected and not looked up."""
-        for kernel in self._scratchpad_kernels():
+        for kernel in self._scratchpad_kernels:
             kernel.drop_expected()
 
     def register_optim_state_tracker_fn(self, record_fn: Callable[[KeyedJaggedTensor, Tensor, Any], None]) -> None:
@@ -90,6 +91,7 @@ class ScratchpadLookup:
 
         super().register_optim_state_tracker_fn(record)  # type: ignore[misc]
 
+    @cached_property
     def _scratchpad_kernels(self) -> list[ScratchpadKernel]:
         return [kernel for kernel in self._emb_modules if isinstance(kernel, ScratchpadKernel)]
 

@@ -33,6 +33,7 @@ class PeerNotice:
 
     def __init__(self) -> None:
         self._left = _NO_WORD
+        self._has_peers = _has_peers()  # asked for every batch, and it takes its time
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -64,7 +65,7 @@ class PeerNotice:
         Returns:
             The same.
         """
-        if _has_peers() and isinstance(awaitable, Awaitable) and "_peer_notice" not in vars(awaitable):
+        if self._has_peers and isinstance(awaitable, Awaitable) and "_peer_notice" not in vars(awaitable):
             kind: Any = type(awaitable)
             awaitable.__class__ = _watched(kind)
             awaitable._peer_notice = self
