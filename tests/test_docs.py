@@ -137,7 +137,8 @@ def test_the_description_on_an_index_shows_the_picture_and_the_job_of_the_readme
 
 def test_what_has_run_where_is_said_in_the_first_ten_lines() -> None:
     first_lines = "\n".join((ROOT / "README.md").read_text().splitlines()[:10])
-    assert "**Nothing has run on a GPU yet**" in first_lines
+    assert "On one GPU" in first_lines
+    assert "**Several GPUs have not been tried.**" in first_lines
 
 
 def test_every_snippet_of_checkpointing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

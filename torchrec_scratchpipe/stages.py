@@ -25,6 +25,7 @@ Who runs the stages, and in which order they must run, is :mod:`torchrec_scratch
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -184,14 +185,8 @@ def write_back(pool: Pool, plan: CachePlan) -> None:
         pool: The pool; the device reaches its tables.
         plan: What Plan decided.
     """
-    buffers, ops = plan.buffers, pool.slot_map.ops
-
-    def enqueue() -> None:
-        rows, places = _order(pool, buffers, buffers.victim_rows, Count.WRITEBACKS)
-        for table, slots in zip(pool.host_table.parts, pool.scratchpad.parts, strict=True):
-            ops.move(slots, places, table, rows, buffers.counts, Count.WRITEBACKS)
-
-    ops.enqueue(buffers, _key(pool, Count.WRITEBACKS), enqueue)
+    operations = partial(_enqueue_writeback, pool, plan.buffers)
+    pool.slot_map.ops.enqueue(plan.buffers, _key(pool, Count.WRITEBACKS), operations)
 
 
 def fill(pool: Pool, plan: CachePlan) -> None:
@@ -201,14 +196,21 @@ def fill(pool: Pool, plan: CachePlan) -> None:
         pool: The pool; the device reaches its tables.
         plan: What Plan decided.
     """
-    buffers, ops = plan.buffers, pool.slot_map.ops
+    pool.slot_map.ops.enqueue(plan.buffers, _key(pool, Count.FILLS), partial(_enqueue_fill, pool, plan.buffers))
 
-    def enqueue() -> None:
-        rows, places = _order(pool, buffers, buffers.miss_rows, Count.FILLS)
-        for table, slots in zip(pool.host_table.parts, pool.scratchpad.parts, strict=True):
-            ops.move(table, rows, slots, places, buffers.counts, Count.FILLS)
 
-    ops.enqueue(buffers, _key(pool, Count.FILLS), enqueue)
+def _enqueue_writeback(pool: Pool, buffers: PlanBuffers) -> None:
+    ops = pool.slot_map.ops
+    rows, places = _order(pool, buffers, buffers.victim_rows, Count.WRITEBACKS)
+    for table, slots in zip(pool.host_table.parts, pool.scratchpad.parts, strict=True):
+        ops.move(slots, places, table, rows, buffers.counts, Count.WRITEBACKS)
+
+
+def _enqueue_fill(pool: Pool, buffers: PlanBuffers) -> None:
+    ops = pool.slot_map.ops
+    rows, places = _order(pool, buffers, buffers.miss_rows, Count.FILLS)
+    for table, slots in zip(pool.host_table.parts, pool.scratchpad.parts, strict=True):
+        ops.move(table, rows, slots, places, buffers.counts, Count.FILLS)
 
 
 def _order(pool: Pool, buffers: PlanBuffers, rows: Tensor, count: Count) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,13 @@ from torchrec_scratchpipe import (
     ScratchPipeTrainPipeline,
     scratchpad_stats,
 )
-from torchrec_scratchpipe.memory import ID_BYTES_OF_PLAN, ID_BYTES_OF_SCRATCH, ROW_BYTES_OF_MAPS, SLOT_BYTES_OF_MAPS
+from torchrec_scratchpipe.memory import (
+    ID_BYTES_OF_ORDER,
+    ID_BYTES_OF_PLAN,
+    ID_BYTES_OF_SCRATCH,
+    ROW_BYTES_OF_MAPS,
+    SLOT_BYTES_OF_MAPS,
+)
 from torchrec_scratchpipe.slot_map import BUFFER_HEADROOM
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -97,7 +103,7 @@ class Shape:
     def cache_bytes(self) -> float:
         """Device memory of our slots, with their maps and the buffers of batches in flight: what every cache gets."""
         slots = self.load_factor * self.workload.num_rows
-        of_plans = (self.lookahead + 1) * ID_BYTES_OF_PLAN + ID_BYTES_OF_SCRATCH
+        of_plans = (self.lookahead + 1) * ID_BYTES_OF_PLAN + ID_BYTES_OF_SCRATCH + ID_BYTES_OF_ORDER
         return (
             slots * (self.row_bytes + SLOT_BYTES_OF_MAPS)
             + ROW_BYTES_OF_MAPS * self.workload.num_rows
