@@ -52,9 +52,9 @@ def compile_all() -> dict[str, list[dict[str, int]]]:
     triton.runtime.driver.set_active(NoDriver())
     JITFunction.__getitem__ = compile_instead
 
-    from torchrec_scratchpipe.slot_map import SlotMap
-    from torchrec_scratchpipe.slot_ops import Aging, Count, FeatureIds, FeatureRows, PlanRequest
-    from torchrec_scratchpipe.triton_ops import TritonOps
+    from torchrec_scratchpipe.core.slot_map import SlotMap
+    from torchrec_scratchpipe.core.slot_ops import Aging, Count, FeatureIds, FeatureRows, PlanRequest
+    from torchrec_scratchpipe.core.triton_ops import TritonOps
 
     slot_map = SlotMap(5000, 300, [0, 1000, 5000], TritonOps(), CPU)
     slot_map._make_room(1000)

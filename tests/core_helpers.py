@@ -9,17 +9,18 @@ import torch
 from device_path import ReachableRam
 from torch import Tensor
 
-from torchrec_scratchpipe.batch import Batch, FeatureSource, feature_rows
-from torchrec_scratchpipe.host_table import HostTable, RamStorage, TableStorage
-from torchrec_scratchpipe.pool import Pool
-from torchrec_scratchpipe.runner import StageRunner
-from torchrec_scratchpipe.scratchpad import allocate_scratchpads
-from torchrec_scratchpipe.slot_map import CachePlan, PoolIds, SlotMap
-from torchrec_scratchpipe.slot_ops import HALF_LIFE, FeatureIds, FeatureRows, PlanRequest, SlotMaps, SlotOps
-from torchrec_scratchpipe.stats import PoolStats
-from torchrec_scratchpipe.streams import StageStreams
-from torchrec_scratchpipe.torch_ops import TorchOps
-from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
+from torchrec_scratchpipe.core.batch import Batch, FeatureSource, feature_rows
+from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.core.pool import Pool
+from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec
+from torchrec_scratchpipe.core.runner import StageRunner
+from torchrec_scratchpipe.core.scratchpad import allocate_scratchpads
+from torchrec_scratchpipe.core.slot_map import CachePlan, PoolIds, SlotMap
+from torchrec_scratchpipe.core.slot_ops import HALF_LIFE, FeatureIds, FeatureRows, PlanRequest, SlotMaps, SlotOps
+from torchrec_scratchpipe.core.stats import PoolStats
+from torchrec_scratchpipe.core.storage import RamStorage, TableStorage
+from torchrec_scratchpipe.core.streams import StageStreams
+from torchrec_scratchpipe.core.torch_ops import TorchOps
 
 CPU = torch.device("cpu")
 LAYOUT = RowLayout(dim=4, dtype=torch.float32, states=(StateSpec("momentum1", is_rowwise=True),))

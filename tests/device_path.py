@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe import host_table
-from torchrec_scratchpipe.host_table import PageLockedStorage, RamStorage, TableStorage
-from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.slot_ops import PlanBuffers, SlotOps
-from torchrec_scratchpipe.torch_ops import TorchOps
+from torchrec_scratchpipe.core import storage as storage_module
+from torchrec_scratchpipe.core.slot_ops import PlanBuffers, SlotOps
+from torchrec_scratchpipe.core.storage import PageLockedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.core.torch_ops import TorchOps
+from torchrec_scratchpipe.sharding.options import ScratchpadOptions
 
 KINDS = ("torch", "triton")
 LOCKED = "locked"
@@ -95,7 +95,7 @@ def replay_as_first_asked(operations: Callable[[], None]) -> Callable[[], None]:
 
 def make_ops(kind: str) -> SlotOps:
     if kind == "triton":
-        from torchrec_scratchpipe.triton_ops import TritonOps
+        from torchrec_scratchpipe.core.triton_ops import TritonOps
 
         return OneAtATime(TritonOps(replay_as_first_asked))
     return TorchOps()
@@ -104,12 +104,12 @@ def make_ops(kind: str) -> SlotOps:
 def fake_locking() -> Callable[[], None]:
     """Have page-locked memory without a driver, from now on; returns what ends it."""
     driver = FakeDriver()
-    originals = host_table._lock_pages, host_table._unlock, torch.Tensor.is_pinned
+    originals = storage_module._lock_pages, storage_module._unlock, torch.Tensor.is_pinned
 
     def end() -> None:
-        host_table._lock_pages, host_table._unlock, torch.Tensor.is_pinned = originals  # type: ignore[method-assign]
+        storage_module._lock_pages, storage_module._unlock, torch.Tensor.is_pinned = originals  # type: ignore[method-assign]
 
-    host_table._lock_pages, host_table._unlock = driver.lock, driver.unlock
+    storage_module._lock_pages, storage_module._unlock = driver.lock, driver.unlock
     torch.Tensor.is_pinned = lambda tensor, device=None: driver.is_pinned(tensor)  # type: ignore[method-assign]
     return end
 

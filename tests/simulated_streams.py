@@ -15,10 +15,10 @@ from core_helpers import CPU
 from device_path import WrappedOps
 from torch import Tensor
 
-from torchrec_scratchpipe.batch import Batch
-from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
-from torchrec_scratchpipe.slot_ops import SlotOps
-from torchrec_scratchpipe.streams import StageStreams
+from torchrec_scratchpipe.core.batch import Batch
+from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.core.slot_ops import SlotOps
+from torchrec_scratchpipe.core.streams import StageStreams
 
 
 class Event:

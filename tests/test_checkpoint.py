@@ -40,11 +40,11 @@ from torchrec_scratchpipe import (
     CheckpointMismatchError,
     CheckpointSaveError,
     ConfigError,
-    checkpoint_files,
     load_checkpoint,
 )
-from torchrec_scratchpipe.snapshot import TableSnapshot
-from torchrec_scratchpipe.table_view import shown
+from torchrec_scratchpipe.checkpoint.manager import files as checkpoint_files
+from torchrec_scratchpipe.core.snapshot import TableSnapshot
+from torchrec_scratchpipe.sharding.table_view import shown
 
 SETTING = Setting(num_batches=60, load_factor=0.25)
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
@@ -545,8 +545,8 @@ def flip(path: Path, at: float) -> None:
 @pytest.mark.parametrize("at", [0.05, 0.5, 0.95])
 @pytest.mark.fault("a bit-flipped checkpoint file")
 def test_flipped_bit_names_file_and_table(at: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchrec_scratchpipe.checkpoint_files.CHECKSUM_BYTES", 512)
-    monkeypatch.setattr("torchrec_scratchpipe.checkpoint.CHECKSUM_BYTES", 512)
+    monkeypatch.setattr("torchrec_scratchpipe.checkpoint.files.CHECKSUM_BYTES", 512)
+    monkeypatch.setattr("torchrec_scratchpipe.checkpoint.manager.CHECKSUM_BYTES", 512)
     manager = saved(tmp_path)
     flip(manager.path(30) / "__0_0.distcp", at)
     check_refused(manager, r"__0_0.distcp: is not what was written. The damage lies in .*(weight|momentum|over)")

@@ -27,18 +27,19 @@ from helpers import Setting, Trainer, check_equal, drain, make_batches, max_abs_
 from simulated_streams import DeferredOps, Device, InlineRunner, SimulatedStreams
 from torch import Tensor
 
-from torchrec_scratchpipe import slot_map
-from torchrec_scratchpipe.batch import Batch, BatchState
+from torchrec_scratchpipe.core import slot_map
+from torchrec_scratchpipe.core.batch import Batch, BatchState
+from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.core.pool import Pool
+from torchrec_scratchpipe.core.rows import Stage
+from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.core.slot_map import CachePlan, SlotMap
+from torchrec_scratchpipe.core.slot_ops import Count
+from torchrec_scratchpipe.core.storage import PageLockedStorage
+from torchrec_scratchpipe.core.torch_ops import TorchOps
+from torchrec_scratchpipe.core.triton_ops import TritonOps
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, ScratchpadFullError, StageFailedError
-from torchrec_scratchpipe.host_table import HostTable, PageLockedStorage
-from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.pool import Pool
-from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
-from torchrec_scratchpipe.slot_map import CachePlan, SlotMap
-from torchrec_scratchpipe.slot_ops import Count
-from torchrec_scratchpipe.torch_ops import TorchOps
-from torchrec_scratchpipe.triton_ops import TritonOps
-from torchrec_scratchpipe.types import Stage
+from torchrec_scratchpipe.sharding.options import ScratchpadOptions
 
 RUNNERS = [StageRunner, OverlappedStageRunner]
 
@@ -352,7 +353,7 @@ def test_how_a_device_is_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert not ScratchpadOptions(host_access="staged").make_storage(ops).is_device_accessible
     assert isinstance(options.make_slot_ops(CPU), TorchOps)
     assert not options.make_storage(TorchOps()).is_device_accessible
-    monkeypatch.setitem(sys.modules, "torchrec_scratchpipe.triton_ops", None)
+    monkeypatch.setitem(sys.modules, "torchrec_scratchpipe.core.triton_ops", None)
     without_triton = options.make_slot_ops(cuda)
     assert isinstance(without_triton, TorchOps)
     assert not options.make_storage(without_triton).is_device_accessible

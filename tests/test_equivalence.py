@@ -22,9 +22,9 @@ from torchrec import PoolingType
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_scratchpipe import stages
-from torchrec_scratchpipe.options import ScratchpadOptions
-from torchrec_scratchpipe.torch_ops import TorchOps
+from torchrec_scratchpipe.core import stages
+from torchrec_scratchpipe.core.torch_ops import TorchOps
+from torchrec_scratchpipe.sharding.options import ScratchpadOptions
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
 SHARDINGS = [

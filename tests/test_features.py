@@ -38,8 +38,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import ConfigError, ScratchPipeError, scratchpad_stats
-from torchrec_scratchpipe.kernel import ScratchpadKernel
-from torchrec_scratchpipe.options import CPU_OPTIMIZERS, IGNORED_ON_CPU, OPTIMIZER_STATES
+from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
+from torchrec_scratchpipe.sharding.options import CPU_OPTIMIZERS, IGNORED_ON_CPU, OPTIMIZER_STATES
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
 VBE = with_optimizer(Setting(is_vbe=True, batch_size=12), RowWiseAdagrad)  # stock's VBE has no Adagrad on a CPU
@@ -345,7 +345,7 @@ def test_collection_that_cannot_be_pipelined_is_fetched_on_the_spot(
     assert ours.num_victims > 100
     (pool,) = scratchpad_stats(ours.model)
     assert pool.num_stalls == pool.num_batches
-    (record,) = [record for record in caplog.records if record.name == "torchrec_scratchpipe.pipeline"]
+    (record,) = [record for record in caplog.records if record.name == "torchrec_scratchpipe.sharding.pipeline"]
     assert "ebc cannot be planned ahead" in record.getMessage()
 
 

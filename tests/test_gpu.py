@@ -25,15 +25,16 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_scratchpipe import scratchpad_stats
-from torchrec_scratchpipe.batch import Batch, FeatureSource, feature_rows
-from torchrec_scratchpipe.host_table import HostTable, PageLockedStorage
-from torchrec_scratchpipe.pool import Pool
-from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
-from torchrec_scratchpipe.scratchpad import allocate_scratchpads
-from torchrec_scratchpipe.slot_map import SlotMap
-from torchrec_scratchpipe.slot_ops import FeatureIds, SlotOps
-from torchrec_scratchpipe.triton_ops import TritonOps
-from torchrec_scratchpipe.types import TableSpec
+from torchrec_scratchpipe.core.batch import Batch, FeatureSource, feature_rows
+from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.core.pool import Pool
+from torchrec_scratchpipe.core.rows import TableSpec
+from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.core.scratchpad import allocate_scratchpads
+from torchrec_scratchpipe.core.slot_map import SlotMap
+from torchrec_scratchpipe.core.slot_ops import FeatureIds, SlotOps
+from torchrec_scratchpipe.core.storage import PageLockedStorage
+from torchrec_scratchpipe.core.triton_ops import TritonOps
 
 pytestmark = [
     pytest.mark.gpu,

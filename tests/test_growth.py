@@ -25,8 +25,8 @@ from helpers import (
 )
 
 from torchrec_scratchpipe import CheckpointManager, ConfigError, ScratchpadFullError, scratchpad_stats
-from torchrec_scratchpipe import kernel as kernel_module
-from torchrec_scratchpipe import scratchpad as scratchpad_module
+from torchrec_scratchpipe.core import scratchpad as scratchpad_module
+from torchrec_scratchpipe.sharding import kernel as kernel_module
 
 SMALL = Setting(num_rows=(400, 300, 90), dims=(8, 16, 8), load_factor=0.08, batch_size=3)
 LARGE = replace(SMALL, batch_size=60, seed=3)

@@ -11,19 +11,14 @@ from core_helpers import CPU, LAYOUT, expected_parts, make_pool, max_diff, rando
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrec_scratchpipe import host_table
+from torchrec_scratchpipe.core import storage as storage_module
+from torchrec_scratchpipe.core import write_buffer
+from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec, write_rows
+from torchrec_scratchpipe.core.runner import OverlappedStageRunner
+from torchrec_scratchpipe.core.storage import MappedStorage, PageLockedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.core.write_buffer import WriteBuffer
 from torchrec_scratchpipe.errors import TableStorageError
-from torchrec_scratchpipe.host_table import (
-    HostTable,
-    MappedStorage,
-    PageLockedStorage,
-    RamStorage,
-    TableStorage,
-    WriteBuffer,
-)
-from torchrec_scratchpipe.row_parts import write_rows
-from torchrec_scratchpipe.runner import OverlappedStageRunner
-from torchrec_scratchpipe.types import RowLayout, StateSpec, TableSpec
 
 TABLES = [TableSpec("a", 5, 0.5), TableSpec("b", 7, 0.5)]
 
@@ -70,8 +65,8 @@ def test_mapped_table_leaves_no_file_name(tmp_path: Path) -> None:
 def test_write_buffer_law(steps: list[tuple[str, set[int]]], capacity: int, sweep_rows: int) -> None:
     """Whatever is written is what is read, and after a drain it is in the table."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_table, "WRITE_BUFFER_BYTES", capacity * LAYOUT.row_bytes)
-        patch.setattr(host_table, "SWEEP_ROWS", sweep_rows)
+        patch.setattr(write_buffer, "WRITE_BUFFER_BYTES", capacity * LAYOUT.row_bytes)
+        patch.setattr(write_buffer, "SWEEP_ROWS", sweep_rows)
         parts = [torch.zeros(30, 4), torch.zeros(30)]
         expected = [part.clone() for part in parts]
         buffer = WriteBuffer(functools.partial(write_rows, parts), parts[0].shape[0], LAYOUT)
@@ -95,7 +90,7 @@ def test_write_buffer_law(steps: list[tuple[str, set[int]]], capacity: int, swee
 
 @pytest.mark.parametrize("capacity", [1, 4, 1000])
 def test_training_over_a_mapped_table_is_exact(capacity: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_table, "WRITE_BUFFER_BYTES", capacity * LAYOUT.row_bytes)
+    monkeypatch.setattr(write_buffer, "WRITE_BUFFER_BYTES", capacity * LAYOUT.row_bytes)
     pool = make_pool(storage=MappedStorage(tmp_path))
     batches = random_rows(num_batches=100, ids_per_batch=6)
     expected = expected_parts(pool, batches)
@@ -126,8 +121,8 @@ def test_disk_without_room_names_table_and_numbers(tmp_path: Path) -> None:
 def test_page_locked_memory_is_exact_zero_and_unlocked_when_nobody_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     locked: list[int] = []
     unlocked: list[int] = []
-    monkeypatch.setattr(host_table, "_lock_pages", lambda tensor: locked.append(tensor.data_ptr()) or "")
-    monkeypatch.setattr(host_table, "_unlock", lambda tensors: unlocked.extend(t.data_ptr() for t in tensors))
+    monkeypatch.setattr(storage_module, "_lock_pages", lambda tensor: locked.append(tensor.data_ptr()) or "")
+    monkeypatch.setattr(storage_module, "_unlock", lambda tensors: unlocked.extend(t.data_ptr() for t in tensors))
     storage = PageLockedStorage()
     table = HostTable([TableSpec("t0", 1000, 0.1)], LAYOUT, storage)
     assert table.is_device_accessible
@@ -143,7 +138,7 @@ def test_page_locked_memory_is_exact_zero_and_unlocked_when_nobody_holds_it(monk
 
 
 def test_memory_that_cannot_be_page_locked_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_table, "_lock_pages", lambda tensor: "out of memory")
+    monkeypatch.setattr(storage_module, "_lock_pages", lambda tensor: "out of memory")
     message = r"16,000 bytes cannot be page-locked \(out of memory\)\. .* host_access='staged'"
     with pytest.raises(TableStorageError, match=message):
         HostTable([TableSpec("t0", 1000, 0.1)], LAYOUT, PageLockedStorage())

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Layers import downward only, and the public names are what they are meant to be."""
+"""Four laws of who may import whom, and the public names are what they are meant to be."""
 
 import ast
 import importlib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,78 +11,86 @@ import pytest
 import torchrec_scratchpipe
 
 PACKAGE = Path(torchrec_scratchpipe.__file__).parent
-# Top to bottom; a module may import from its own layer's left neighbours and from the layers below.
-LAYERS = [
-    ["__init__", "plan"],
-    ["pipeline"],
-    ["sharding_planner", "plan_plot"],
-    ["sharder"],
-    ["working_set", "plan_report", "trace", "enumerator"],
-    ["checkpoint", "stock"],
-    ["checkpoint_files", "table_sources", "optimizer_states"],
-    ["collection", "ranks"],
-    ["peers"],
-    ["lookup"],
-    ["kernel"],
-    ["tbe", "table_view"],
-    ["options"],
-    ["compat", "batch_features"],
-    # ---- below this line nothing imports torchrec ----
-    ["sizing"],
-    ["popularity"],
-    ["reuse", "memory"],
-    ["runner"],
-    ["stages"],
-    ["batch"],
-    ["pool"],
-    ["stats", "slot_map"],
-    ["streams", "triton_ops", "torch_ops"],
-    ["slot_ops"],
-    ["scratchpad", "host_table"],
-    ["snapshot"],
-    ["row_parts", "lent_memory", "fork"],
-    ["types"],
-    ["errors", "_version", "spelling", "random_states"],
-]
-CORE_STARTS_AT = 14
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+# Which rooms a room may look into. What lies in no room: errors and the version, which anybody may import, and commands.
+MAY_IMPORT = {
+    "core": set(),
+    "sharding": {"core"},
+    "planning": {"core", "sharding"},
+    "checkpoint": {"core", "sharding"},
+}
+FOR_ALL = {"errors", "_version"}
 
 
 def imported_modules(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     return names
 
 
-def layer_of(module: str) -> int:
-    return next(index for index, layer in enumerate(LAYERS) if module in layer)
+def own_imports(path: Path) -> set[str]:
+    """The modules of this package that a file imports, without the package's name."""
+    names = {name.removeprefix("torchrec_scratchpipe.") for name in imported_modules(path)}
+    return names & MODULES.keys()
 
 
-def test_every_module_has_a_layer() -> None:
-    assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted(name for layer in LAYERS for name in layer)
+def room_of(module: str) -> str:
+    return module.rpartition(".")[0]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_imports_point_downward(path: Path) -> None:
-    own_layer = layer_of(path.stem)
-    for name in imported_modules(path):
-        package, _, module = name.partition(".")
-        if package == "torchrec_scratchpipe" and module:
-            assert layer_of(module) > own_layer, f"{path.stem} imports {module}, which is not below it"
-        if own_layer >= CORE_STARTS_AT:
-            assert package not in {"torchrec", "fbgemm_gpu"}, f"{path.stem} imports {name}"
+def in_room(room: str) -> list[str]:
+    return [module for module in MODULES if room_of(module) == room]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_public_names_exist_and_files_are_licensed(path: Path) -> None:
-    assert path.read_text().startswith("# SPDX-License-Identifier: BSD-3-Clause\n")
-    name = "torchrec_scratchpipe" if path.stem == "__init__" else f"torchrec_scratchpipe.{path.stem}"
-    module = importlib.import_module(name)
-    for public in getattr(module, "__all__", []):
-        assert hasattr(module, public), f"{name}.__all__ names {public}"
+def test_rooms() -> None:
+    assert {room_of(module) for module in MODULES} == {"", *MAY_IMPORT}
+    assert in_room("") == ["__main__", "_version", "errors", "plan"]
+    assert all(len(in_room(room)) > 5 for room in MAY_IMPORT)
+
+
+def test_law_1_the_core_knows_nothing_of_torchrec() -> None:
+    for module in in_room("core"):
+        packages = {name.partition(".")[0] for name in imported_modules(MODULES[module])}
+        assert not packages & {"torchrec", "fbgemm_gpu"}, module
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_law_2_rooms_look_in_one_direction(room: str) -> None:
+    for module in in_room(room):
+        for imported in own_imports(MODULES[module]) - FOR_ALL:
+            assert room_of(imported) in {room} | MAY_IMPORT[room], f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_law_3_no_cycle_inside_a_room(room: str) -> None:
+    TopologicalSorter({module: own_imports(MODULES[module]) for module in in_room(room)}).prepare()
+
+
+def test_law_4_planning_and_checkpoint_never_meet() -> None:
+    for room, other in (("planning", "checkpoint"), ("checkpoint", "planning")):
+        reached, new = set(), set(in_room(room))
+        while new:
+            reached |= new
+            new = {imported for module in new for imported in own_imports(MODULES[module])} - reached
+        assert not {module for module in reached if room_of(module) == other}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_exist_and_files_are_licensed(module: str) -> None:
+    assert MODULES[module].read_text().startswith("# SPDX-License-Identifier: BSD-3-Clause\n")
+    if module == "__main__":
+        return  # runs when imported
+    imported = importlib.import_module(f"torchrec_scratchpipe.{module}")
+    for public in getattr(imported, "__all__", []):
+        assert hasattr(imported, public), f"{module}.__all__ names {public}"
 
 
 def test_public_surface() -> None:

@@ -41,7 +41,7 @@ from torchrec_scratchpipe import (
     ScratchPipeTrainPipeline,
     scratchpad_stats,
 )
-from torchrec_scratchpipe.slot_map import CachePlan, SlotMap
+from torchrec_scratchpipe.core.slot_map import CachePlan, SlotMap
 
 SETTING = Setting(num_batches=30)
 

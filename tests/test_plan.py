@@ -15,8 +15,8 @@ import torch
 from torchrec import EmbeddingBagConfig
 
 from torchrec_scratchpipe.errors import MeasurementError
-from torchrec_scratchpipe.plan import main
-from torchrec_scratchpipe.trace import read_trace
+from torchrec_scratchpipe.planning.command import main
+from torchrec_scratchpipe.planning.id_files import read_trace
 
 TABLES = [
     {"name": "big", "num_embeddings": 50_000, "embedding_dim": 16, "feature_names": ["clicked", "bought"]},

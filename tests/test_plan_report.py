@@ -22,7 +22,7 @@ from torchrec_scratchpipe import (
     plot_plan,
     zipf_working_sets,
 )
-from torchrec_scratchpipe.plan_plot import draw_plan
+from torchrec_scratchpipe.planning.plot import draw_plan
 
 SHARDERS: list[Any] = [ScratchPipeEmbeddingBagCollectionSharder()]
 SIZES = (40_000, 30_000, 5_000, 50)

@@ -41,7 +41,8 @@ from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_scratchpipe import scratchpad_stats, stages
+from torchrec_scratchpipe import scratchpad_stats
+from torchrec_scratchpipe.core import stages
 
 NUM_EXAMPLES = int(os.environ.get("SCRATCHPIPE_FUZZ_EXAMPLES", "15"))  # per test
 RANK_TIMEOUT_S = 60.0

@@ -6,10 +6,10 @@ import pytest
 import torch
 from core_helpers import SlotMapOfRows
 
-from torchrec_scratchpipe.popularity import zipf_reuse
-from torchrec_scratchpipe.reuse import GAPS, Reuse, ReuseMeter, misses_of_pool
-from torchrec_scratchpipe.slot_map import SlotsHeldError
-from torchrec_scratchpipe.slot_ops import HALF_LIFE
+from torchrec_scratchpipe.core.slot_map import SlotsHeldError
+from torchrec_scratchpipe.core.slot_ops import HALF_LIFE
+from torchrec_scratchpipe.planning.reuse import GAPS, Reuse, ReuseMeter, misses_of_pool
+from torchrec_scratchpipe.planning.zipf import zipf_reuse
 
 NUM_ROWS, NUM_IDS = 20_000, 600
 

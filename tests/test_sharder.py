@@ -56,11 +56,11 @@ from torchrec_scratchpipe import (
     scratchpad_stats,
     stage_spans,
 )
-from torchrec_scratchpipe.collection import scratchpad_collections
-from torchrec_scratchpipe.compat import BoundsCheckMode, ComputeDevice, EmbeddingLocation, WeightDecayMode
-from torchrec_scratchpipe.options import CPU_OPTIMIZERS, optimizer_states
-from torchrec_scratchpipe.sharder import serves_scratchpads
-from torchrec_scratchpipe.table_view import shown
+from torchrec_scratchpipe.sharding.collection import scratchpad_collections
+from torchrec_scratchpipe.sharding.compat import BoundsCheckMode, ComputeDevice, EmbeddingLocation, WeightDecayMode
+from torchrec_scratchpipe.sharding.options import CPU_OPTIMIZERS, optimizer_states
+from torchrec_scratchpipe.sharding.sharder import serves_scratchpads
+from torchrec_scratchpipe.sharding.table_view import shown
 
 SETTING = Setting(num_batches=10)
 

@@ -42,15 +42,15 @@ from torchrec_scratchpipe import (
     measure_working_set,
     plot_plan,
     scratchpad_stats,
-    sharding_planner,
-    slot_map,
     zipf_working_sets,
 )
-from torchrec_scratchpipe.collection import PlannedBatches
-from torchrec_scratchpipe.memory import PoolDemand
-from torchrec_scratchpipe.plan_report import device_bytes_of
-from torchrec_scratchpipe.sizing import ShardToSize, SizedTable, TableToSize, size_tables
-from torchrec_scratchpipe.working_set import table_configs
+from torchrec_scratchpipe.core import slot_map
+from torchrec_scratchpipe.core.memory import PoolDemand
+from torchrec_scratchpipe.planning import planner as sharding_planner
+from torchrec_scratchpipe.planning.report import device_bytes_of
+from torchrec_scratchpipe.planning.sizing import ShardToSize, SizedTable, TableToSize, size_tables
+from torchrec_scratchpipe.planning.working_set import table_configs
+from torchrec_scratchpipe.sharding.collection import PlannedBatches
 
 GB = 1024**3
 SHARDERS = [ScratchPipeEmbeddingBagCollectionSharder()]

@@ -136,8 +136,10 @@ CALLED_CLASSES = {
 
 
 def own_classes() -> Iterator[type[Any]]:
-    for info in pkgutil.iter_modules(torchrec_scratchpipe.__path__):
-        module = importlib.import_module(f"torchrec_scratchpipe.{info.name}")
+    for info in pkgutil.walk_packages(torchrec_scratchpipe.__path__, "torchrec_scratchpipe."):
+        if info.name.endswith("__main__"):  # runs when imported
+            continue
+        module = importlib.import_module(info.name)
         for value in vars(module).values():
             if inspect.isclass(value) and value.__module__ == module.__name__:
                 yield value

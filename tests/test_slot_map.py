@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchrec_scratchpipe.slot_map import SlotsHeldError
-from torchrec_scratchpipe.slot_ops import (
+from torchrec_scratchpipe.core.slot_map import SlotsHeldError
+from torchrec_scratchpipe.core.slot_ops import (
     NUM_BINS,
     WINDOW_BITS,
     WINDOW_MASK,
@@ -22,8 +22,8 @@ from torchrec_scratchpipe.slot_ops import (
     SlotOps,
     State,
 )
-from torchrec_scratchpipe.torch_ops import TorchOps
-from torchrec_scratchpipe.triton_ops import TritonOps
+from torchrec_scratchpipe.core.torch_ops import TorchOps
+from torchrec_scratchpipe.core.triton_ops import TritonOps
 
 NUM_ROWS, NUM_SLOTS = 30, 12
 VICTIMS = [TorchOps, RandomVictims, MostRecentlyUsed, LeastRecentlyUsed]

@@ -9,11 +9,12 @@ from core_helpers import LAYOUT, max_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrec_scratchpipe import host_table, snapshot
+from torchrec_scratchpipe.core import snapshot, write_buffer
+from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.core.rows import TableSpec
+from torchrec_scratchpipe.core.snapshot import TableSnapshot
+from torchrec_scratchpipe.core.storage import MappedStorage, RamStorage
 from torchrec_scratchpipe.errors import TableStorageError
-from torchrec_scratchpipe.host_table import HostTable, MappedStorage, RamStorage
-from torchrec_scratchpipe.snapshot import TableSnapshot
-from torchrec_scratchpipe.types import TableSpec
 
 NUM_ROWS = 30
 TABLES = [TableSpec("a", 10, 0.5), TableSpec("b", 20, 0.5)]
@@ -62,7 +63,7 @@ def test_snapshot_law(
     """Rows read are those at the time of the snapshot; rows in the table are those written last."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot, "SEGMENT_ROWS", segment_rows)
-        patch.setattr(host_table, "WRITE_BUFFER_BYTES", 7 * LAYOUT.row_bytes)
+        patch.setattr(write_buffer, "WRITE_BUFFER_BYTES", 7 * LAYOUT.row_bytes)
         table = make_table(Path("/tmp") if is_mapped else None)
         twin = [part.clone() for part in table.parts]
         expected = [part.clone() for part in twin]

@@ -25,18 +25,18 @@ from core_helpers import (
 )
 from torch import Tensor
 
-from torchrec_scratchpipe import stages
+from torchrec_scratchpipe.core import stages
+from torchrec_scratchpipe.core.rows import StagedRows
+from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
+from torchrec_scratchpipe.core.slot_map import CachePlan
+from torchrec_scratchpipe.core.stages import collect, exchange, insert, plan_rows
+from torchrec_scratchpipe.core.torch_ops import TorchOps, rows_of_ids
 from torchrec_scratchpipe.errors import (
     IdOutOfRangeError,
     ScratchpadFullError,
     StageFailedError,
     TableOverwrittenError,
 )
-from torchrec_scratchpipe.runner import OverlappedStageRunner, StageRunner
-from torchrec_scratchpipe.slot_map import CachePlan
-from torchrec_scratchpipe.stages import collect, exchange, insert, plan_rows
-from torchrec_scratchpipe.torch_ops import TorchOps, rows_of_ids
-from torchrec_scratchpipe.types import StagedRows
 
 RUNNERS = [StageRunner, OverlappedStageRunner]
 VICTIMS = [TorchOps, RandomVictims, MostRecentlyUsed]

@@ -15,7 +15,7 @@ from torchrec.fx import symbolic_trace
 from torchrec.inference.modules import quantize_embeddings
 
 from torchrec_scratchpipe import CheckpointManager, ConfigError, load_checkpoint, to_stock, warm_start
-from torchrec_scratchpipe.table_view import shown
+from torchrec_scratchpipe.sharding.table_view import shown
 
 SETTING = Setting(num_batches=40, load_factor=0.25)
 
@@ -152,7 +152,7 @@ def check_warm_start(setting: Setting, directory: Path) -> None:
 
 
 def test_warm_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchrec_scratchpipe.table_sources.COPY_BYTES", 1000)
+    monkeypatch.setattr("torchrec_scratchpipe.checkpoint.warm_start.COPY_BYTES", 1000)
     check_warm_start(SETTING, tmp_path)
     check_warm_start(replace(SETTING, sharding_type="column_wise", min_partition=4), tmp_path)
     check_warm_start(replace(SETTING, fused_tables=("t1",)), tmp_path)

@@ -28,9 +28,10 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_tracker.types import DeltaTrackerConfig, TrackingMode
 from torchrec.optim import RowWiseAdagrad
 
-from torchrec_scratchpipe import CheckpointManager, ConfigError, TableOverwrittenError, table_view, to_stock
-from torchrec_scratchpipe.host_table import HostTable
-from torchrec_scratchpipe.table_view import TableView, shown
+from torchrec_scratchpipe import CheckpointManager, ConfigError, TableOverwrittenError, to_stock
+from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.sharding import table_view
+from torchrec_scratchpipe.sharding.table_view import TableView, shown
 
 SETTING = Setting(num_rows=(200, 150, 90), dims=(8, 16, 8), num_batches=30)
 
@@ -345,7 +346,7 @@ def test_control_lent_memory_that_is_not_watched_loses_what_is_written(monkeypat
 
 
 def test_control_a_view_that_asks_nobody_loses_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchrec_scratchpipe.kernel._PoolOwner.prepare_write", lambda self: None)
+    monkeypatch.setattr("torchrec_scratchpipe.sharding.kernel._PoolOwner.prepare_write", lambda self: None)
     with pytest.raises((AssertionError, TableOverwrittenError)):
         check_write("model.named_parameters", "data.clamp_", True)
 

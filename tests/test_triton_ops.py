@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe import triton_ops
-from torchrec_scratchpipe.slot_map import PoolIds, SlotMap, _make_buffers, _make_order_buffers, _make_scratch
-from torchrec_scratchpipe.slot_ops import (
+from torchrec_scratchpipe.core import triton_ops
+from torchrec_scratchpipe.core.slot_map import PoolIds, SlotMap, _make_buffers, _make_order_buffers, _make_scratch
+from torchrec_scratchpipe.core.slot_ops import (
     BEING_PLACED,
     FREQUENCY_BINS,
     NUM_BINS,
@@ -35,8 +35,8 @@ from torchrec_scratchpipe.slot_ops import (
     TableCounts,
     make_maps,
 )
-from torchrec_scratchpipe.torch_ops import TorchOps, _bins, _frequencies, _notes
-from torchrec_scratchpipe.triton_ops import TritonOps
+from torchrec_scratchpipe.core.torch_ops import TorchOps, _bins, _frequencies, _notes
+from torchrec_scratchpipe.core.triton_ops import TritonOps
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

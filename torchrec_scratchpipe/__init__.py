@@ -2,8 +2,11 @@
 """Lookahead scratchpad for TorchRec: tables in host memory, the rows of coming batches on the device, the same bits."""
 
 from torchrec_scratchpipe._version import __version__
-from torchrec_scratchpipe.checkpoint import Checkpoint, CheckpointManager, load_checkpoint
-from torchrec_scratchpipe.collection import scratchpad_stats, stage_spans
+from torchrec_scratchpipe.checkpoint.export import to_stock
+from torchrec_scratchpipe.checkpoint.manager import Checkpoint, CheckpointManager, load_checkpoint
+from torchrec_scratchpipe.checkpoint.warm_start import warm_start
+from torchrec_scratchpipe.core.rows import Stage, StageSpan
+from torchrec_scratchpipe.core.stats import PoolStats, TableStats
 from torchrec_scratchpipe.errors import (
     BackwardTwiceError,
     BatchesInFlightError,
@@ -19,21 +22,18 @@ from torchrec_scratchpipe.errors import (
     TableOverwrittenError,
     TableStorageError,
 )
-from torchrec_scratchpipe.pipeline import ScratchPipeTrainPipeline
-from torchrec_scratchpipe.plan_plot import plot_plan
-from torchrec_scratchpipe.plan_report import PlanReport
-from torchrec_scratchpipe.sharder import (
+from torchrec_scratchpipe.planning.planner import ScratchPipeShardingPlanner
+from torchrec_scratchpipe.planning.plot import plot_plan
+from torchrec_scratchpipe.planning.report import PlanReport
+from torchrec_scratchpipe.planning.working_set import WorkingSet, WorkingSets, measure_working_set, zipf_working_sets
+from torchrec_scratchpipe.sharding.collection import scratchpad_stats, stage_spans
+from torchrec_scratchpipe.sharding.pipeline import ScratchPipeTrainPipeline
+from torchrec_scratchpipe.sharding.sharder import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeEmbeddingCollectionSharder,
     ShardedScratchPipeEmbeddingBagCollection,
     ShardedScratchPipeEmbeddingCollection,
 )
-from torchrec_scratchpipe.sharding_planner import ScratchPipeShardingPlanner
-from torchrec_scratchpipe.stats import PoolStats, TableStats
-from torchrec_scratchpipe.stock import to_stock
-from torchrec_scratchpipe.table_sources import warm_start
-from torchrec_scratchpipe.types import Stage, StageSpan
-from torchrec_scratchpipe.working_set import WorkingSet, WorkingSets, measure_working_set, zipf_working_sets
 
 __all__ = [
     "BackwardTwiceError",

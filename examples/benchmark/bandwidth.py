@@ -18,9 +18,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe.host_table import PageLockedStorage, RamStorage, TableStorage
-from torchrec_scratchpipe.row_parts import read_rows, write_rows
-from torchrec_scratchpipe.slot_ops import Count
+from torchrec_scratchpipe.core.rows import read_rows, write_rows
+from torchrec_scratchpipe.core.slot_ops import Count
+from torchrec_scratchpipe.core.storage import PageLockedStorage, RamStorage, TableStorage
 
 NUM_REPEATS = 10
 
@@ -57,7 +57,7 @@ def measure_bandwidth(device: torch.device, dim: int, rows_per_batch: int, num_r
 
 
 def _measure_cuda(table: Tensor, slots: Tensor, rows: Tensor, places: Tensor, num_bytes: int) -> dict[str, Any]:
-    from torchrec_scratchpipe import triton_ops
+    from torchrec_scratchpipe.core import triton_ops
 
     half = rows.numel() // 2
     staging = torch.empty(half, table.shape[1], dtype=torch.float32, pin_memory=True)

@@ -39,14 +39,14 @@ from torchrec_scratchpipe import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
-    host_table,
 )
+from torchrec_scratchpipe.core import write_buffer
 
 NUM_TABLES, DIM, BATCH_SIZE = 4, 64, 4096
 SAMPLE_S = 0.005
 
 
-host_table.WRITE_BUFFER_BYTES = 64 * 1024 * 1024
+write_buffer.WRITE_BUFFER_BYTES = 64 * 1024 * 1024
 
 
 class Bags(nn.Module):

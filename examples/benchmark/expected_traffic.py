@@ -10,8 +10,8 @@ import argparse
 
 from workloads import WORKLOADS
 
-from torchrec_scratchpipe.popularity import zipf_reuse
-from torchrec_scratchpipe.reuse import misses_of_pool
+from torchrec_scratchpipe.planning.reuse import misses_of_pool
+from torchrec_scratchpipe.planning.zipf import zipf_reuse
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torchrec_scratchpipe.slot_map import PoolIds, SlotMap, SlotsHeldError
-from torchrec_scratchpipe.slot_ops import HALF_LIFE, FeatureIds, FeatureRows
-from torchrec_scratchpipe.torch_ops import TorchOps
+from torchrec_scratchpipe.core.slot_map import PoolIds, SlotMap, SlotsHeldError
+from torchrec_scratchpipe.core.slot_ops import HALF_LIFE, FeatureIds, FeatureRows
+from torchrec_scratchpipe.core.torch_ops import TorchOps
 
 Ids = npt.NDArray[np.int64]
 LOOKAHEAD, NUM_BATCHES_SEEN_AHEAD = 1, 16

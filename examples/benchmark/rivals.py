@@ -29,14 +29,14 @@ from torchrec_scratchpipe import (
     ScratchPipeTrainPipeline,
     scratchpad_stats,
 )
-from torchrec_scratchpipe.memory import (
+from torchrec_scratchpipe.core.memory import (
     ID_BYTES_OF_ORDER,
     ID_BYTES_OF_PLAN,
     ID_BYTES_OF_SCRATCH,
     ROW_BYTES_OF_MAPS,
     SLOT_BYTES_OF_MAPS,
 )
-from torchrec_scratchpipe.slot_map import BUFFER_HEADROOM
+from torchrec_scratchpipe.core.slot_map import BUFFER_HEADROOM
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from data import KAGGLE_CARDINALITIES, NUM_SPARSE
 
-from torchrec_scratchpipe.slot_ops import WINDOW_BITS
+from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
 
 
 class UsageError(ValueError):

@@ -19,15 +19,14 @@ from torchrec_scratchpipe import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
-    options,
     scratchpad_stats,
-    stages,
 )
-from torchrec_scratchpipe.pool import Pool
-from torchrec_scratchpipe.row_parts import write_rows
-from torchrec_scratchpipe.slot_map import RowMoves
-from torchrec_scratchpipe.stages import insert
-from torchrec_scratchpipe.types import StagedRows
+from torchrec_scratchpipe.core import stages
+from torchrec_scratchpipe.core.pool import Pool
+from torchrec_scratchpipe.core.rows import StagedRows, write_rows
+from torchrec_scratchpipe.core.slot_map import RowMoves
+from torchrec_scratchpipe.core.stages import insert
+from torchrec_scratchpipe.sharding import options
 
 from .case import Case, Contender
 from .suite import ROW_FACTOR, MoreBatches, kernel_of_test, qcomms_config

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One kernel group's share of a batch: what it looks up, what was planned for it, and how far it is. Data only.
+
+Shapes: ``I`` ids, ``F`` features.
+"""
+
+import enum
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrec_scratchpipe.core.pool import Pool
+from torchrec_scratchpipe.core.slot_map import CachePlan, PoolIds
+from torchrec_scratchpipe.core.slot_ops import FeatureIds, FeatureRows
+from torchrec_scratchpipe.errors import IdOutOfRangeError
+
+__all__ = ["Batch", "BatchState", "FeatureSource", "check_ids", "feature_rows"]
+
+
+class BatchState(enum.Enum):
+    """How far a batch is. It may be dropped, and so RELEASED, at any time."""
+
+    SUBMITTED = "submitted"  # nothing is known of it
+    SEEN = "seen"  # its ids guide the choice of victims, and it holds no slots
+    READY = "ready"  # its rows are in their slots, or the device is bringing them
+    TRAINING = "training"  # Train reads its slots
+    RELEASED = "released"  # its slots may be given away
+    FAILED = "failed"  # a stage failed: its Train raises the error
+
+
+class FeatureSource(NamedTuple):
+    """Where the ids of one feature look up their rows."""
+
+    feature_name: str
+    pool_index: int | None  # None if its table is kept whole: rows are where their ids say
+    table_index: int
+
+
+class Batch:
+    """What a :class:`~torchrec_scratchpipe.core.runner.StageRunner` acts on. It holds its slots until it is released.
+
+    Args:
+        pools: The pools that the ids may look up.
+        features: Where each feature looks up, in the order of the ids.
+        ids: The ids of all features behind each other, on the device of the scratchpads.
+        rows_of_features: As :func:`feature_rows` gives them.
+        let_go: What releases a batch that nobody owns any more.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        features: Sequence[FeatureSource],
+        ids: FeatureIds,
+        rows_of_features: Sequence[FeatureRows],
+        let_go: Callable[["Batch"], None],
+    ) -> None:
+        self.pools = pools
+        self.features = features
+        self.ids = ids
+        self.state = BatchState.SUBMITTED
+        self.error: BaseException | None = None
+        self.pool_ids = [PoolIds(ids, rows) for rows in rows_of_features]
+        self.tickets: list[int | None] = [None] * len(pools)  # from SlotMap.see
+        self.plans: list[CachePlan] = []  # of the first pools, in their order
+        self.held: deque[tuple[Pool, CachePlan]] = deque()  # what is still to be released
+        self.inserted: torch.Event | None = None
+        self.train_start_s: float | None = None
+        self.train_stream: torch.Stream | None = None
+        self.let_go = let_go
+
+    @property
+    def num_ids(self) -> int:
+        """I."""
+        return self.ids.ids.numel()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether its stages have not run yet."""
+        return self.state in (BatchState.SUBMITTED, BatchState.SEEN)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether it has let go of its slots, or will as soon as it gets some."""
+        return self.state is BatchState.RELEASED
+
+    @property
+    def has_whole_tables(self) -> bool:
+        """Whether a feature looks up a table that is kept whole."""
+        return any(feature.pool_index is None for feature in self.features)
+
+    @property
+    def slots(self) -> Tensor:
+        """[I] int64, the slot of each id, in the pool of its feature; for a table that is kept whole, the id."""
+        return self.plans[0].slots[: self.num_ids]
+
+    def find_bad_id(self, position: int) -> IdOutOfRangeError | None:
+        """The error for an id that is out of range.
+
+        Args:
+            position: Of the id, counted from 1.
+
+        Returns:
+            The error; None if the id is in range now.
+        """
+        bounds = self.ids.bounds.tolist()
+        for feature, first, last in zip(self.features, bounds[:-1], bounds[1:], strict=True):
+            if feature.pool_index is not None and first < position <= last:
+                table = self.pools[feature.pool_index].host_table.tables[feature.table_index]
+                try:
+                    check_ids(table.name, feature.feature_name, self.ids.ids[first:last], table.num_rows)
+                except IdOutOfRangeError as error:
+                    return error
+        return None
+
+    def __del__(self) -> None:
+        if not self.is_released:
+            self.let_go(self)
+
+
+def feature_rows(
+    pools: Sequence[Pool], features: Sequence[FeatureSource], device: torch.device
+) -> tuple[FeatureRows, ...]:
+    """Where each feature of a kernel group looks up, as the device reads it.
+
+    Args:
+        pools: The group's pools.
+        features: In the order of the ids.
+        device: Where Plan runs.
+
+    Returns:
+        One per pool.
+    """
+    rows = []
+    for pool_index, pool in enumerate(pools):
+        table = pool.host_table
+        indices = [feature.table_index if feature.pool_index == pool_index else -1 for feature in features]
+        first_rows = [table.row_offsets[max(0, index)] for index in indices]
+        nums_rows = [table.tables[max(0, index)].num_rows for index in indices]
+        rows.append(
+            FeatureRows(
+                torch.tensor(first_rows, dtype=torch.int64, device=device),
+                torch.tensor(nums_rows, dtype=torch.int64, device=device),
+                torch.tensor(indices, dtype=torch.int32, device=device),
+            )
+        )
+    return tuple(rows)
+
+
+def check_ids(table_name: str, feature_name: str, ids: Tensor, num_rows: int) -> None:
+    """Refuse ids that point outside a table.
+
+    Args:
+        table_name: For the message.
+        feature_name: For the message.
+        ids: [I] int32 or int64. On a CUDA device this waits for it.
+        num_rows: Ids must lie in ``[0, num_rows)``.
+
+    Raises:
+        IdOutOfRangeError: Names the table, the id and the range.
+    """
+    if ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= num_rows:
+        raise IdOutOfRangeError(
+            f"table {table_name}: feature {feature_name} has id {low if low < 0 else high}, there are rows "
+            f"[0, {num_rows}). Hash the ids into the table's num_embeddings, or raise num_embeddings."
+        )

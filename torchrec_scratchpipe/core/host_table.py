@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Holds all rows of a pool's tables on the host.
+
+Shapes: ``R`` rows of all tables of the pool, ``D`` row width.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from torchrec_scratchpipe.core.fork import prepare_for_forks
+from torchrec_scratchpipe.core.lent_memory import LentMemories
+from torchrec_scratchpipe.core.rows import RowLayout, TableSpec, read_rows, write_rows
+from torchrec_scratchpipe.core.snapshot import SnapshotStorage, TableSnapshot
+from torchrec_scratchpipe.core.storage import TableStorage
+from torchrec_scratchpipe.core.write_buffer import WriteBuffer
+from torchrec_scratchpipe.errors import TableStorageError
+
+__all__ = ["HostTable"]
+
+
+class HostTable:
+    """Every row of a pool, weights and optimizer states, as one flat tensor per part.
+
+    The rows of one table are contiguous, tables follow each other in the order given. Not thread-safe, but for
+    :meth:`read_snapshot` and :meth:`close_snapshot`, which another thread may call.
+
+    Args:
+        tables: The pool's tables.
+        layout: What a row consists of.
+        storage: Where the memory comes from.
+    """
+
+    def __init__(self, tables: Sequence[TableSpec], layout: RowLayout, storage: TableStorage) -> None:
+        self.tables = tuple(tables)
+        self.layout = layout
+        self.num_rows = sum(table.num_rows for table in tables)
+        self.row_offsets = [0]
+        for table in tables:
+            self.row_offsets.append(self.row_offsets[-1] + table.num_rows)
+        names = ", ".join(table.name for table in tables)
+        self.parts: list[Tensor] = []
+        for shape, dtype, part_name in layout.part_shapes(self.num_rows):
+            num_values = int(torch.Size(shape).numel())
+            self.parts.append(storage.allocate(num_values, dtype, f"{part_name} of {names}").view(shape))
+        self._storage = storage
+        self._write_buffer = WriteBuffer(self._overwrite, self.num_rows, layout) if storage.is_slow_to_write else None
+        self._own_versions = self._versions()
+        self._is_overwritten = False
+        self.lent = LentMemories()
+        self._snapshots: list[TableSnapshot] = []
+        self._snapshots_changed = threading.Condition()
+        self._is_of_parent = False
+        prepare_for_forks(self, is_worker=False)
+
+    def before_fork(self) -> None:
+        """See :class:`ForkAware`."""
+        self._snapshots_changed.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """See :class:`ForkAware`."""
+        self._snapshots_changed.release()
+
+    def after_fork_in_child(self) -> None:
+        """See :class:`ForkAware`: nobody in the child reads the parent's snapshots."""
+        self._snapshots_changed = threading.Condition()
+        self._snapshots = []
+        self._is_of_parent = not self._storage.is_copied_by_fork
+
+    def check_process(self) -> None:
+        """Raise in a forked child whose writes would be its parent's, or whose reads would find no memory.
+
+        Raises:
+            TableStorageError: Says what to do instead.
+        """
+        if self._is_of_parent:
+            names = ", ".join(table.name for table in self.tables)
+            raise TableStorageError(
+                f"tables {names} are in memory that a forked child shares with its parent, or does not have (memory-mapped files, "
+                "page-locked memory). Use the model in the process that has made it; start a new process (spawn) for another."
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows, optimizer states included."""
+        return self.num_rows * self.layout.row_bytes
+
+    @property
+    def is_device_accessible(self) -> bool:
+        """Whether kernels on the device may read and write `parts` in place."""
+        return self._storage.is_device_accessible
+
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether old values of rows must be kept, by :meth:`write`, before they are overwritten."""
+        return bool(self._snapshots)
+
+    def table_parts(self, table_index: int) -> list[Tensor]:
+        """One table's weights, then its optimizer states; views, not copies, as of the last :meth:`drain`.
+
+        Args:
+            table_index: Position in `tables`.
+
+        Returns:
+            [num_rows, D] or [num_rows], each contiguous.
+        """
+        first, last = self.row_offsets[table_index], self.row_offsets[table_index + 1]
+        return [part[first:last] for part in self.parts]
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether somebody else has written `parts`, or a view of them, since :meth:`accept_overwrite`, or may do so unseen."""
+        # Views share their base's version counter, which every in-place operation of torch raises.
+        return self._is_overwritten or self.lent.is_any_lent or self._versions() != self._own_versions
+
+    @property
+    def is_seen_overwritten(self) -> bool:
+        """Whether somebody else has written `parts` for certain; not only that somebody has or was given them."""
+        return self._versions() != self._own_versions
+
+    @property
+    def is_marked_overwritten(self) -> bool:
+        """Whether :meth:`mark_overwritten` was called since :meth:`accept_overwrite`."""
+        return self._is_overwritten
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether `parts` have every :meth:`write`; else :meth:`drain` brings them up to date."""
+        return self._write_buffer is None or self._write_buffer.is_empty
+
+    def mark_overwritten(self) -> None:
+        """Say that `parts` will be, or may have been, written by somebody else."""
+        self._is_overwritten = True
+
+    def accept_overwrite(self) -> None:
+        """Forget about writes of others; whoever needs to know has taken them in."""
+        with self._snapshots_changed:
+            self._lose_snapshots_of_overwritten()
+            self._is_overwritten = False
+            self._own_versions = self._versions()
+
+    def locate(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Find a view of this table.
+
+        Args:
+            tensor: Any tensor.
+
+        Returns:
+            The part that it shows, and the row where it begins; None if it shows something else, or nothing.
+        """
+        for index, part in enumerate(self.parts):
+            if tensor.numel() and tensor.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
+                return index, (tensor.data_ptr() - part.data_ptr()) // part[:1].nbytes
+        return None
+
+    def snapshot(self, storage: SnapshotStorage) -> TableSnapshot:
+        """Keep all rows readable as they are now, until :meth:`close_snapshot`.
+
+        Args:
+            storage: Where old values of rows that are written meanwhile go.
+
+        Returns:
+            To be read by :meth:`read_snapshot`.
+
+        Raises:
+            TableStorageError: There is no room for it.
+        """
+        self.drain()
+        with self._own_writes():  # writes of others until now belong to the snapshot
+            snapshot = TableSnapshot(self.parts, self.layout, storage)
+            self._snapshots.append(snapshot)
+        return snapshot
+
+    def read_snapshot(self, snapshot: TableSnapshot, part_index: int, first_row: int, out: Tensor) -> None:
+        """See :meth:`TableSnapshot.read`.
+
+        Args:
+            snapshot: From :meth:`snapshot`.
+            part_index: 0 for weights, then the optimizer states.
+            first_row: Of the range.
+            out: [N, D] or [N]; written.
+
+        Raises:
+            TableStorageError: Some rows could not be kept, or the table was overwritten by others.
+        """
+        with self._snapshots_changed:
+            self._lose_snapshots_of_overwritten()
+            snapshot.read(part_index, first_row, out)
+
+    def close_snapshot(self, snapshot: TableSnapshot) -> None:
+        """Keep no more rows for a snapshot, and free those that were kept.
+
+        Args:
+            snapshot: From :meth:`snapshot`.
+        """
+        with self._snapshots_changed:
+            self._snapshots = [other for other in self._snapshots if other is not snapshot]
+            self._snapshots_changed.notify_all()
+
+    def wait_for_snapshots(self) -> None:
+        """Wait until all snapshots are closed; somebody else is about to write the table."""
+        with self._snapshots_changed:
+            self._snapshots_changed.wait_for(lambda: not self._snapshots)
+
+    def read(self, rows: Tensor, out: Sequence[Tensor]) -> None:
+        """Copy rows out.
+
+        Args:
+            rows: [N] int64 row ids on the host.
+            out: [N, D] or [N] each, contiguous, on the host; written.
+        """
+        read_rows(self.parts, rows, out)
+        if self._write_buffer is not None:
+            self._write_buffer.read_over(rows, out)
+
+    def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        """Copy rows in.
+
+        Args:
+            rows: [N] int64 row ids on the host, unique.
+            values: [N, D] or [N] each, on the host.
+        """
+        with self._own_writes():
+            if self._write_buffer is None:
+                self._overwrite(rows, values)
+            else:
+                self._write_buffer.write(rows, values)
+
+    def drain(self) -> None:
+        """Bring `parts` up to date with every :meth:`write`."""
+        if self._write_buffer is not None:
+            with self._own_writes():
+                self._write_buffer.drain()
+
+    def persist(self) -> None:
+        """Wait until every write has reached the table's medium, the disk of a memory-mapped table."""
+        self.drain()
+        self._storage.persist()
+
+    def _overwrite(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        for snapshot in self._snapshots:
+            snapshot.keep(rows)
+        write_rows(self.parts, rows, values)
+
+    @contextmanager
+    def _own_writes(self) -> Iterator[None]:
+        with self._snapshots_changed:
+            self._lose_snapshots_of_overwritten()
+            self._is_overwritten = self._is_overwritten or self._versions() != self._own_versions
+            try:
+                yield
+            finally:
+                self._own_versions = self._versions()
+
+    def _lose_snapshots_of_overwritten(self) -> None:
+        if self._snapshots and self._versions() != self._own_versions:
+            names = ", ".join(table.name for table in self.tables)
+            for snapshot in self._snapshots:
+                snapshot.fail(
+                    TableStorageError(
+                        f"tables {names} were written in place while they were being saved. Wait for async_save() "
+                        "before writing tables or loading into them."
+                    )
+                )
+
+    def _versions(self) -> list[int]:
+        return [part._version for part in self.parts]

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Holds what belongs together: tables of one row layout, their scratchpad, and the map between them."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.profiler import record_function
+
+from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.core.rows import RowLayout, write_rows
+from torchrec_scratchpipe.core.scratchpad import Scratchpad
+from torchrec_scratchpipe.core.slot_map import SlotMap, SlotsHeldError
+from torchrec_scratchpipe.core.snapshot import SnapshotStorage, TableSnapshot
+from torchrec_scratchpipe.core.stats import PoolCounters, PoolStats
+from torchrec_scratchpipe.errors import ScratchpadFullError, StageFailedError, TableOverwrittenError
+
+__all__ = ["STAGING_HEADROOM", "Pool", "Staging"]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+STAGING_HEADROOM = 1.25  # Staging is this much larger than the first batch needs, so that later batches fit too.
+GROWTH_HEADROOM = 1.25  # a scratchpad that must grow grows by a quarter more than the batch needs
+FLUSH_CHUNK_ROWS = 65536  # bounds what a flush needs beyond the tables: 16 MiB for rows of 64 floats
+
+
+class Pool:
+    """All scratchpad tables of one kernel group that share a row layout, and their scratchpad.
+
+    Args:
+        host_table: Every row.
+        scratchpad: The rows that sit in a slot.
+        slot_map: Which row sits in which slot.
+        enlarge: Gives the scratchpad so many slots, or says why it cannot; None if it never can.
+    """
+
+    def __init__(
+        self,
+        host_table: HostTable,
+        scratchpad: Scratchpad,
+        slot_map: SlotMap,
+        enlarge: Callable[[int], str] | None = None,
+    ) -> None:
+        self.host_table = host_table
+        self.scratchpad = scratchpad
+        self.slot_map = slot_map
+        self.counters = PoolCounters(host_table, slot_map.table_counts)
+        self._enlarge = enlarge
+        self.failure: str | None = None
+        self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
+        self._num_updates = 0
+        self._num_updates_flushed = 0
+        self._flushed_below = 0
+        self._num_early_frees_at_flush = 0
+
+    @property
+    def name(self) -> str:
+        """The pool, as error messages call it."""
+        tables = self.host_table.tables
+        what = f"table {tables[0].name}" if len(tables) == 1 else f"{len(tables)} tables"
+        return f"pool of {what} (dim {self.host_table.layout.dim})"
+
+    def note_update(self) -> None:
+        """A batch has trained: its rows are newer in the scratchpad than in the table."""
+        self._num_updates += 1
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether :meth:`grow` may give more slots, as far as is known."""
+        return self._enlarge is not None
+
+    def grow(self, held: SlotsHeldError) -> None:
+        """Get slots for a batch that Train waits for, and that no other batch will let go of; only between the stages of two batches.
+
+        Args:
+            held: How many slots the batch needs, and how many are free.
+
+        Raises:
+            ScratchpadFullError: There are no more. Names both numbers and the setting to change.
+        """
+        if self._enlarge is None:
+            raise self._full_error(held, "")
+        num_rows, before = self.host_table.num_rows, self.scratchpad.num_slots
+        num_held = before - held.num_available
+        num_slots = min(num_rows, max(math.ceil(GROWTH_HEADROOM * held.num_needed), held.num_needed + num_held))
+        with record_function("## scratchpipe grow ##"):
+            reason = self._enlarge(num_slots)
+        if reason:
+            raise self._full_error(held, f", and {reason}")
+        self.slot_map.grow(num_slots)
+        self.counters.num_growths += 1
+        logger.warning(
+            "%s: one batch needs %s slots, the scratchpad had %s, of which %s were held, and has now %s. Set load_factor to at least %.4f "
+            "to have so many from the beginning, and to more for batches that are planned ahead.",
+            self.name,
+            f"{held.num_needed:,}",
+            f"{before:,}",
+            f"{num_held:,}",
+            f"{num_slots:,}",
+            min(1.0, num_slots / num_rows + 5e-5),
+        )
+
+    def _full_error(self, held: SlotsHeldError, why_not_more: str) -> ScratchpadFullError:
+        num_slots, num_rows = self.scratchpad.num_slots, self.host_table.num_rows
+        if held.num_needed > num_slots:
+            return ScratchpadFullError(
+                f"{self.name}: one batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}{why_not_more}. "
+                f"Raise load_factor to at least {min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
+            )
+        return ScratchpadFullError(
+            f"{self.name}: a batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}, and all but "
+            f"{held.num_available:,} are held by batches since the oldest one in flight{why_not_more}. Let those train first, lower "
+            "lookahead, raise load_factor, or drop results whose backward will never run: they keep their batch in flight."
+        )
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether every row of the tables is up to date."""
+        return self._num_updates == self._num_updates_flushed and self.host_table.is_drained
+
+    def flush(self) -> None:
+        """Copy every row that may be newer in the scratchpad back to its table; rows stay resident.
+
+        Waits for the device. Does nothing when no batch has trained since the last flush.
+
+        Raises:
+            StageFailedError: An earlier stage failed half-way.
+        """
+        self.check_usable()
+        # Read first: a batch that finishes its Train meanwhile must count as not flushed.
+        num_updates = self._num_updates
+        self.slot_map.take_in_releases()
+        first_held = self.slot_map.first_held
+        if num_updates == self._num_updates_flushed:
+            self.host_table.drain()
+            return
+        num_early_frees = self.slot_map.num_early_frees
+        with record_function("## scratchpipe flush ##"):
+            # A slot that was freed early may hold a row that is newer than its table, and looks as if it was used long ago.
+            is_any_freed_early = num_early_frees != self._num_early_frees_at_flush
+            slots, rows = self.slot_map.resident_since(0 if is_any_freed_early else self._flushed_below)
+            for some_slots, some_rows in zip(
+                slots.split(FLUSH_CHUNK_ROWS), rows.cpu().split(FLUSH_CHUNK_ROWS), strict=True
+            ):
+                values = [part.index_select(0, some_slots).cpu() for part in self.scratchpad.parts]
+                self.host_table.write(some_rows, values)
+            self.host_table.drain()
+        self._num_updates_flushed = num_updates
+        self._flushed_below = first_held
+        self._num_early_frees_at_flush = num_early_frees
+
+    def snapshot(self, storage: SnapshotStorage) -> TableSnapshot:
+        """Flush, and keep all rows readable as they are now; see :meth:`HostTable.snapshot`.
+
+        Args:
+            storage: Where old values of rows that are written meanwhile go.
+
+        Returns:
+            To be read by the host table.
+        """
+        self.flush()
+        return self.host_table.snapshot(storage)
+
+    def purge(self) -> None:
+        """Flush, and have resident rows read anew before anybody uses them (hazard 6): tables are about to be written.
+
+        Empties the scratchpad, unless batches in flight rely on its rows. Waits for snapshots to be read. Does nothing if it has been
+        done, and no stage has run since.
+        """
+        if self.is_flushed and self.host_table.is_marked_overwritten and not self.host_table.has_snapshots:
+            return
+        self.flush()
+        if self.slot_map.num_batches_in_flight == 0:
+            self.slot_map.purge()
+        self.host_table.wait_for_snapshots()
+        self.host_table.mark_overwritten()
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether tables were, or may have been, written by others since resident rows were last read."""
+        return self.host_table.is_overwritten
+
+    def refresh(self) -> None:
+        """Read every resident row anew from its table.
+
+        Raises:
+            TableOverwrittenError: Some of them are newer in the scratchpad, and would be lost.
+        """
+        if self._num_updates != self._num_updates_flushed and not self.host_table.is_seen_overwritten:
+            # Somebody was given the table in the middle of a step, by another thread or a hook: the step's rows are newer.
+            self.flush()
+        if self._num_updates != self._num_updates_flushed:
+            raise TableOverwrittenError(
+                f"{self.name}: a table was written, behind the back of PyTorch's operations or by another thread, while the scratchpad held newer "
+                "rows of it. Take a state_dict() right before you write, or load one with load_state_dict()."
+            )
+        slots, rows = self.slot_map.resident_since(0)
+        for some_slots, some_rows in zip(
+            slots.split(FLUSH_CHUNK_ROWS), rows.cpu().split(FLUSH_CHUNK_ROWS), strict=True
+        ):
+            values = self.host_table.layout.empty(some_rows.numel())
+            self.host_table.read(some_rows, values)
+            write_rows(self.scratchpad.parts, some_slots, [value.to(self.slot_map.device) for value in values])
+
+    def check_usable(self) -> None:
+        """Raise if an earlier stage failed half-way, or if this process must not touch the tables.
+
+        Raises:
+            StageFailedError: With the first failure.
+            TableStorageError: See :meth:`HostTable.check_process`.
+        """
+        self.host_table.check_process()
+        if self.failure is not None:
+            raise self.failure_error()
+
+    @contextmanager
+    def failing_for_good(self, what: str) -> Iterator[None]:
+        """While entered, an exception leaves rows incomplete, so that the pool is not usable any more.
+
+        Args:
+            what: Has failed then.
+
+        Raises:
+            StageFailedError: Names it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.failure = f"{what} ({error!r})"
+            raise self.failure_error() from error
+
+    def failure_error(self) -> StageFailedError:
+        """The first failure, and what to do about it."""
+        return StageFailedError(
+            f"{self.name}: {self.failure}. Its rows are incomplete; build the model anew and load a checkpoint."
+        )
+
+    def stats(self) -> PoolStats:
+        """All counts of this pool; waits for the device."""
+        return self.counters.stats(self.scratchpad.num_slots, self.slot_map.count_resident_rows())
+
+
+class Staging:
+    """Host memory that rows pass through, as much in either direction, grown to the largest batch and reused by all."""
+
+    def __init__(self, layout: RowLayout, pin_memory: bool) -> None:
+        self._layout = layout
+        self._pin_memory = pin_memory
+        self._buffers: dict[str, list[Tensor]] = {}
+        self._capacity = 256
+
+    def take(self, purpose: str, num_rows: int) -> list[Tensor]:
+        """Room for `num_rows` rows, valid until the next call with the same purpose."""
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer[0].shape[0] < num_rows:
+            if num_rows > self._capacity:
+                self._capacity = math.ceil(STAGING_HEADROOM * num_rows)
+            buffer = self._layout.empty(self._capacity, pin_memory=self._pin_memory)
+            self._buffers[purpose] = buffer
+        return [part[:num_rows] for part in buffer]

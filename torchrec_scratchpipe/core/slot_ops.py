@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What Plan and the moving of rows ask of a device: the operations, and the tensors that they share.
+
+Shapes: ``I`` ids, ``F`` features, ``T`` tables, ``M`` misses, ``V`` victims, ``S`` slots, ``R`` rows, ``C`` capacity in ids.
+
+The host need not know the sizes: how many rows an operation concerns stands in tensors on the device. Two classes have all
+operations. :class:`~torchrec_scratchpipe.core.torch_ops.TorchOps` has them in torch, for a CPU.
+:class:`~torchrec_scratchpipe.core.triton_ops.TritonOps` has them in Triton, and enqueues each one without waiting. Tests compare the two.
+
+**The entry of a row in** ``row_to_slot``, 32 bits::
+
+    the row sits in a slot:  0 | slot (31 bits)
+    it sits in none:         -1 - value, where value is     | note (11 bits) | batches seen ahead (20 bits) |
+    it is being placed:      BEING_PLACED, the smallest int32, while Plan works
+
+A batch that was seen and is not yet planned owns one of the 20 bits. While the row sits in a slot, its bits are in ``uses_ahead``, and
+how often it was used is in ``frequency``. When the row leaves, its note keeps the frequency, as a position on a scale of logarithms
+that wraps around. Note 0 is for rows that were never used. To forget how often rows were used would cost 5 % more misses.
+
+**Which rows leave**: those that no batch seen ahead will use, the least often used first; then those whose next use is farthest. A use
+counts half as much after a half-life, so that yesterday's favourites leave.
+
+Source:
+    LRFU (Lee et al., IEEE Transactions on Computers 2001) for the count, ScratchPipe (ISCA 2022) for the known future.
+"""
+
+import enum
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BEING_PLACED",
+    "FREQUENCY_BINS",
+    "HALF_LIFE",
+    "LOWEST_FREQUENCY",
+    "MAX_HALF_LIVES",
+    "MAX_OCTAVES",
+    "NOTES_PER_OCTAVE",
+    "NUM_BINS",
+    "NUM_NOTES",
+    "NUM_ORDER_BINS",
+    "WINDOW_BITS",
+    "WINDOW_MASK",
+    "Aging",
+    "CommonOps",
+    "Count",
+    "FeatureIds",
+    "FeatureRows",
+    "Number",
+    "OrderBuffers",
+    "PlanBuffers",
+    "PlanRequest",
+    "ScratchBuffers",
+    "SlotMaps",
+    "SlotOps",
+    "State",
+    "TableCounts",
+    "make_maps",
+]
+
+WINDOW_BITS = 20  # batches that can be seen ahead of Plan, one bit each
+WINDOW_MASK = (1 << WINDOW_BITS) - 1
+NOTE_BITS = 11
+# One less than there could be: with all 31 bits set, a row would say the smallest int32, which marks one that is being placed.
+NUM_NOTES = (1 << NOTE_BITS) - 2
+NOTES_PER_OCTAVE = 16
+BEING_PLACED = -(1 << 31)
+
+HALF_LIFE = 256.0  # batches after which a use counts half
+MAX_HALF_LIVES = 32  # since the origin of frequencies; float32 would end at 127
+MAX_OCTAVES = 48  # of a frequency, since the origin: a note that says more is long past
+LOWEST_FREQUENCY = 2.0**-90
+
+# Victims are listed by bins: frequency in eighths of an octave, from 2 ** -96 to 2 ** 64, then rows that a batch
+# seen ahead will use, the farthest first.
+BINS_PER_OCTAVE = 8
+LOWEST_OCTAVE = -96
+FREQUENCY_BINS = 160 * BINS_PER_OCTAVE
+NUM_BINS = 2048  # a power of two, at least FREQUENCY_BINS + WINDOW_BITS
+assert NUM_BINS >= FREQUENCY_BINS + WINDOW_BITS
+
+NUM_ORDER_BINS = 4096  # into which rows are put before they move, by where they lie in the tables
+
+
+class Number(enum.IntEnum):
+    """Positions in :attr:`PlanBuffers.numbers`: what changes from batch to batch, for kernels that are launched as recorded."""
+
+    NUM_IDS = 0
+    IDS = 1  # an address, as are the next and the one after the stride
+    BOUNDS = 2
+    BOUNDS_STRIDE = 3
+    SLOTS = 4
+    BATCH_INDEX = 5
+    FIRST_HELD = 6
+    NEXT_BIT = 7
+    KEEP_BITS = 8
+    WEIGHT = 9  # a float32, by its bits, as is the next
+    ORIGIN = 10
+
+
+class Count(enum.IntEnum):
+    """Positions in :attr:`PlanBuffers.counts`."""
+
+    HITS = 0
+    MISSES = 1
+    VICTIMS = 2
+    FROM_FREE = 3  # misses that take free slots
+    BAD_POSITION = 4  # of an id that is out of range, counted from 1; 0 if there is none
+    IS_REFUSED = 5  # too few slots, or a bad id: the maps are as before
+    FILLS = 6  # rows to move, 0 if refused
+    WRITEBACKS = 7
+
+
+class State(enum.IntEnum):
+    """Positions in :attr:`SlotMaps.state`."""
+
+    NUM_FREE = 0
+    LIST_HEAD = 1
+    LIST_LENGTH = 2
+    THRESHOLD = 3  # the last bin that is listed
+    NUM_BELOW = 4  # slots in bins below it
+    BELOW_CURSOR = 5
+    AT_CURSOR = 6
+
+
+class FeatureIds(NamedTuple):
+    """The ids of one kernel group's features, behind each other."""
+
+    ids: Tensor  # [I] int32 or int64
+    bounds: Tensor  # [F + 1] int32 or int64: feature f owns ids[bounds[f] : bounds[f + 1]]
+
+
+class FeatureRows(NamedTuple):
+    """Where the features of a kernel group look up their rows in one pool."""
+
+    first_row: Tensor  # [F] int64, the row of id 0
+    num_rows: Tensor  # [F] int64, of the table
+    table: Tensor  # [F] int32, position in the pool, -1 if the table is in another
+
+
+class Aging(NamedTuple):
+    """How uses are weighed now; a use in batch `t` counts ``2 ** ((t - origin) / half_life)``."""
+
+    weight: float  # of a use by this batch
+    origin: float  # the time at which a use weighs 1, as a note: in [0, NUM_NOTES)
+
+
+class PlanRequest(NamedTuple):
+    """One batch, as Plan is asked for it."""
+
+    ids: FeatureIds
+    features: FeatureRows
+    slots: Tensor  # [>= I] int64, to be written: the slot of each id
+    batch_index: int
+    first_held: int  # slots with ``last_use >= first_held`` stay
+    next_bit: int  # in [0, WINDOW_BITS): that of the oldest batch that was seen and not planned
+    keep_bits: int  # clears the batch's own bit in `uses_ahead`, if it was seen; -1 keeps all
+    aging: Aging
+
+
+@dataclass(frozen=True, eq=False)
+class SlotMaps:
+    """A slot map's state on the device."""
+
+    row_to_slot: Tensor  # [R] int32, see above
+    slot_to_row: Tensor  # [S] int64, -1 for a free slot
+    last_use: Tensor  # [S] int32, the newest planned batch that uses the slot's row, -1 for a free slot
+    uses_ahead: Tensor  # [S + 1] int32, one bit per batch seen ahead that will use the slot's row
+    frequency: Tensor  # [S] float32
+    free_slots: Tensor  # [S] int32, of which the first NUM_FREE count
+    listed: Tensor  # [S // 16 + C] int32, coming victims
+    listed_last_use: Tensor  # the same shape, int32: as it was when they were listed
+    histogram: Tensor  # [NUM_BINS] int32, zero between scans
+    state: Tensor  # [len(State)] int64
+
+
+@dataclass(frozen=True, eq=False)
+class ScratchBuffers:
+    """What Plan needs until its batch is planned; shared by all batches of a pool."""
+
+    hit_slots: Tensor  # [C] int32
+    hit_last_use: Tensor  # [C] int32, before this batch
+    miss_known: Tensor  # [C] int32, what row_to_slot said
+    victim_last_use: Tensor  # [C] int32
+
+
+@dataclass(frozen=True, eq=False)
+class OrderBuffers:
+    """Room for the rows that move in one direction, in the order in which they move; shared by all batches of a pool."""
+
+    rows: Tensor  # [C] int64
+    slots: Tensor  # [C] int32
+    bins: Tensor  # [NUM_ORDER_BINS] int32
+
+
+@dataclass(frozen=True, eq=False)
+class PlanBuffers:
+    """What is planned for one batch and pool, until the batch has trained."""
+
+    rows: Tensor  # [C] int64, row of each id, -1 if it is another pool's
+    slots: Tensor  # [C] int64, slot of each id, of all pools of the kernel group
+    miss_rows: Tensor  # [C] int64
+    miss_slots: Tensor  # [C] int32; the first V are those of the victims
+    victim_rows: Tensor  # [C] int64
+    counts: Tensor  # [len(Count)] int64
+    host_counts: Tensor  # the same on the host, page-locked where the device is another
+    numbers: Tensor  # [len(Number)] int64
+    host_numbers: Tensor  # the same on the host, page-locked where the device is another
+
+
+@dataclass(frozen=True, eq=False)
+class TableCounts:
+    """Statistics of a pool, by table."""
+
+    row_offsets: Tensor  # [T + 1] int64
+    num_ids: Tensor  # [T] int64
+    num_unique: Tensor  # [T] int64
+    num_misses: Tensor  # [T] int64
+    num_victims: Tensor  # [T] int64
+    num_misses_at_train: Tensor  # [1] int64
+
+    @classmethod
+    def of(cls, row_offsets: Sequence[int], device: torch.device) -> "TableCounts":
+        """Zeros for tables that begin at these rows; the last offset is R."""
+        offsets = torch.tensor(row_offsets, dtype=torch.int64, device=device)
+        ids, unique, misses, victims = torch.zeros(4, len(row_offsets) - 1, dtype=torch.int64, device=device)
+        return cls(offsets, ids, unique, misses, victims, torch.zeros(1, dtype=torch.int64, device=device))
+
+
+class SlotOps(Protocol):
+    """The operations, in the order in which Plan enqueues them, and those that move rows."""
+
+    orders_moves: bool  # whether :meth:`order` needs buffers
+
+    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
+        """Note that a batch seen ahead will use these rows, or take that back; ids out of range are left alone.
+
+        `bit` is ``1 << (seen % WINDOW_BITS)``.
+        """
+
+    def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
+        """Take in what is asked for; before the operations of a plan, which may be enqueued by :meth:`enqueue`."""
+
+    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
+        """Enqueue operations, or a recording of them.
+
+        They must depend on nothing but what :meth:`prepare` takes in, and what `key` tells apart.
+        """
+
+    def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
+        """Tell unique hits, which are held from now on, from unique misses, which are marked in row_to_slot."""
+
+    def take(
+        self,
+        request: PlanRequest,
+        maps: SlotMaps,
+        buffers: PlanBuffers,
+        scratch: ScratchBuffers,
+        skips_used_ahead: bool,
+    ) -> None:
+        """Take listed slots until there is one for every miss, or the list is spent.
+
+        Slots that are held stay; with `skips_used_ahead`, so do rows that a batch seen ahead will use.
+        """
+
+    def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
+        """List those slots that should go first, if slots are missing after :meth:`take`; else nothing.
+
+        About `num_wanted` of them, or as many as are missing.
+        """
+
+    def commit(
+        self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers, tables: TableCounts
+    ) -> None:
+        """Place every miss, if there is a slot for each and no id is bad; else put the maps back as they were."""
+
+    def translate(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts) -> None:
+        """Write the slot of each of this pool's ids, and settle the counts."""
+
+    def report(self, buffers: PlanBuffers) -> None:
+        """Copy the counts to the host."""
+
+    def order(
+        self, rows: Tensor, slots: Tensor, counts: Tensor, count: Count, num_rows: int, buffers: OrderBuffers
+    ) -> tuple[Tensor, Tensor]:
+        """Put the first ``counts[count]`` pairs of a row and its slot in the order in which they had better move.
+
+        `num_rows` is R. Returns [C] int64 and [C] int32.
+        """
+
+    def move(
+        self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
+    ) -> None:
+        """``target[target_index[i]] = source[source_index[i]]`` for the first ``counts[count]`` rows.
+
+        Both [N, D] or [N], contiguous, of one dtype, with an even number of bytes per row; on the device or in page-locked host
+        memory. Indices are [C] int32 or int64.
+        """
+
+    def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
+        """Add how many ids would not find their row in their slot; before Train of a plan that stands."""
+
+    def age(self, maps: SlotMaps, factor: float) -> None:
+        """Multiply all frequencies."""
+
+    def clear_victim_list(self, maps: SlotMaps) -> None:
+        """Empty the list of coming victims."""
+
+
+class CommonOps:
+    """What needs no kernel: see :class:`SlotOps`."""
+
+    orders_moves = False
+
+    def order(
+        self, rows: Tensor, slots: Tensor, counts: Tensor, count: Count, num_rows: int, buffers: OrderBuffers
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`SlotOps`; no order is better than another."""
+        return rows, slots
+
+    def report(self, buffers: PlanBuffers) -> None:
+        """See :class:`SlotOps`."""
+        buffers.host_counts.copy_(buffers.counts, non_blocking=True)
+
+    def age(self, maps: SlotMaps, factor: float) -> None:
+        """See :class:`SlotOps`."""
+        maps.frequency.mul_(factor)
+
+    def clear_victim_list(self, maps: SlotMaps) -> None:
+        """See :class:`SlotOps`."""
+        maps.state[State.LIST_LENGTH : State.LIST_LENGTH + 1].zero_()
+
+
+def make_maps(row_to_slot: Tensor, num_slots: int, list_capacity: int) -> SlotMaps:
+    """Make a slot map's state for an empty scratchpad.
+
+    Args:
+        row_to_slot: [R] int32, -1 for every row that sits in no slot and of which nothing is known.
+        num_slots: S.
+        list_capacity: Coming victims that can be listed.
+
+    Returns:
+        All of it, on the same device.
+    """
+    device = row_to_slot.device
+    state = torch.zeros(len(State), dtype=torch.int64, device=device)
+    state[State.NUM_FREE] = num_slots
+    return SlotMaps(
+        row_to_slot=row_to_slot,
+        slot_to_row=torch.full((num_slots,), -1, dtype=torch.int64, device=device),
+        last_use=torch.full((num_slots,), -1, dtype=torch.int32, device=device),
+        uses_ahead=torch.zeros(num_slots + 1, dtype=torch.int32, device=device),
+        frequency=torch.zeros(num_slots, dtype=torch.float32, device=device),
+        free_slots=torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device),
+        listed=torch.zeros(list_capacity, dtype=torch.int32, device=device),
+        listed_last_use=torch.zeros(list_capacity, dtype=torch.int32, device=device),
+        histogram=torch.zeros(NUM_BINS, dtype=torch.int32, device=device),
+        state=state,
+    )

@@ -1,0 +1,914 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The device operations as Triton kernels; :mod:`torchrec_scratchpipe.core.torch_ops` says the same in torch.
+
+Shapes: as in :mod:`torchrec_scratchpipe.core.slot_ops`.
+
+Grids follow what the host knows, ids, slots or a buffer's capacity, or are fixed. How many rows there are the kernels read on the device, so
+that nothing waits for the host. No sort: who is the first to mark a slot or a row stands for it.
+"""
+
+import logging
+import struct
+from collections.abc import Callable, Hashable
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchrec_scratchpipe.core.slot_ops import (
+    BEING_PLACED,
+    BINS_PER_OCTAVE,
+    FREQUENCY_BINS,
+    LOWEST_FREQUENCY,
+    LOWEST_OCTAVE,
+    MAX_OCTAVES,
+    NOTES_PER_OCTAVE,
+    NUM_BINS,
+    NUM_NOTES,
+    NUM_ORDER_BINS,
+    WINDOW_BITS,
+    WINDOW_MASK,
+    CommonOps,
+    Count,
+    FeatureIds,
+    FeatureRows,
+    Number,
+    OrderBuffers,
+    PlanBuffers,
+    PlanRequest,
+    ScratchBuffers,
+    SlotMaps,
+    State,
+    TableCounts,
+)
+
+__all__ = ["TritonOps", "record_cuda_graph"]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+IDS_PER_PROGRAM = 1024
+LISTED_PER_ROUND = 4096
+WARPS_OF_TAKE = 16
+SLOTS_PER_PROGRAM = 2048
+WORDS_PER_MOVE = 4096  # that a program has under way at a time
+WARPS_OF_MOVE = 8
+# Few, because the bus is the limit, and because accesses that wait for it stand in the way of Train's. Measured on an H200, beside
+# Train of 26 tables: 4 and 4 took 22.8 ms a step, 8 and 8 23.7, 32 and 32 27.6, two large programs of 32 warps 23.4; no moves 21.8.
+NUM_MOVE_PROGRAMS = {Count.FILLS: 4, Count.WRITEBACKS: 4}
+
+_BEING_PLACED = tl.constexpr(BEING_PLACED)
+_HITS = tl.constexpr(int(Count.HITS))
+_MISSES = tl.constexpr(int(Count.MISSES))
+_VICTIMS = tl.constexpr(int(Count.VICTIMS))
+_FROM_FREE = tl.constexpr(int(Count.FROM_FREE))
+_BAD_POSITION = tl.constexpr(int(Count.BAD_POSITION))
+_IS_REFUSED = tl.constexpr(int(Count.IS_REFUSED))
+_FILLS = tl.constexpr(int(Count.FILLS))
+_WRITEBACKS = tl.constexpr(int(Count.WRITEBACKS))
+_NUM_FREE = tl.constexpr(int(State.NUM_FREE))
+_LIST_HEAD = tl.constexpr(int(State.LIST_HEAD))
+_LIST_LENGTH = tl.constexpr(int(State.LIST_LENGTH))
+_THRESHOLD = tl.constexpr(int(State.THRESHOLD))
+_NUM_BELOW = tl.constexpr(int(State.NUM_BELOW))
+_BELOW_CURSOR = tl.constexpr(int(State.BELOW_CURSOR))
+_AT_CURSOR = tl.constexpr(int(State.AT_CURSOR))
+_NUM_IDS = tl.constexpr(int(Number.NUM_IDS))
+_IDS = tl.constexpr(int(Number.IDS))
+_BOUNDS = tl.constexpr(int(Number.BOUNDS))
+_BOUNDS_STRIDE = tl.constexpr(int(Number.BOUNDS_STRIDE))
+_SLOTS = tl.constexpr(int(Number.SLOTS))
+_BATCH_INDEX = tl.constexpr(int(Number.BATCH_INDEX))
+_FIRST_HELD = tl.constexpr(int(Number.FIRST_HELD))
+_NEXT_BIT = tl.constexpr(int(Number.NEXT_BIT))
+_KEEP_BITS = tl.constexpr(int(Number.KEEP_BITS))
+_WEIGHT = tl.constexpr(int(Number.WEIGHT))
+_ORIGIN = tl.constexpr(int(Number.ORIGIN))
+_WINDOW_BITS = tl.constexpr(WINDOW_BITS)
+_WINDOW_MASK = tl.constexpr(WINDOW_MASK)
+_NUM_BINS = tl.constexpr(NUM_BINS)
+_NUM_ORDER_BINS = tl.constexpr(NUM_ORDER_BINS)
+_FREQUENCY_BINS = tl.constexpr(FREQUENCY_BINS)
+_BINS_PER_OCTAVE = tl.constexpr(BINS_PER_OCTAVE)
+_LOWEST_OCTAVE = tl.constexpr(LOWEST_OCTAVE)
+_LOWEST_FREQUENCY = tl.constexpr(LOWEST_FREQUENCY)
+_NUM_NOTES = tl.constexpr(NUM_NOTES)
+_NOTES_PER_OCTAVE = tl.constexpr(NOTES_PER_OCTAVE)
+_FIRST_NOTE_LONG_PAST = tl.constexpr(MAX_OCTAVES * NOTES_PER_OCTAVE)
+
+
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def record_cuda_graph(operations: Callable[[], None]) -> Callable[[], None]:
+    """Record what would be enqueued, and enqueue nothing.
+
+    Args:
+        operations: Launch kernels that have been compiled, and copy; allocate nothing, and wait for nothing.
+
+    Returns:
+        What enqueues all of it on the then current stream.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be recorded
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads go on allocating
+        try:
+            operations()
+        finally:
+            graph.capture_end()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+class TritonOps(CommonOps):
+    """See :class:`~torchrec_scratchpipe.core.slot_ops.SlotOps`, which says what each operation does.
+
+    A launch from Python costs the host 20 us or more. So a plan's launches are recorded for each set of buffers, and replayed as one.
+
+    Args:
+        record: What records launches; None launches them one by one.
+    """
+
+    orders_moves = True
+
+    def __init__(self, record: Record | None = None) -> None:
+        self._record = record
+        # By buffers, then by key: None after the first time, which compiles kernels and records nothing.
+        self._recordings: WeakKeyDictionary[PlanBuffers, dict[Hashable, Callable[[], None] | None]] = (
+            WeakKeyDictionary()
+        )
+
+    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
+        """See :class:`SlotOps`."""
+        num_ids, num_features = ids.ids.numel(), features.table.numel()
+        if num_ids:
+            _mark_kernel[(triton.cdiv(num_ids, IDS_PER_PROGRAM),)](
+                ids.ids,
+                ids.bounds,
+                *features,
+                maps.row_to_slot,
+                maps.uses_ahead,
+                num_ids,
+                num_features,
+                ids.bounds.stride(0),
+                bit,
+                IS_USED=is_used,
+                SEARCH_STEPS=num_features.bit_length(),
+                BLOCK=IDS_PER_PROGRAM,
+            )
+
+    def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
+        """See :class:`SlotOps`."""
+        ids, bounds = request.ids
+        numbers = [0] * len(Number)
+        numbers[Number.NUM_IDS] = ids.numel()
+        numbers[Number.IDS] = ids.data_ptr()
+        numbers[Number.BOUNDS] = bounds.data_ptr()
+        numbers[Number.BOUNDS_STRIDE] = bounds.stride(0)
+        numbers[Number.SLOTS] = request.slots.data_ptr()
+        numbers[Number.BATCH_INDEX] = request.batch_index
+        numbers[Number.FIRST_HELD] = request.first_held
+        numbers[Number.NEXT_BIT] = request.next_bit
+        numbers[Number.KEEP_BITS] = request.keep_bits
+        numbers[Number.WEIGHT] = _bits_of(request.aging.weight)
+        numbers[Number.ORIGIN] = _bits_of(request.aging.origin)
+        buffers.host_numbers.numpy()[:] = numbers
+
+    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
+        """See :class:`SlotOps`; recorded the second time."""
+        if self._record is None:
+            operations()
+            return
+        recordings = self._recordings.setdefault(buffers, {})
+        if key not in recordings:
+            recordings[key] = None
+            operations()
+            return
+        recording = recordings[key]
+        if recording is None:
+            try:
+                recording = recordings[key] = self._record(operations)
+            except RuntimeError as error:
+                logger.warning("launches cannot be recorded, and cost more of the host's time (%s)", error)
+                self._record = None
+                operations()
+                return
+        recording()
+
+    def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
+        """See :class:`SlotOps`."""
+        buffers.numbers.copy_(buffers.host_numbers, non_blocking=True)
+        buffers.counts.zero_()
+        num_features = request.features.table.numel()
+        _find_kernel[_grid(buffers)](
+            buffers.numbers,
+            *request.features,
+            maps.row_to_slot,
+            maps.last_use,
+            buffers.rows,
+            scratch.hit_slots,
+            scratch.hit_last_use,
+            buffers.miss_rows,
+            scratch.miss_known,
+            buffers.counts,
+            num_features,
+            ARE_IDS_64_BIT=request.ids.ids.dtype is torch.int64,
+            ARE_BOUNDS_64_BIT=request.ids.bounds.dtype is torch.int64,
+            SEARCH_STEPS=num_features.bit_length(),
+            BLOCK=IDS_PER_PROGRAM,
+        )
+
+    def take(
+        self,
+        request: PlanRequest,
+        maps: SlotMaps,
+        buffers: PlanBuffers,
+        scratch: ScratchBuffers,
+        skips_used_ahead: bool,
+    ) -> None:
+        """See :class:`SlotOps`."""
+        _take_kernel[(1,)](
+            buffers.numbers,
+            buffers.counts,
+            maps.state,
+            maps.listed,
+            maps.listed_last_use,
+            maps.last_use,
+            maps.uses_ahead,
+            buffers.miss_slots,
+            scratch.victim_last_use,
+            SKIPS_USED_AHEAD=skips_used_ahead,
+            BLOCK=LISTED_PER_ROUND,
+            num_warps=WARPS_OF_TAKE,
+        )
+
+    def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
+        """See :class:`SlotOps`."""
+        num_slots = maps.last_use.numel()
+        grid = (triton.cdiv(num_slots, SLOTS_PER_PROGRAM),)
+        slots = (maps.last_use, maps.uses_ahead, maps.frequency, num_slots)
+        _histogram_kernel[grid](buffers.numbers, buffers.counts, maps.histogram, *slots, BLOCK=SLOTS_PER_PROGRAM)
+        _threshold_kernel[(1,)](buffers.counts, maps.state, maps.histogram, num_wanted, maps.listed.numel())
+        _list_kernel[grid](
+            buffers.numbers,
+            buffers.counts,
+            maps.state,
+            maps.listed,
+            maps.listed_last_use,
+            maps.listed.numel(),
+            *slots,
+            BLOCK=SLOTS_PER_PROGRAM,
+        )
+
+    def commit(
+        self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers, tables: TableCounts
+    ) -> None:
+        """See :class:`SlotOps`."""
+        num_tables = tables.num_unique.numel()
+        # As many programs as the unique rows can need, of which there are no more than a buffer has room for.
+        _commit_kernel[_grid(buffers)](
+            buffers.numbers,
+            buffers.counts,
+            maps.state,
+            maps.row_to_slot,
+            maps.slot_to_row,
+            maps.last_use,
+            maps.uses_ahead,
+            maps.frequency,
+            maps.free_slots,
+            scratch.hit_slots,
+            scratch.hit_last_use,
+            buffers.miss_rows,
+            scratch.miss_known,
+            buffers.miss_slots,
+            buffers.victim_rows,
+            scratch.victim_last_use,
+            tables.row_offsets,
+            tables.num_unique,
+            tables.num_misses,
+            tables.num_victims,
+            num_tables,
+            SEARCH_STEPS=num_tables.bit_length(),
+            TABLE_BINS=_table_bins(num_tables),
+            BLOCK=IDS_PER_PROGRAM,
+        )
+
+    def translate(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts) -> None:
+        """See :class:`SlotOps`."""
+        num_tables = tables.num_ids.numel()
+        _translate_kernel[_grid(buffers)](
+            buffers.numbers,
+            buffers.counts,
+            maps.state,
+            maps.row_to_slot,
+            buffers.rows,
+            tables.row_offsets,
+            tables.num_ids,
+            num_tables,
+            SEARCH_STEPS=num_tables.bit_length(),
+            TABLE_BINS=_table_bins(num_tables),
+            BLOCK=IDS_PER_PROGRAM,
+        )
+
+    def order(
+        self, rows: Tensor, slots: Tensor, counts: Tensor, count: Count, num_rows: int, buffers: OrderBuffers
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`SlotOps`; by bins of neighbouring rows.
+
+        A device reaches rows of a large table in any order at a third of the bus's speed, because it must look up each one's page.
+        """
+        shift = max(0, (max(1, num_rows) - 1).bit_length() - (NUM_ORDER_BINS - 1).bit_length())
+        grid = (triton.cdiv(max(1, rows.numel()), IDS_PER_PROGRAM),)
+        buffers.bins.zero_()
+        _count_bins_kernel[grid](rows, buffers.bins, counts, shift, COUNT=int(count), BLOCK=IDS_PER_PROGRAM)
+        _first_of_bins_kernel[(1,)](buffers.bins, num_warps=16)
+        _put_in_bins_kernel[grid](
+            rows,
+            slots,
+            buffers.rows,
+            buffers.slots,
+            buffers.bins,
+            counts,
+            shift,
+            COUNT=int(count),
+            BLOCK=IDS_PER_PROGRAM,
+        )
+        return buffers.rows, buffers.slots
+
+    def move(
+        self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
+    ) -> None:
+        """See :class:`SlotOps`; `source` and `target` may lie in page-locked host memory."""
+        row_bytes = source[:1].nbytes
+        word = torch.int32 if row_bytes % 4 == 0 else torch.int16
+        num_words = row_bytes // word.itemsize
+        words_per_block = min(triton.next_power_of_2(num_words), 1024)
+        _move_kernel[(NUM_MOVE_PROGRAMS[count],)](
+            source.view(word),
+            source_index,
+            target.view(word),
+            target_index,
+            counts,
+            COUNT=int(count),
+            WORDS=num_words,
+            BLOCK_WORDS=words_per_block,
+            BLOCK_ROWS=max(1, min(4096, WORDS_PER_MOVE // words_per_block)),
+            num_warps=WARPS_OF_MOVE,
+        )
+
+    def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
+        """See :class:`SlotOps`."""
+        _count_misses_kernel[_grid(buffers)](
+            buffers.numbers, maps.slot_to_row, buffers.rows, num_misses, BLOCK=IDS_PER_PROGRAM
+        )
+
+
+def _grid(buffers: PlanBuffers) -> tuple[int]:
+    """For all ids that the buffers have room for; programs beyond the last id do nothing."""
+    return (triton.cdiv(buffers.rows.numel(), IDS_PER_PROGRAM),)
+
+
+def _table_bins(num_tables: int) -> int:
+    return max(32, triton.next_power_of_2(num_tables))
+
+
+def _bits_of(number: float) -> int:
+    bits: int = struct.unpack("<i", struct.pack("<f", number))[0]
+    return bits
+
+
+@triton.jit
+def _float_of(numbers_ptr, position: tl.constexpr):
+    return tl.load(numbers_ptr + position).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _address_of(numbers_ptr, position: tl.constexpr, IS_64_BIT: tl.constexpr):
+    """The address of integers that a batch has brought."""
+    address = tl.load(numbers_ptr + position)
+    if IS_64_BIT:  # noqa: SIM108  one type for the compiler
+        pointer = address.to(tl.pointer_type(tl.int64))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int32))
+    return pointer
+
+
+@triton.jit
+def _segment_of(bounds_ptr, bounds_stride, positions, num_segments, inside, SEARCH_STEPS: tl.constexpr):
+    """The segment f with bounds[f] <= position < bounds[f + 1]."""
+    low = tl.zeros_like(positions)
+    high = low + num_segments
+    for _ in tl.static_range(SEARCH_STEPS):
+        middle = (low + high) // 2
+        is_after = tl.load(bounds_ptr + middle * bounds_stride, mask=inside, other=0).to(tl.int64) <= positions
+        low = tl.where(is_after, middle, low)
+        high = tl.where(is_after, high, middle)
+    return low
+
+
+@triton.jit
+def _rows_of_ids(
+    ids_ptr,
+    bounds_ptr,
+    first_row_ptr,
+    num_rows_ptr,
+    table_ptr,
+    num_ids,
+    num_features,
+    bounds_stride,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Positions of this program's ids, their rows, whether those are this pool's, and which ids are out of range."""
+    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < num_ids
+    feature = _segment_of(bounds_ptr, bounds_stride, positions, num_features, inside, SEARCH_STEPS)
+    is_mine = inside & (tl.load(table_ptr + feature, mask=inside, other=-1) >= 0)
+    ids = tl.load(ids_ptr + positions, mask=is_mine, other=0).to(tl.int64)
+    is_bad = is_mine & ((ids < 0) | (ids >= tl.load(num_rows_ptr + feature, mask=is_mine, other=1)))
+    is_mine = is_mine & ~is_bad
+    rows = tl.load(first_row_ptr + feature, mask=is_mine, other=0) + ids
+    return positions, rows, is_mine, is_bad
+
+
+@triton.jit
+def _num_missing(counts_ptr):
+    return tl.load(counts_ptr + _MISSES) - tl.load(counts_ptr + _FROM_FREE) - tl.load(counts_ptr + _VICTIMS)
+
+
+@triton.jit
+def _is_refused(counts_ptr):
+    return (_num_missing(counts_ptr) > 0) | (tl.load(counts_ptr + _BAD_POSITION) > 0)
+
+
+@triton.jit
+def _append(cursor_ptr, is_new):
+    """Where each new value of this program goes in a list that all programs append to."""
+    is_new_int = is_new.to(tl.int32)
+    first = tl.atomic_add(cursor_ptr, tl.sum(is_new_int, 0).to(tl.int64), sem="relaxed")
+    return first + tl.cumsum(is_new_int, 0) - is_new_int
+
+
+@triton.jit
+def _per_table(row_offsets_ptr, rows, inside, num_tables, SEARCH_STEPS: tl.constexpr, TABLE_BINS: tl.constexpr):
+    """How many of these rows each table has."""
+    table = _segment_of(row_offsets_ptr, 1, rows, num_tables, inside, SEARCH_STEPS)
+    return tl.histogram(table.to(tl.int32), TABLE_BINS, mask=inside).to(tl.int64)
+
+
+@triton.jit
+def _add_per_table(counts_ptr, sizes, TABLE_BINS: tl.constexpr):
+    tl.atomic_add(counts_ptr + tl.arange(0, TABLE_BINS), sizes, mask=sizes > 0, sem="relaxed")
+
+
+@triton.jit(
+    do_not_specialize=["num_ids", "num_features", "bounds_stride", "bit"],
+    do_not_specialize_on_alignment=["ids_ptr", "bounds_ptr"],
+)
+def _mark_kernel(
+    ids_ptr,
+    bounds_ptr,
+    first_row_ptr,
+    num_rows_ptr,
+    table_ptr,
+    row_to_slot_ptr,
+    uses_ahead_ptr,
+    num_ids,
+    num_features,
+    bounds_stride,
+    bit,
+    IS_USED: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _, rows, inside, _ = _rows_of_ids(
+        ids_ptr,
+        bounds_ptr,
+        first_row_ptr,
+        num_rows_ptr,
+        table_ptr,
+        num_ids,
+        num_features,
+        bounds_stride,
+        SEARCH_STEPS,
+        BLOCK,
+    )
+    slots = tl.load(row_to_slot_ptr + rows, mask=inside, other=0)
+    is_present = inside & (slots >= 0)
+    uses_of_present = tl.load(uses_ahead_ptr + slots, mask=is_present, other=0)
+    uses = tl.where(is_present, uses_of_present, -1 - slots)
+    uses = (uses | bit) if IS_USED else (uses & ~bit)
+    # A repeated row is written more than once, with the same value.
+    tl.store(uses_ahead_ptr + slots, uses, mask=is_present)
+    tl.store(row_to_slot_ptr + rows, -1 - uses, mask=inside & (slots < 0))
+
+
+@triton.jit(do_not_specialize=["num_features"])
+def _find_kernel(
+    numbers_ptr,
+    first_row_ptr,
+    num_rows_ptr,
+    table_ptr,
+    row_to_slot_ptr,
+    last_use_ptr,
+    rows_ptr,
+    hit_slots_ptr,
+    hit_last_use_ptr,
+    miss_rows_ptr,
+    miss_known_ptr,
+    counts_ptr,
+    num_features,
+    ARE_IDS_64_BIT: tl.constexpr,
+    ARE_BOUNDS_64_BIT: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    num_ids = tl.load(numbers_ptr + _NUM_IDS)
+    if tl.program_id(0) * BLOCK >= num_ids:
+        return
+    batch_index = tl.load(numbers_ptr + _BATCH_INDEX).to(tl.int32)
+    positions, rows, is_mine, is_bad = _rows_of_ids(
+        _address_of(numbers_ptr, _IDS, ARE_IDS_64_BIT),
+        _address_of(numbers_ptr, _BOUNDS, ARE_BOUNDS_64_BIT),
+        first_row_ptr,
+        num_rows_ptr,
+        table_ptr,
+        num_ids,
+        num_features,
+        tl.load(numbers_ptr + _BOUNDS_STRIDE),
+        SEARCH_STEPS,
+        BLOCK,
+    )
+    last_bad = tl.max(tl.where(is_bad, positions + 1, 0), 0)
+    if last_bad > 0:
+        tl.atomic_max(counts_ptr + _BAD_POSITION, last_bad, sem="relaxed")
+    tl.store(rows_ptr + positions, tl.where(is_mine, rows, -1), mask=positions < num_ids)
+
+    slots = tl.load(row_to_slot_ptr + rows, mask=is_mine, other=0)
+    is_hit = is_mine & (slots >= 0)
+    # Looking first spares most of the atomics on popular rows.
+    is_hit &= tl.load(last_use_ptr + slots, mask=is_hit, other=0) < batch_index
+    last_use = tl.atomic_max(last_use_ptr + slots, batch_index + tl.zeros_like(slots), mask=is_hit, sem="relaxed")
+    is_hit &= last_use < batch_index
+    place = _append(counts_ptr + _HITS, is_hit)
+    tl.store(hit_slots_ptr + place, slots, mask=is_hit)
+    tl.store(hit_last_use_ptr + place, last_use, mask=is_hit)
+
+    is_miss = is_mine & (slots < 0) & (slots != _BEING_PLACED)
+    mark = tl.full(slots.shape, _BEING_PLACED, tl.int32)
+    known = tl.atomic_min(row_to_slot_ptr + rows, mark, mask=is_miss, sem="relaxed")
+    is_miss &= known != _BEING_PLACED
+    place = _append(counts_ptr + _MISSES, is_miss)
+    tl.store(miss_rows_ptr + place, rows, mask=is_miss)
+    tl.store(miss_known_ptr + place, known, mask=is_miss)
+
+
+@triton.jit
+def _take_kernel(
+    numbers_ptr,
+    counts_ptr,
+    state_ptr,
+    listed_ptr,
+    listed_last_use_ptr,
+    last_use_ptr,
+    uses_ahead_ptr,
+    miss_slots_ptr,
+    victim_last_use_ptr,
+    SKIPS_USED_AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    batch_index = tl.load(numbers_ptr + _BATCH_INDEX).to(tl.int32)
+    first_held = tl.load(numbers_ptr + _FIRST_HELD)
+    num_misses = tl.load(counts_ptr + _MISSES)
+    from_free = tl.minimum(num_misses, tl.load(state_ptr + _NUM_FREE))
+    wanted = num_misses - from_free
+    taken = tl.load(counts_ptr + _VICTIMS)
+    head = tl.load(state_ptr + _LIST_HEAD)
+    length = tl.load(state_ptr + _LIST_LENGTH)
+    while (taken < wanted) & (head < length):
+        positions = head + tl.arange(0, BLOCK)
+        inside = positions < length
+        slots = tl.load(listed_ptr + positions, mask=inside, other=0)
+        listed_last_use = tl.load(listed_last_use_ptr + positions, mask=inside, other=0)
+        is_usable = inside & (tl.load(last_use_ptr + slots, mask=inside, other=-1) == listed_last_use)
+        is_usable &= listed_last_use < first_held
+        if SKIPS_USED_AHEAD:
+            is_usable &= tl.load(uses_ahead_ptr + slots, mask=inside, other=1) == 0
+        is_usable_int = is_usable.to(tl.int32)
+        places = taken + tl.cumsum(is_usable_int, 0) - is_usable_int
+        is_chosen = is_usable & (places < wanted)
+        tl.store(miss_slots_ptr + places, slots, mask=is_chosen)
+        tl.store(victim_last_use_ptr + places, listed_last_use, mask=is_chosen)
+        tl.store(last_use_ptr + slots, batch_index + tl.zeros_like(slots), mask=is_chosen)
+        taken += tl.sum(is_chosen.to(tl.int64), 0)
+        after_last_chosen = tl.max(tl.where(is_chosen, positions + 1, 0), 0)
+        head = tl.where(taken < wanted, tl.minimum(head + BLOCK, length), after_last_chosen)
+    tl.store(state_ptr + _LIST_HEAD, head)
+    tl.store(counts_ptr + _VICTIMS, taken)
+    tl.store(counts_ptr + _FROM_FREE, from_free)
+
+
+@triton.jit
+def _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots):
+    """The bin of each slot, -1 if it must not go; and its last use."""
+    first_held = tl.load(numbers_ptr + _FIRST_HELD)
+    next_bit = tl.load(numbers_ptr + _NEXT_BIT).to(tl.int32)
+    inside = slots < num_slots
+    last_use = tl.load(last_use_ptr + slots, mask=inside, other=-1)
+    is_usable = (last_use >= 0) & (last_use < first_held)
+    uses = tl.load(uses_ahead_ptr + slots, mask=is_usable, other=0)
+    frequency = tl.load(frequency_ptr + slots, mask=is_usable, other=1.0)
+    octaves = tl.log2(tl.maximum(frequency, _LOWEST_FREQUENCY)) - _LOWEST_OCTAVE
+    bins = tl.floor(octaves * _BINS_PER_OCTAVE).to(tl.int32)
+    bins = tl.minimum(tl.maximum(bins, 0), _FREQUENCY_BINS - 1)
+    in_order = (uses >> next_bit) | ((uses & ((1 << next_bit) - 1)) << (_WINDOW_BITS - next_bit))
+    # Half an octave more, so that no rounding of the logarithm of a power of two matters.
+    distance = (tl.log2(tl.maximum(in_order & -in_order, 1).to(tl.float32)) + 0.5).to(tl.int32)
+    bins = tl.where(uses != 0, _FREQUENCY_BINS + _WINDOW_BITS - 1 - distance, bins)
+    return tl.where(is_usable, bins, -1), last_use
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _histogram_kernel(
+    numbers_ptr,
+    counts_ptr,
+    histogram_ptr,
+    last_use_ptr,
+    uses_ahead_ptr,
+    frequency_ptr,
+    num_slots,
+    BLOCK: tl.constexpr,
+):
+    if _num_missing(counts_ptr) > 0:
+        slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        bins, _ = _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots)
+        # Most slots share few bins: counted here first, so that atomics on one address are rare.
+        sizes = tl.histogram(tl.maximum(bins, 0), _NUM_BINS, mask=bins >= 0)
+        tl.atomic_add(histogram_ptr + tl.arange(0, _NUM_BINS), sizes, mask=sizes > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_wanted", "capacity"])
+def _threshold_kernel(counts_ptr, state_ptr, histogram_ptr, num_wanted, capacity):
+    missing = _num_missing(counts_ptr)
+    if missing > 0:
+        bins = tl.arange(0, _NUM_BINS)
+        sizes = tl.load(histogram_ptr + bins)
+        at_most = tl.cumsum(sizes, 0).to(tl.int64)
+        num_unused_ahead = tl.sum(tl.where(bins < _FREQUENCY_BINS, sizes, 0), 0).to(tl.int64)
+        target = tl.maximum(missing, num_wanted)
+        target = tl.where(num_unused_ahead >= missing, tl.minimum(target, num_unused_ahead), target)
+        threshold = tl.minimum(tl.sum((at_most < target).to(tl.int64), 0), _NUM_BINS - 1)
+        num_below = tl.sum(tl.where(bins < threshold, sizes, 0), 0).to(tl.int64)
+        num_up_to = num_below + tl.sum(tl.where(bins == threshold, sizes, 0), 0).to(tl.int64)
+        tl.store(state_ptr + _LIST_HEAD, 0)
+        tl.store(state_ptr + _LIST_LENGTH, tl.minimum(num_up_to, capacity))
+        tl.store(state_ptr + _THRESHOLD, threshold)
+        tl.store(state_ptr + _NUM_BELOW, num_below)
+        tl.store(state_ptr + _BELOW_CURSOR, 0)
+        tl.store(state_ptr + _AT_CURSOR, 0)
+        tl.debug_barrier()
+        tl.store(histogram_ptr + bins, tl.zeros_like(sizes))
+
+
+@triton.jit(do_not_specialize=["capacity", "num_slots"])
+def _list_kernel(
+    numbers_ptr,
+    counts_ptr,
+    state_ptr,
+    listed_ptr,
+    listed_last_use_ptr,
+    capacity,
+    last_use_ptr,
+    uses_ahead_ptr,
+    frequency_ptr,
+    num_slots,
+    BLOCK: tl.constexpr,
+):
+    if _num_missing(counts_ptr) > 0:
+        slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        bins, last_use = _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots)
+        threshold = tl.load(state_ptr + _THRESHOLD)
+        is_below = (bins >= 0) & (bins < threshold)
+        place = _append(state_ptr + _BELOW_CURSOR, is_below)
+        tl.store(listed_ptr + place, slots, mask=is_below)
+        tl.store(listed_last_use_ptr + place, last_use, mask=is_below)
+        is_at = bins == threshold
+        place = tl.load(state_ptr + _NUM_BELOW) + _append(state_ptr + _AT_CURSOR, is_at)
+        is_at &= place < capacity
+        tl.store(listed_ptr + place, slots, mask=is_at)
+        tl.store(listed_last_use_ptr + place, last_use, mask=is_at)
+
+
+@triton.jit(do_not_specialize=["num_tables"])
+def _commit_kernel(
+    numbers_ptr,
+    counts_ptr,
+    state_ptr,
+    row_to_slot_ptr,
+    slot_to_row_ptr,
+    last_use_ptr,
+    uses_ahead_ptr,
+    frequency_ptr,
+    free_slots_ptr,
+    hit_slots_ptr,
+    hit_last_use_ptr,
+    miss_rows_ptr,
+    miss_known_ptr,
+    miss_slots_ptr,
+    victim_rows_ptr,
+    victim_last_use_ptr,
+    row_offsets_ptr,
+    num_unique_ptr,
+    num_misses_ptr,
+    num_victims_ptr,
+    num_tables,
+    SEARCH_STEPS: tl.constexpr,
+    TABLE_BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if (first >= tl.load(counts_ptr + _HITS)) & (first >= tl.load(counts_ptr + _MISSES)):
+        return
+    batch_index = tl.load(numbers_ptr + _BATCH_INDEX).to(tl.int32)
+    keep_bits = tl.load(numbers_ptr + _KEEP_BITS).to(tl.int32)
+    weight = _float_of(numbers_ptr, _WEIGHT)
+    origin = _float_of(numbers_ptr, _ORIGIN)
+    positions = first + tl.arange(0, BLOCK)
+    num_victims = tl.load(counts_ptr + _VICTIMS)
+    is_hit = positions < tl.load(counts_ptr + _HITS)
+    is_miss = positions < tl.load(counts_ptr + _MISSES)
+    is_victim = positions < num_victims
+    hits = tl.load(hit_slots_ptr + positions, mask=is_hit, other=0)
+    rows = tl.load(miss_rows_ptr + positions, mask=is_miss, other=0)
+    known = tl.load(miss_known_ptr + positions, mask=is_miss, other=-1)
+    slots = tl.load(miss_slots_ptr + positions, mask=is_victim, other=0)
+    if _is_refused(counts_ptr):
+        tl.store(last_use_ptr + hits, tl.load(hit_last_use_ptr + positions, mask=is_hit, other=0), mask=is_hit)
+        old = tl.load(victim_last_use_ptr + positions, mask=is_victim, other=0)
+        tl.store(last_use_ptr + slots, old, mask=is_victim)
+        tl.store(row_to_slot_ptr + rows, known, mask=is_miss)
+    else:
+        frequency = tl.load(frequency_ptr + hits, mask=is_hit, other=0.0)
+        uses = tl.load(uses_ahead_ptr + hits, mask=is_hit, other=0)
+        hit_rows = tl.load(slot_to_row_ptr + hits, mask=is_hit, other=0)
+        tl.store(frequency_ptr + hits, frequency + weight, mask=is_hit)
+        tl.store(uses_ahead_ptr + hits, uses & keep_bits, mask=is_hit)
+        num_hits = _per_table(row_offsets_ptr, hit_rows, is_hit, num_tables, SEARCH_STEPS, TABLE_BINS)
+        num_misses = _per_table(row_offsets_ptr, rows, is_miss, num_tables, SEARCH_STEPS, TABLE_BINS)
+        _add_per_table(num_unique_ptr, num_hits + num_misses, TABLE_BINS)
+        _add_per_table(num_misses_ptr, num_misses, TABLE_BINS)
+
+        # Who leaves, and what is to be remembered of it.
+        victim_rows = tl.load(slot_to_row_ptr + slots, mask=is_victim, other=0)
+        victim_uses = tl.load(uses_ahead_ptr + slots, mask=is_victim, other=0)
+        victim_frequency = tl.load(frequency_ptr + slots, mask=is_victim, other=1.0)
+        log2 = tl.log2(tl.maximum(victim_frequency, _LOWEST_FREQUENCY))
+        note = tl.floor(log2 * _NOTES_PER_OCTAVE + origin).to(tl.int32)
+        note = (note + 2 * _NUM_NOTES) % _NUM_NOTES + 1
+        tl.store(victim_rows_ptr + positions, victim_rows, mask=is_victim)
+        tl.store(row_to_slot_ptr + victim_rows, -1 - (victim_uses | (note << _WINDOW_BITS)), mask=is_victim)
+        sizes = _per_table(row_offsets_ptr, victim_rows, is_victim, num_tables, SEARCH_STEPS, TABLE_BINS)
+        _add_per_table(num_victims_ptr, sizes, TABLE_BINS)
+        tl.debug_barrier()  # the same places are written below
+
+        # Who comes.
+        from_free = is_miss & ~is_victim
+        free_places = tl.load(state_ptr + _NUM_FREE) - 1 - (positions - num_victims)
+        free = tl.load(free_slots_ptr + free_places, mask=from_free, other=0)
+        slots = tl.where(is_victim, slots, free)
+        known = -1 - known
+        note = known >> _WINDOW_BITS
+        since_origin = (note - 1).to(tl.float32) - origin
+        since_origin = tl.where(since_origin < 0, since_origin + _NUM_NOTES, since_origin)
+        since_origin = tl.where(since_origin >= _FIRST_NOTE_LONG_PAST, since_origin - _NUM_NOTES, since_origin)
+        frequency = tl.where(note == 0, 0.0, tl.exp2(since_origin / _NOTES_PER_OCTAVE)) + weight
+        tl.store(miss_slots_ptr + positions, slots, mask=is_miss)
+        tl.store(row_to_slot_ptr + rows, slots, mask=is_miss)
+        tl.store(slot_to_row_ptr + slots, rows, mask=is_miss)
+        tl.store(last_use_ptr + slots, batch_index + tl.zeros_like(slots), mask=is_miss)
+        tl.store(uses_ahead_ptr + slots, known & _WINDOW_MASK & keep_bits, mask=is_miss)
+        tl.store(frequency_ptr + slots, frequency, mask=is_miss)
+
+
+@triton.jit(do_not_specialize=["num_tables"])
+def _translate_kernel(
+    numbers_ptr,
+    counts_ptr,
+    state_ptr,
+    row_to_slot_ptr,
+    rows_ptr,
+    row_offsets_ptr,
+    num_ids_ptr,
+    num_tables,
+    SEARCH_STEPS: tl.constexpr,
+    TABLE_BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    num_ids = tl.load(numbers_ptr + _NUM_IDS)
+    slots_ptr = _address_of(numbers_ptr, _SLOTS, True)
+    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_refused = _is_refused(counts_ptr)
+    rows = tl.load(rows_ptr + positions, mask=positions < num_ids, other=-1)
+    is_mine = rows >= 0
+    slots = tl.load(row_to_slot_ptr + rows, mask=is_mine, other=0).to(tl.int64)
+    # A bad plan leaves negative values in row_to_slot; its batch will not be looked up.
+    tl.store(slots_ptr + positions, tl.where(is_refused, tl.zeros_like(slots), slots), mask=is_mine)
+    if not is_refused:
+        sizes = _per_table(row_offsets_ptr, rows, is_mine, num_tables, SEARCH_STEPS, TABLE_BINS)
+        _add_per_table(num_ids_ptr, sizes, TABLE_BINS)
+    if tl.program_id(0) == 0:
+        if is_refused:
+            tl.store(counts_ptr + _IS_REFUSED, 1)
+        else:
+            from_free = tl.load(counts_ptr + _FROM_FREE)
+            tl.store(state_ptr + _NUM_FREE, tl.load(state_ptr + _NUM_FREE) - from_free)
+            tl.store(counts_ptr + _FILLS, tl.load(counts_ptr + _MISSES))
+            tl.store(counts_ptr + _WRITEBACKS, tl.load(counts_ptr + _VICTIMS))
+
+
+@triton.jit(do_not_specialize=["shift"])
+def _count_bins_kernel(rows_ptr, bins_ptr, counts_ptr, shift, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    num_rows = tl.load(counts_ptr + COUNT)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first < num_rows:
+        positions = first + tl.arange(0, BLOCK)
+        inside = positions < num_rows
+        bins = tl.load(rows_ptr + positions, mask=inside, other=0) >> shift
+        tl.atomic_add(bins_ptr + bins, tl.full(bins.shape, 1, tl.int32), mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _first_of_bins_kernel(bins_ptr):
+    """From how many there are in each bin to where each begins."""
+    bins = tl.arange(0, _NUM_ORDER_BINS)
+    sizes = tl.load(bins_ptr + bins)
+    firsts = tl.cumsum(sizes, 0) - sizes
+    tl.debug_barrier()
+    tl.store(bins_ptr + bins, firsts)
+
+
+@triton.jit(do_not_specialize=["shift"])
+def _put_in_bins_kernel(
+    rows_ptr,
+    slots_ptr,
+    ordered_rows_ptr,
+    ordered_slots_ptr,
+    bins_ptr,
+    counts_ptr,
+    shift,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    num_rows = tl.load(counts_ptr + COUNT)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first < num_rows:
+        positions = first + tl.arange(0, BLOCK)
+        inside = positions < num_rows
+        rows = tl.load(rows_ptr + positions, mask=inside, other=0)
+        slots = tl.load(slots_ptr + positions, mask=inside, other=0)
+        one = tl.full(rows.shape, 1, tl.int32)
+        places = tl.atomic_add(bins_ptr + (rows >> shift), one, mask=inside, sem="relaxed")
+        tl.store(ordered_rows_ptr + places, rows, mask=inside)
+        tl.store(ordered_slots_ptr + places, slots, mask=inside)
+
+
+@triton.jit
+def _move_kernel(
+    source_ptr,
+    source_index_ptr,
+    target_ptr,
+    target_index_ptr,
+    counts_ptr,
+    COUNT: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    num_rows = tl.load(counts_ptr + COUNT)
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
+    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    while first < num_rows:
+        positions = first + tl.arange(0, BLOCK_ROWS)
+        inside = positions < num_rows
+        source = tl.load(source_index_ptr + positions, mask=inside, other=0).to(tl.int64) * WORDS
+        target = tl.load(target_index_ptr + positions, mask=inside, other=0).to(tl.int64) * WORDS
+        for first_word in tl.static_range(0, WORDS, BLOCK_WORDS):
+            words = first_word + tl.arange(0, BLOCK_WORDS)
+            mask = inside[:, None] & (words < WORDS)[None, :]
+            values = tl.load(source_ptr + source[:, None] + words[None, :], mask=mask)
+            tl.store(target_ptr + target[:, None] + words[None, :], values, mask=mask)
+        first += stride
+
+
+@triton.jit
+def _count_misses_kernel(numbers_ptr, slot_to_row_ptr, rows_ptr, num_misses_ptr, BLOCK: tl.constexpr):
+    slots_ptr = _address_of(numbers_ptr, _SLOTS, True)
+    positions = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(rows_ptr + positions, mask=positions < tl.load(numbers_ptr + _NUM_IDS), other=-1)
+    is_mine = rows >= 0
+    slots = tl.load(slots_ptr + positions, mask=is_mine, other=0)
+    is_miss = is_mine & (tl.load(slot_to_row_ptr + slots, mask=is_mine, other=0) != rows)
+    num_misses = tl.sum(is_miss.to(tl.int64), 0)
+    if num_misses > 0:
+        tl.atomic_add(num_misses_ptr, num_misses, sem="relaxed")

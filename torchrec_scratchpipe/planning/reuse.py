@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Measures how one table's rows are used again, in one pass, and what that means for a scratchpad of any size.
+
+Shapes: ``I`` ids, ``U`` unique rows, ``N`` batches, ``B`` bins of successive batches, ``P`` pressures, ``G`` gaps.
+
+A full scratchpad keeps the rows above some level of its eviction order and lets the others go; call that level the
+pressure. Given the pressure, each row's fate can be told by itself: how long it stays after a use, and whether it is still
+there at the next one. So one pass over the batches counts the rows kept and the uses missed for all pressures at once.
+What presses on a scratchpad is then looked up: the pressure at which the rows of all its tables together just fill its
+slots. It is looked up for each bin of batches, because it rises while the scratchpad fills.
+
+A gap is the number of batches from one use of a row to the next. Pressures are
+
+* for the least recently used order, and for the optimum, gaps: the former keeps a row for so many batches after a use, the latter
+  keeps it only if it will be used again within so many. (This optimum may use more slots now and fewer then; Belady's, for a
+  fixed number of slots, misses a little more.)
+* for our order, first the frequency, aged to the moment, below which rows that no batch seen ahead will use
+  must leave; and when all of those have left, the gap beyond which even the others must.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from torchrec_scratchpipe.core.slot_ops import HALF_LIFE
+
+__all__ = ["Curve", "Reuse", "ReuseMeter", "Window", "misses_of_pool"]
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+MAX_BINS = 12
+MAX_EXACT_GAP = 64
+GAPS: Ints = np.unique(
+    np.concatenate([np.arange(1, MAX_EXACT_GAP + 1), np.ceil(MAX_EXACT_GAP * 1.2 ** np.arange(1, 60)).astype(np.int64)])
+)
+_AGES = np.unique(np.ceil(np.concatenate([np.arange(6), 6 * 1.18 ** np.arange(24)])))  # 0 to 271 batches
+_OLD = np.array([384, 512, 1024, 2048, 4096, 16384])
+_COUNTS = np.array([2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64, 128, 256])
+LEVELS: Floats = np.unique(  # log2 of frequencies: one use so long ago; so many uses, up to a half-life ago
+    np.concatenate(
+        [-np.concatenate([_AGES, _OLD]) / HALF_LIFE, *(np.log2(n) - _AGES[::3] / HALF_LIFE for n in _COUNTS)]
+    )
+)
+
+
+class Curve(NamedTuple):
+    """Means per batch, by bin and rising pressure; a row's first use misses anyway and is not among `missed`."""
+
+    kept: Floats  # [B, P] rows in the scratchpad
+    missed: Floats  # [B, P] unique rows to be fetched
+
+
+class Window(NamedTuple):
+    """How many distinct rows so many successive batches use."""
+
+    num_batches: int
+    mean: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What a :class:`ReuseMeter` has counted of one table."""
+
+    num_rows: int
+    num_batches: int
+    lookahead: int
+    num_batches_seen_ahead: int
+    num_ids: float  # per batch
+    num_distinct: int  # in all batches
+    windows: tuple[Window, ...]
+    bin_sizes: Floats  # [B] batches
+    first_uses: Floats  # [B] per batch
+    curves: dict[str, Curve]  # "ours", "lru", "optimum"
+
+    def window(self, num_batches: float) -> Window:
+        """The working set of a window, interpolated between those measured, else extrapolated by a power law.
+
+        Args:
+            num_batches: May be a fraction: a batch of that share of the size.
+
+        Returns:
+            Rows, at most those of the table.
+        """
+        sizes = np.log([window.num_batches for window in self.windows])
+        values = [self._on_power_law(sizes, [window[i] for window in self.windows], num_batches) for i in (1, 2, 3)]
+        return Window(int(np.ceil(num_batches)), *(min(float(self.num_rows), value) for value in values))
+
+    def scaled(self, num_steps: float = 1.0, share: float = 1.0) -> "Reuse":
+        """The same data in other batches.
+
+        Args:
+            num_steps: So many batches become one. A row that one of them fetches is there for the others.
+            share: Of the rows, and so of everything.
+
+        Returns:
+            A reuse of ``share * num_rows`` rows.
+        """
+        if num_steps == 1.0 and share == 1.0:
+            return self
+        windows = self.windows
+        if num_steps != 1.0:
+            windows = tuple(Window(size, *self.window(size * num_steps)[1:]) for size, *_ in self.windows)
+        least = windows[0].mean
+        return dataclasses.replace(
+            self,
+            num_rows=max(1, round(self.num_rows * share)),
+            num_ids=self.num_ids * num_steps * share,
+            windows=tuple(Window(window.num_batches, *(rows * share for rows in window[1:])) for window in windows),
+            first_uses=self.first_uses * num_steps * share,
+            curves={
+                name: Curve(np.maximum(curve.kept, least) * share, curve.missed * num_steps * share)
+                for name, curve in self.curves.items()
+            },
+        )
+
+    @staticmethod
+    def _on_power_law(log_sizes: Floats, values: Sequence[float], num_batches: float) -> float:
+        logs = np.log(np.maximum(values, 1e-9))
+        at = np.log(num_batches)
+        if log_sizes[0] <= at <= log_sizes[-1]:
+            return float(np.exp(np.interp(at, log_sizes, logs)))
+        if len(log_sizes) == 1:
+            return float(values[0] * num_batches)
+        low, high = (0, 1) if at < log_sizes[0] else (min(len(log_sizes) // 2, len(log_sizes) - 2), -1)
+        slope = (logs[high] - logs[low]) / (log_sizes[high] - log_sizes[low])
+        nearest = 0 if at < log_sizes[0] else -1
+        return float(np.exp(logs[nearest] + slope * (at - log_sizes[nearest])))
+
+
+class ReuseMeter:
+    """Counts the reuse of one table's rows while batches stream by.
+
+    Memory grows with distinct rows, 16 to 32 bytes each, and with batches, about 3 KB each; of 4 bytes per row of the table,
+    only the pages in which a row was used are touched.
+
+    Args:
+        num_rows: Rows of the table.
+        lookahead: L: rows of a batch are held until the batch planned L later.
+        num_batches_seen_ahead: W: batches known beyond the one that is being planned.
+    """
+
+    def __init__(self, num_rows: int, lookahead: int, num_batches_seen_ahead: int) -> None:
+        self._num_rows = num_rows
+        self._held = lookahead
+        self._ahead = num_batches_seen_ahead
+        self._row_to_entry = np.zeros(num_rows, dtype=np.int32)  # 0: never used
+        self._last_use: Ints = np.zeros(1024, dtype=np.int64)
+        self._frequency = np.zeros(1024)  # log2 of the sum of 2 ** (batch / HALF_LIFE) over its uses
+        self._num_entries = 1
+        self._num_ids = 0
+        self._nums_first: list[int] = []
+        self._last_used_in: Ints = np.zeros(0, dtype=np.int64)  # per batch: rows whose last use it is
+        self._window_sizes: list[Ints] = []
+        self._gaps = _CountsByBatch(GAPS.size + 1)
+        self._begun_gaps = _CountsByBatch(GAPS.size + 1)
+        self._exposed = _CountsByBatch(
+            LEVELS.size + 1
+        )  # uses of rows that could have left, by level before they were seen
+        self._begun_unexposed = _CountsByBatch(LEVELS.size + 1)
+        self._ended_unexposed = _CountsByBatch(LEVELS.size + 1)
+        self._checked_at: list[int] = []
+        self._rows_at_level: list[Ints] = []
+
+    @property
+    def num_batches(self) -> int:
+        """N, so far."""
+        return len(self._nums_first)
+
+    def add(self, ids: Ints) -> None:
+        """Count one batch.
+
+        Args:
+            ids: [I], repeats allowed, each in ``[0, num_rows)``.
+        """
+        now = self.num_batches
+        rows = np.unique(ids)
+        entries = self._row_to_entry[rows]
+        is_first = entries == 0
+        again = entries[~is_first]
+        self._num_ids += ids.size
+        self._nums_first.append(int(is_first.sum()))
+        self._count_uses(now, self._last_use[again], self._frequency[again])
+        self._last_used_in = np.append(self._last_used_in, rows.size) - np.bincount(
+            self._last_use[again], minlength=now + 1
+        )
+        self._frequency[again] = np.logaddexp2(self._frequency[again], now / HALF_LIFE)
+        self._last_use[again] = now
+        self._add_entries(rows[is_first], now)
+        newest_first = np.cumsum(self._last_used_in[::-1])
+        self._window_sizes.append(newest_first[np.minimum(GAPS, now + 1) - 1])
+        if not self._checked_at or now - self._checked_at[-1] >= max(1, now // 24):
+            self._check_levels(now)
+
+    def result(self) -> Reuse:
+        """What has been counted so far.
+
+        Returns:
+            Means per bin of batches.
+        """
+        num_batches = self.num_batches
+        if self._checked_at[-1] != num_batches - 1:
+            self._check_levels(num_batches - 1)
+        edges = np.unique(np.linspace(0, num_batches, min(MAX_BINS, num_batches) + 1).astype(np.int64))
+        sizes = np.diff(edges)
+
+        def mean(values: npt.NDArray[np.generic]) -> Floats:
+            sums = np.add.reduceat(values.astype(np.float64), edges[:-1], axis=0)
+            return np.asarray(sums / sizes.reshape(-1, *[1] * (values.ndim - 1)))
+
+        windows = np.stack(self._window_sizes)
+        curves = {"ours": self._ours(windows), "lru": self._lru(windows), "optimum": self._optimum(windows)}
+        return Reuse(
+            num_rows=self._num_rows,
+            num_batches=num_batches,
+            lookahead=self._held,
+            num_batches_seen_ahead=self._ahead,
+            num_ids=self._num_ids / num_batches,
+            num_distinct=self._num_entries - 1,
+            windows=tuple(
+                Window(int(size), float(full.mean()), float(np.percentile(full, 99)), float(full.max()))
+                for index, size in enumerate(GAPS[num_batches >= GAPS])
+                for full in [windows[size - 1 :, index]]
+            ),
+            bin_sizes=sizes.astype(np.float64),
+            first_uses=mean(np.array(self._nums_first)),
+            curves={name: Curve(mean(kept), mean(missed)) for name, (kept, missed) in curves.items()},
+        )
+
+    def _count_uses(self, now: int, last_use: Ints, frequency: Floats) -> None:
+        gaps = now - last_use
+        columns = np.searchsorted(GAPS, gaps)
+        self._gaps.add(now, columns)
+        self._begun_gaps.add_at(last_use + 1, columns)
+        # Plan `now - ahead - 1` is the last that may let the row go; it may not while the row is held.
+        is_exposed = gaps > self._held + self._ahead + 1
+        last_chance = now - self._ahead - 1
+        self._exposed.add(now, np.searchsorted(LEVELS, frequency[is_exposed] - last_chance / HALF_LIFE, side="right"))
+        released = last_use + self._held + 1
+        stays_for_use = ~is_exposed & (released < now)
+        begun, values = released[stays_for_use], frequency[stays_for_use]
+        levels = np.searchsorted(LEVELS, values - begun / HALF_LIFE, side="right")
+        self._begun_unexposed.add_at(begun, levels)
+        self._ended_unexposed.add(now, levels)
+
+    def _add_entries(self, rows: Ints, now: int) -> None:
+        end = self._num_entries + rows.size
+        while end > self._last_use.size:
+            self._last_use = np.concatenate([self._last_use, np.zeros_like(self._last_use)])
+            self._frequency = np.concatenate([self._frequency, np.zeros_like(self._frequency)])
+        self._row_to_entry[rows] = np.arange(self._num_entries, end, dtype=np.int32)
+        self._last_use[self._num_entries : end] = now
+        self._frequency[self._num_entries : end] = now / HALF_LIFE
+        self._num_entries = end
+
+    def _check_levels(self, now: int) -> None:
+        """Count rows that are not held by level; interpolated between the batches at which it is done."""
+        entries = slice(1, self._num_entries)
+        frequency = self._frequency[entries][self._last_use[entries] < now - self._held]
+        levels = np.searchsorted(LEVELS, frequency - now / HALF_LIFE, side="right")
+        self._checked_at.append(now)
+        self._rows_at_level.append(np.bincount(levels, minlength=LEVELS.size + 1))
+
+    def _lru(self, windows: Ints) -> tuple[Floats, Floats]:
+        hits = np.cumsum(self._gaps.stack(), axis=1)[:, :-1]
+        missed = hits[:, -1:] - hits
+        return windows[:, ::-1].astype(np.float64), missed[:, ::-1].astype(np.float64)
+
+    def _optimum(self, windows: Ints) -> tuple[Floats, Floats]:
+        ended = self._gaps.stack()
+        in_gap = np.cumsum(self._begun_gaps.stack(self.num_batches) - ended, axis=0)[:, :-1]
+        kept = windows[:, :1] + np.concatenate([np.zeros_like(in_gap[:, :1]), np.cumsum(in_gap, axis=1)], axis=1)
+        hits = np.concatenate([np.zeros_like(ended[:, :1]), np.cumsum(ended[:, :-1], axis=1)], axis=1)
+        missed = ended.sum(axis=1, keepdims=True) - hits
+        return kept[:, ::-1].astype(np.float64), missed[:, ::-1].astype(np.float64)
+
+    def _ours(self, windows: Ints) -> tuple[Floats, Floats]:
+        num_batches = self.num_batches
+        batches = np.arange(num_batches)
+        held = windows[:, min(self._held, GAPS.size - 1)].astype(np.float64)[:, None]  # GAPS[held] == held + 1
+        rows = np.stack(self._rows_at_level)
+        above = np.cumsum(rows[:, ::-1], axis=1)[:, ::-1]  # [C, 1 + LEVELS]: at or above each level; first, all
+        by_level = np.stack([np.interp(batches, self._checked_at, column) for column in above.T], axis=1)
+        unexposed = np.cumsum(self._begun_unexposed.stack(num_batches) - self._ended_unexposed.stack(), axis=0)
+        below = np.concatenate([np.zeros((num_batches, 1)), np.cumsum(unexposed, axis=1)[:, :-1]], axis=1)
+        kept = held + by_level + below
+        exposed = self._exposed.stack()
+        missed = np.concatenate([np.zeros((num_batches, 1)), np.cumsum(exposed, axis=1)[:, :-1]], axis=1)
+        # Beyond all levels: rows that are neither held nor seen have left. Then those seen to be used late leave too.
+        gaps = self._gaps.stack()
+        reused = gaps.sum(axis=1, keepdims=True)
+        kept_for_gap, missed_for_gap = [], []
+        for ahead in range(self._ahead, -1, -1):
+            longest = self._held + 1 + ahead
+            hits = gaps[:, :longest].sum(axis=1, keepdims=True)  # the columns of gaps 1, 2, ... longest
+            waiting = sum(
+                (self._waiting(gaps, gap) for gap in range(self._held + 2, longest + 1)), np.zeros(num_batches)
+            )
+            kept_for_gap.append(held + waiting[:, None])
+            missed_for_gap.append(reused - hits)
+        return np.concatenate([kept, *kept_for_gap], axis=1), np.concatenate([missed, *missed_for_gap], axis=1)
+
+    def _waiting(self, gaps: Ints, gap: int) -> Floats:
+        """[N] rows that are not held any more and will be used `gap` batches after their last use."""
+        ended = gaps[:, gap - 1].astype(np.float64)
+        begun = np.zeros_like(ended)
+        num_waiting = min(gap - self._held - 1, len(ended))
+        begun[: len(ended) - num_waiting] = ended[num_waiting:]
+        return np.cumsum(begun - ended)
+
+
+class _CountsByBatch:
+    """Counts in columns, one row per batch."""
+
+    def __init__(self, num_columns: int) -> None:
+        self._num_columns = num_columns
+        self._counts: Ints = np.zeros((64, num_columns), dtype=np.int64)
+        self._num_batches = 0
+
+    def add(self, batch: int, columns: Ints) -> None:
+        """Count events of one batch."""
+        self._reserve(batch + 1)
+        self._counts[batch] += np.bincount(columns, minlength=self._num_columns)
+
+    def add_at(self, batches: Ints, columns: Ints) -> None:
+        """Count events of several batches."""
+        if batches.size == 0:
+            return
+        first, last = int(batches.min()), int(batches.max())
+        self._reserve(last + 1)
+        num_cells = (last + 1 - first) * self._num_columns
+        counts = np.bincount((batches - first) * self._num_columns + columns, minlength=num_cells)
+        self._counts[first : last + 1] += counts.reshape(-1, self._num_columns)
+
+    def stack(self, num_batches: int | None = None) -> Ints:
+        """[N, columns]."""
+        num_batches = num_batches or self._num_batches
+        self._reserve(num_batches)
+        return self._counts[:num_batches]
+
+    def _reserve(self, num_batches: int) -> None:
+        self._num_batches = max(self._num_batches, num_batches)
+        while num_batches > len(self._counts):
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+
+
+def misses_of_pool(reuses: Sequence[Reuse], num_slots: float, order: str = "ours") -> list[Floats]:
+    """What tables miss that share slots.
+
+    Args:
+        reuses: One per table, measured together.
+        num_slots: Of the pool.
+        order: Which curve: ours, lru or optimum.
+
+    Returns:
+        [B] per table: unique rows to be fetched per batch, first uses included.
+    """
+    curves = [reuse.curves[order] for reuse in reuses]
+    kept = np.sum([curve.kept for curve in curves], axis=0)
+    misses = [reuse.first_uses.copy() for reuse in reuses]
+    for bin_index, kept_in_bin in enumerate(kept):
+        # `kept` falls; where the slots lie between two pressures, so do the misses.
+        falling = np.minimum.accumulate(kept_in_bin)
+        after = int(np.searchsorted(-falling, -num_slots))
+        if after == 0:
+            continue
+        if after == len(falling):
+            share, before, after = 1.0, after - 1, after - 1
+        else:
+            before = after - 1
+            share = (falling[before] - num_slots) / max(falling[before] - falling[after], 1e-9)
+        for miss, curve in zip(misses, curves, strict=True):
+            miss[bin_index] += (1 - share) * curve.missed[bin_index, before] + share * curve.missed[bin_index, after]
+    return misses

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""TorchRec's train pipeline, with the scratchpad's stages ahead of Train."""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Generic, cast
+
+import torch
+from torch.profiler import record_function
+from torchrec.distributed.embedding_sharding import FusedKJTListSplitsAwaitable, KJTListSplitsAwaitable
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
+from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForward
+from torchrec.distributed.types import Awaitable
+from torchrec.streamable import Pipelineable
+from typing_extensions import TypeVar
+
+from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
+from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
+from torchrec_scratchpipe.sharding.collection import (
+    PlannedBatches,
+    ScratchpadCollection,
+    collection_to_plan,
+    deferring_id_errors,
+    scratchpad_collections,
+    warn_of_missing_scratchpads,
+)
+from torchrec_scratchpipe.sharding.peers import PeerNotice
+
+__all__ = ["ScratchPipeTrainPipeline"]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+# With defaults, a type checker asks for no annotation where only the model, which is untyped, could tell.
+In = TypeVar("In", bound=Pipelineable, default=Any)
+Out = TypeVar("Out", default=Any)
+
+# Batches that TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors.
+NUM_BATCHES_IN_DIST = 2
+# TrainPipelineSparseDist(execute_all_batches=False) leaves this many batches untrained when the data ends.
+NUM_BATCHES_LEFT_BY_STOCK = 2
+
+
+@dataclass
+class ScratchPipeTrainPipelineContext(TrainPipelineContext):
+    """TorchRec's context of one batch; `planned_inputs` holds distributed features of planned batches, by module."""
+
+    planned_inputs: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    is_seen: bool = field(default=False, kw_only=True)
+    is_planned: bool = field(default=False, kw_only=True)
+    is_started: bool = field(default=False, kw_only=True)
+    is_in_forward: bool = field(default=False, kw_only=True)
+
+
+class _ScratchPipeForward(PipelinedForward):
+    """Stands in for a sharded module's forward while the pipeline is attached."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        context = self._context
+        if not isinstance(context, ScratchPipeTrainPipelineContext):  # another pipeline uses the forward that we left
+            return super().__call__(*args, **kwargs)
+        if not context.is_in_forward:
+            return self._forward_outside_pipeline(*args, **kwargs)
+        if self._name not in context.planned_inputs:
+            raise ScratchPipeError(
+                f"module {self._name} is called twice in one forward; a pipelined module can be called once. "
+                "Give the second call a module of its own, or use no pipeline."
+            )
+        dist_input = context.planned_inputs.pop(self._name)
+        module_context = context.module_contexts[self._name]  # stays, so that reset() can release a failed batch
+        if self._stream is not None:
+            stream = torch.get_device_module(self._device).current_stream()
+            stream.wait_stream(self._stream)
+            dist_input.record_stream(stream)
+            module_context.record_stream(stream)
+        return self._module.compute_and_output_dist(module_context, dist_input)
+
+    def _forward_outside_pipeline(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        """Answer a plain `model(batch)` on its own input, not on that of the batch in flight.
+
+        The pipeline has fused the splits exchange of all input dists, so it is done here for this one call.
+        """
+        if self._context.postproc_fwd_results:
+            raise ScratchPipeError(
+                f"module {self._name} is called outside the pipeline, whose pipeline_postproc hands out what it computed "
+                "for the batch in flight. Call the pipeline's detach() first, or have no postprocs pipelined."
+            )
+        module = self._module
+        module_context = module.create_context()
+        request = module.input_dist(module_context, *args, **kwargs)
+        if isinstance(request, KJTListSplitsAwaitable):
+            pg = next((awaitable.pg for awaitable in request.awaitables if hasattr(awaitable, "pg")), None)
+            splits = FusedKJTListSplitsAwaitable([request], [module_context], pg)
+            tensors = PeerNotice().watch(splits).wait()[0]
+        else:
+            tensors = request.wait()
+        return module.compute_and_output_dist(module_context, tensors.wait())
+
+
+class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out]):
+    """Trains one batch while the rows of the coming ones travel to the scratchpad.
+
+    ====================  =========================================  ==========================================
+    stage                 batches (0 trains, L is `lookahead`, F     where
+                          is L + `num_batches_seen_ahead`)
+    ====================  =========================================  ==========================================
+    Load                  F + 2: copy to device, start input dist    memcpy and data_dist streams of TorchRec
+    Load                  F + 1: input dist exchanges its tensors    data_dist stream
+    (seen)                L + 1 .. F: their ids guide evictions      worker thread, on CUDA its own stream
+    Plan ... Insert       1 .. L, one after another                  worker thread, on CUDA its own stream
+    Train                 0: forward, backward, optimizer            default stream
+    ====================  =========================================  ==========================================
+
+    Sharded modules without scratchpad tables are pipelined as in TrainPipelineSparseDist. One pipeline may serve training
+    and evaluation in turn, each with a new iterator.
+
+    TorchRec has no types, so what :meth:`progress` returns is for the caller to say:
+    ``ScratchPipeTrainPipeline[Batch, Tensor](...)``.
+
+    Args:
+        model: A model sharded by DistributedModelParallel.
+        optimizer: Its dense optimizer, or all of them combined.
+        device: Where it trains.
+        execute_all_batches: As stock: False leaves the last two batches of the data untrained.
+        apply_jit: As stock.
+        context_type: Accepted for the order of stock's arguments; another than stock's default is refused.
+        pipeline_postproc: As stock.
+        custom_model_fwd: As stock.
+        dmp_collection_sync_interval_batches: As stock; has no effect, because DMPCollection is refused.
+        enqueue_batch_after_forward: Accepted for the order of stock's arguments; True is refused.
+        enable_inplace_copy_batch: As stock.
+        free_features_storage_early: As stock; needs TorchRec 1.8.
+        clear_data_dist_inputs: Accepted for the order of stock's arguments; True is refused.
+        async_inplace_copy: As stock; needs TorchRec 1.9.2. Batches are waited for when they are loaded, so that it saves
+            no time here.
+        lookahead: How many batches are planned ahead of Train, at least 1. What must fit in a scratchpad is the
+            unique rows of `lookahead + 1` batches; where they do not fit, Plan waits for Train.
+        num_batches_seen_ahead: How many batches beyond those are loaded and distributed, so that rows which they will
+            use are not evicted now. Fewer rows travel; the input of these batches takes device memory, no slots.
+
+    Raises:
+        ConfigError: `lookahead` is below 1, too many batches are to be seen ahead, or a stock option is asked for that cannot be honoured.
+
+    Source:
+        torchrec TrainPipelineSparseDist (1.6.1 to 1.9.2, whose arguments differ in number).
+    """
+
+    _pipelined_forward_type = _ScratchPipeForward
+    _model_fwd: Callable[[In | None], tuple[torch.Tensor, Out]]
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        execute_all_batches: bool = True,
+        apply_jit: bool = False,
+        context_type: type[TrainPipelineContext] = TrainPipelineContext,
+        pipeline_postproc: bool = False,
+        custom_model_fwd: Callable[[In | None], tuple[torch.Tensor, Out]] | None = None,
+        dmp_collection_sync_interval_batches: int | None = 1,
+        enqueue_batch_after_forward: bool = False,
+        enable_inplace_copy_batch: bool = False,
+        free_features_storage_early: bool = False,
+        clear_data_dist_inputs: bool = False,
+        async_inplace_copy: bool = False,
+        *,
+        lookahead: int = 2,
+        num_batches_seen_ahead: int = 0,
+    ) -> None:
+        if type(execute_all_batches) is int:
+            raise ConfigError(
+                f"execute_all_batches is {execute_all_batches}, it must be True or False. The lookahead is given by name: "
+                f"lookahead={execute_all_batches}."
+            )
+        _check_distances(lookahead, num_batches_seen_ahead)
+        self._lookahead = lookahead
+        self._num_batches_known = lookahead + num_batches_seen_ahead
+        self._is_traced_in_vain = False
+        self._failed_to_load: TrainPipelineContext | None = None
+        self._collections_warned_of: set[str] = set()
+        warn_of_missing_scratchpads(model, lookahead)
+        self._collections = scratchpad_collections(model)
+        self._own_forwards: list[Callable[..., Any]] = []
+        self._peers = PeerNotice()
+        super().__init__(
+            model,
+            optimizer,
+            device,
+            **_stock_options(
+                execute_all_batches=execute_all_batches,
+                apply_jit=apply_jit,
+                context_type=context_type,
+                pipeline_postproc=pipeline_postproc,
+                custom_model_fwd=custom_model_fwd,
+                dmp_collection_sync_interval_batches=dmp_collection_sync_interval_batches,
+                enqueue_batch_after_forward=enqueue_batch_after_forward,
+                enable_inplace_copy_batch=enable_inplace_copy_batch,
+                free_features_storage_early=free_features_storage_early,
+                clear_data_dist_inputs=clear_data_dist_inputs,
+                async_inplace_copy=async_inplace_copy,
+            ),
+        )
+
+    def progress(self, dataloader_iter: Iterator[In]) -> Out:
+        """Train, or in eval mode only evaluate, the oldest batch in flight, and bring the coming ones forward.
+
+        Args:
+            dataloader_iter: Where the next batches come from; batches in flight from an earlier iterator go first.
+
+        Returns:
+            What the model returns beside its losses.
+
+        Raises:
+            StopIteration: All batches are done.
+            ScratchPipeError: A batch cannot be served; :meth:`reset` makes the pipeline usable again.
+            PeerFailedError: Another rank has failed, and left word of it, or ended.
+        """
+        with self._peers.told():
+            output = self._progress(dataloader_iter)
+        self._peers.forget()
+        return output
+
+    def _progress(self, dataloader_iter: Iterator[In]) -> Out:
+        if not self._model_attached:
+            self.attach(self._model)
+        if self._failed_to_load is not None:
+            raise self._failed_error(self._failed_to_load)
+        for module, forward in zip(self._pipelined_modules, self._own_forwards, strict=True):
+            module.forward = forward  # another pipeline may have left its own
+        with self._stages_held_back():
+            context, losses, output = self._forward(dataloader_iter)
+        if not self._model.training:  # else the graph would hold the slots until it is collected
+            _release(context)
+        else:
+            self._backward(losses)
+            self.sync_embeddings(self._model, self._dmp_collection_sync_interval_batches, context)
+            with record_function(f"## optimizer {context.index} ##"):
+                self._optimizer.step()
+        self.dequeue_batch()
+        return output
+
+    def _forward(self, dataloader_iter: Iterator[In]) -> tuple["ScratchPipeTrainPipelineContext", torch.Tensor, Out]:
+        self.fill_pipeline(dataloader_iter)
+        if not self.batches or self._leave_rest_as_stock():
+            raise StopIteration
+
+        context = cast(ScratchPipeTrainPipelineContext, self.contexts[0])
+        if context.is_started:
+            raise self._failed_error(context)
+        self._set_module_context(context)
+        if self._model.training:
+            with record_function("## zero_grad ##"):
+                self._optimizer.zero_grad()
+        self._wait_for_batch()
+        context.is_started = context.is_in_forward = True
+        try:
+            with record_function(f"## forward {context.index} ##"):
+                losses, output = self._model_fwd(self.batches[0])
+        finally:
+            context.is_in_forward = False
+        return context, losses, output
+
+    @contextmanager
+    def _stages_held_back(self) -> Iterator[None]:
+        """Until backward; where there is time to plan the next batch but one, and where backward will come."""
+        with ExitStack() as held_back:
+            if self._lookahead > 1 and self._model.training:
+                for collection in self._collections:
+                    held_back.enter_context(collection.holding_back())
+            yield
+
+    def fill_pipeline(self, dataloader_iter: Iterator[In]) -> None:
+        """Load batches until the pipeline is full or the data ends, and bring each to the stage its place asks for.
+
+        Args:
+            dataloader_iter: Where the next batches come from.
+        """
+        # A batch is planned as soon as it is distributed, so that the worker starts while the next one is loaded; the
+        # loop below catches up with the last batches when the data has ended.
+        while len(self.batches) <= self._num_batches_known + NUM_BATCHES_IN_DIST:
+            if not self._load(dataloader_iter):
+                break
+            if len(self.batches) > NUM_BATCHES_IN_DIST:
+                self._bring_forward(len(self.batches) - 1 - NUM_BATCHES_IN_DIST)
+        for position in range(min(self._num_batches_known + 1, len(self.batches))):
+            self._bring_forward(position)
+        if len(self.batches) > self._num_batches_known + 1:
+            self.wait_sparse_data_dist(self.contexts[self._num_batches_known + 1])
+
+    def attach(self, model: torch.nn.Module | None = None, sparse_dist: bool = True) -> None:
+        """As stock, but batches in flight keep what was planned for them.
+
+        Args:
+            model: The model to attach, if another.
+            sparse_dist: Accepted for compatibility: a batch in flight is never distributed a second time, because it
+                has been planned already.
+
+        Raises:
+            BatchesInFlightError: Batches in flight were planned for the model attached before.
+        """
+        if model is not None and model is not self._model and self.contexts:
+            raise BatchesInFlightError(
+                f"attach(): {len(self.contexts)} batches in flight were planned for another model. Let the pipeline "
+                "train them, or call reset(), first."
+            )
+        self._is_traced_in_vain = False
+        self._own_forwards = []
+        self._collections = scratchpad_collections(model or self._model)
+        if model is not None and self._model_fwd is self._model:  # stock would go on with the first model's forward
+            self._model_fwd = model
+        super().attach(model, sparse_dist=False)
+
+    def reset(self) -> None:
+        """Drop all batches in flight and let go of their slots; rows already moved stay where they are, correct."""
+        for context in self.contexts:
+            _release(context)
+        for module in self._model.modules():
+            if isinstance(module, ScratchpadCollection):
+                module.wait_until_idle()  # the worker may just have planned a batch, and lets go of it in a moment
+        super().reset()
+        self._dataloader_iter = None
+        self._failed_to_load = None
+        self._peers.forget()
+
+    def _pipeline_model(self, batch: In | None, context: TrainPipelineContext, *args: Any, **kwargs: Any) -> None:
+        """As stock; collections that cannot be planned ahead are named once, and are fetched on the spot."""
+        if self._is_traced_in_vain:  # stock would trace the model again for every batch
+            return
+        reason = "its input is computed inside forward"
+        try:
+            super()._pipeline_model(batch, context, *args, **kwargs)
+        except Exception as error:
+            # torch.fx raises whatever the model raises when it is given proxies. It changes nothing before that; if
+            # modules have been rewritten, the error is not about tracing.
+            if any(isinstance(module.forward, PipelinedForward) for module in self._model.modules()):
+                raise
+            reason = f"torch.fx cannot trace the model ({type(error).__name__}: {error})"
+            logger.debug("tracing has failed", exc_info=True)
+        self._is_traced_in_vain = not self._pipelined_modules
+        self._own_forwards = [module.forward for module in self._pipelined_modules]
+        planned = {id(collection_to_plan(module)) for module in self._pipelined_modules}
+        for name, module in self._model.named_modules():
+            is_missed = isinstance(module, ScratchpadCollection) and id(module) not in planned
+            if is_missed and name not in self._collections_warned_of:
+                self._collections_warned_of.add(name)
+                logger.warning(
+                    "collection %s cannot be planned ahead: %s. Its rows are fetched on the spot: right, but slow. Take "
+                    "its KeyedJaggedTensor from the batch as it is, or give the pipeline pipeline_postproc=True.",
+                    name,
+                    reason,
+                )
+
+    def _load(self, dataloader_iter: Iterator[In]) -> bool:
+        if self._dataloader_exhausted and dataloader_iter is self._dataloader_iter:
+            return False
+        try:
+            if not self.enqueue_batch(dataloader_iter):
+                return False
+        except StopIteration:  # the data has ended and execute_all_batches is False
+            return False
+        try:
+            with deferring_id_errors(self._collections):
+                self._init_pipelined_modules(self.batches[-1], self.contexts[-1], self._pipelined_forward_type)
+        except BaseException:
+            self._failed_to_load = self.contexts[-1]  # some of its modules may be distributed, others not
+            raise
+        return True
+
+    def _failed_error(self, context: TrainPipelineContext) -> ScratchPipeError:
+        return ScratchPipeError(
+            f"batch {context.index} has failed in an earlier progress(). Call reset() to drop the batches in flight."
+        )
+
+    def _leave_rest_as_stock(self) -> bool:
+        return (
+            not self._execute_all_batches
+            and self._dataloader_exhausted
+            and len(self.batches) <= NUM_BATCHES_LEFT_BY_STOCK
+        )
+
+    def _bring_forward(self, position: int) -> None:
+        """Finish a batch's input dist; plan it, or only have it seen, as its place among the batches asks for."""
+        context = cast(ScratchPipeTrainPipelineContext, self.contexts[position])
+        if not context.is_seen:
+            context.is_seen = True
+            self._finish_dist(context)
+            if position > self._lookahead:
+                for collection, name in self._collections_to_plan():
+                    with self._stream_context(self._data_dist_stream):
+                        collection.see(context.planned_inputs[name], context.module_contexts[name])
+        if position <= self._lookahead and not context.is_planned:
+            context.is_planned = True
+            for collection, name in self._collections_to_plan():
+                with self._stream_context(self._data_dist_stream):
+                    collection.prefetch(context.planned_inputs[name], ctx=context.module_contexts[name])
+
+    def _finish_dist(self, context: ScratchPipeTrainPipelineContext) -> None:
+        self.wait_sparse_data_dist(context)
+        for module in dict.fromkeys(self._pipelined_modules):  # one that is called twice raises in forward
+            name = module.forward.name
+            request = context.input_dist_tensors_requests.pop(name)
+            with self._stream_context(self._data_dist_stream):
+                context.planned_inputs[name] = request.wait()
+
+    def _collections_to_plan(self) -> Iterator[tuple[ScratchpadCollection, str]]:
+        for module in dict.fromkeys(self._pipelined_modules):
+            collection = collection_to_plan(module)
+            if collection is not None:
+                yield collection, module.forward.name
+
+
+def _release(context: TrainPipelineContext) -> None:
+    """Let go of the slots of one batch, wherever they are held."""
+    for module_context in context.module_contexts.values():
+        if isinstance(module_context, PlannedBatches):
+            module_context.release()
+
+
+def _check_distances(lookahead: int, num_batches_seen_ahead: int) -> None:
+    if lookahead < 1:
+        raise ConfigError(f"lookahead is {lookahead}, it must be at least 1: the batch after the one that trains.")
+    if not 0 <= num_batches_seen_ahead < WINDOW_BITS:
+        raise ConfigError(
+            f"num_batches_seen_ahead is {num_batches_seen_ahead}, it must lie in [0, {WINDOW_BITS}): so many can be "
+            "noted for each row."
+        )
+
+
+def _stock_options(**given: Any) -> dict[str, Any]:
+    """What the installed TorchRec's pipeline is to be given; refuses what it or ours cannot honour."""
+    for name in ("enqueue_batch_after_forward", "clear_data_dist_inputs"):
+        if given[name]:
+            raise ConfigError(
+                f"{name}={given[name]!r} is not supported by ScratchPipeTrainPipeline, which loads batches before forward "
+                "and keeps their input until they are planned. Leave it out."
+            )
+    if given["context_type"] not in (TrainPipelineContext, ScratchPipeTrainPipelineContext):
+        raise ConfigError(
+            f"context_type={given['context_type'].__name__} is not supported by ScratchPipeTrainPipeline, which needs "
+            "contexts of its own. Leave it out."
+        )
+    known = inspect.signature(TrainPipelineSparseDist.__init__).parameters
+    for name in given.keys() - known.keys():
+        if given[name]:
+            raise ConfigError(
+                f"{name}={given[name]!r} needs a newer TorchRec than the installed {version('torchrec')}. Leave it out, or "
+                "install one whose TrainPipelineSparseDist has it."
+            )
+    taken = {name: value for name, value in given.items() if name in known}
+    return taken | {"context_type": ScratchPipeTrainPipelineContext}
