@@ -42,7 +42,7 @@ from torchrec_scratchpipe import (
     ConfigError,
     load_checkpoint,
 )
-from torchrec_scratchpipe.checkpoint.manager import files as checkpoint_files
+from torchrec_scratchpipe.checkpoint import files as checkpoint_files
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
 from torchrec_scratchpipe.sharding.table_view import shown
 
