@@ -34,6 +34,7 @@ from torchrec_scratchpipe.core.scratchpad import allocate_scratchpads
 from torchrec_scratchpipe.core.slot_map import SlotMap
 from torchrec_scratchpipe.core.slot_ops import FeatureIds, SlotOps
 from torchrec_scratchpipe.core.storage import PageLockedStorage
+from torchrec_scratchpipe.core.streams import StageStreams
 from torchrec_scratchpipe.core.triton_ops import TritonOps
 
 pytestmark = [
@@ -208,13 +209,16 @@ def test_random_victims_and_delays_on_every_stream(seed: int, lookahead: int) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "stage_cycles", "train_cycles"),
-    [("_let_current_stream_wait", 20_000_000, 0), ("_order_after_trains", 0, 20_000_000)],
+    ("owner", "name", "stage_cycles", "train_cycles"),
+    [
+        (OverlappedStageRunner, "_let_current_stream_wait", 20_000_000, 0),
+        (StageStreams, "order_after_trains", 0, 20_000_000),
+    ],
 )
 def test_control_without_an_event_rows_are_lost(
-    name: str, stage_cycles: int, train_cycles: int, monkeypatch: pytest.MonkeyPatch
+    owner: type, name: str, stage_cycles: int, train_cycles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OverlappedStageRunner, name, lambda *_: None)
+    monkeypatch.setattr(owner, name, lambda *_: None)
     runner = OverlappedStageRunner(CUDA)
     num_wrong = 0
     for seed in range(4):

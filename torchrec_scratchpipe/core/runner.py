@@ -28,7 +28,6 @@ What stops the world, and how far:
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -162,7 +161,7 @@ class StageRunner:
             if batch.train_start_s is not None:
                 pool.counters.add_train(plan.batch_index, batch.train_start_s)
             # The stream that Train ran on: the thread that releases may be on another, or on none.
-            self._record_train(batch.train_stream)
+            self.streams.note_train(batch.train_stream)
             pool.slot_map.release(plan.batch_index)
         for index, ticket in enumerate(batch.tickets):
             if ticket is not None:
@@ -249,7 +248,7 @@ class StageRunner:
                 pool.check_usable()
                 self._refresh_pool(pool)
                 try:
-                    run_stages(batch, self.streams, self._order_after_trains)
+                    run_stages(batch, self.streams)
                 except SlotsHeldError as held:
                     is_hopeless = held.num_needed > pool.scratchpad.num_slots and not pool.can_grow
                     if not is_last_chance and not is_hopeless:
@@ -305,12 +304,6 @@ class StageRunner:
         """Put a new batch into the queue."""
         self._queue.put(batch)
 
-    def _record_train(self, stream: torch.Stream | None) -> None:
-        """Train of a batch has been issued on a stream, and its slots are about to be released; from any thread."""
-
-    def _order_after_trains(self) -> None:
-        """Order the stages' device work after every Train whose release Plan has seen."""
-
     def _record_refresh(self) -> None:
         """Rows in the scratchpad have just been read anew."""
 
@@ -346,7 +339,6 @@ class OverlappedStageRunner(StageRunner):
     def __init__(self, device: torch.device, streams: StageStreams | None = None) -> None:
         super().__init__(device, streams or StageStreams(device, is_overlapped=True))
         self._thread: threading.Thread | None = None
-        self._train_events: deque[torch.Event] = deque()
         self._refreshed: torch.Event | None = None
         prepare_for_forks(self, is_worker=True)
 
@@ -426,17 +418,6 @@ class OverlappedStageRunner(StageRunner):
         for tensor in batch.ids:
             self.streams.record_use(tensor)
         super()._admit(batch)
-
-    def _record_train(self, stream: torch.Stream | None) -> None:
-        # Hazards 1 and 3: Collect(N) reads, and Insert(N) overwrites, a slot that Train(M), M < N, used on the stream of
-        # the model. The event is recorded before the slot is released, so that whoever sees the release finds the event.
-        event = None if stream is None else self.streams.record(stream)
-        if event is not None:
-            self._train_events.append(event)
-
-    def _order_after_trains(self) -> None:
-        while self._train_events:
-            self.streams.wait(self.streams.plan, self._train_events.popleft())
 
     def _record_refresh(self) -> None:
         self._refreshed = self.streams.record(self.streams.plan)

@@ -24,7 +24,6 @@ Who runs the stages, and in which order they must run, is :mod:`torchrec_scratch
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -43,13 +42,12 @@ __all__ = ["collect", "exchange", "fill", "insert", "plan_rows", "run_stages", "
 BOTH = (Count.FILLS, Count.WRITEBACKS)
 
 
-def run_stages(batch: Batch, streams: StageStreams, order_after_trains: Callable[[], None]) -> None:
+def run_stages(batch: Batch, streams: StageStreams) -> None:
     """Run the stages of a batch's next pool.
 
     Args:
         batch: A pool of it has not been planned yet.
         streams: Where the device works.
-        order_after_trains: Orders the stages' device work after every Train whose release Plan has seen.
 
     Raises:
         SlotsHeldError: Batches in flight hold too many slots for now; nothing has changed.
@@ -61,7 +59,7 @@ def run_stages(batch: Batch, streams: StageStreams, order_after_trains: Callable
     is_confirmed = False
     while not is_confirmed:
         pool.slot_map.take_in_releases()
-        order_after_trains()
+        streams.order_after_trains()
         plan = plan_rows(batch, start_s)
         if is_in_place:  # before it is known whether there are slots: without them, nothing moves
             _move_in_place(pool, plan, streams)

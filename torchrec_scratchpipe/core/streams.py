@@ -5,6 +5,7 @@ Three, so that rows travel in both directions at once and integers do not wait f
 scratchpad to the tables; fill, from the tables to the scratchpad.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,9 @@ class StageStreams:
         if self._module is not None and device.index is None:
             device = torch.device(device.type, self._module.current_device())
         self.device = device
+        self._trains: deque[torch.Event] = (
+            deque()
+        )  # whose slots were released, and which Plan has not been ordered after
         if self._module is not None and is_overlapped:
             # Before Train's: its kernels fill the device, and these are small.
             self.plan, self.writeback, self.fill = (self._module.Stream(device, priority=-1) for _ in range(3))
@@ -87,6 +91,23 @@ class StageStreams:
         stream = stream or self.current()
         if event is not None and stream is not None:
             stream.wait_event(event)
+
+    # Hazards 1 and 3: Collect(N) reads, and Insert(N) overwrites, a slot that Train(M), M < N, used on the model's stream.
+
+    def note_train(self, stream: torch.Stream | None) -> None:
+        """Train of a batch has been enqueued, and its slots are about to be released: whoever sees the release finds the event.
+
+        Args:
+            stream: That it was enqueued on; None if it never was. May be called from any thread.
+        """
+        event = None if stream is None or self.plan is None else self.record(stream)
+        if event is not None:
+            self._trains.append(event)
+
+    def order_after_trains(self) -> None:
+        """Let Plan come after every Train whose release it has seen."""
+        while self._trains:
+            self.wait(self.plan, self._trains.popleft())
 
     def record_use(self, tensor: Tensor) -> None:
         """Tell the allocator that a tensor is used on all these streams.
