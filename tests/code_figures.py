@@ -4,7 +4,8 @@
     python tests/code_figures.py                       # this checkout
     python tests/code_figures.py --package OLD/torchrec_scratchpipe --no_walk      # another, without running it
 
-A function counts from its `def` to its end. A call climbs if the called file imports, directly or not, the file that calls.
+A function counts from its `def` to its end. A call climbs if the called file imports, directly or not, the file that
+calls.
 """
 
 import argparse

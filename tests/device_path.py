@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Has scratchpads on a CPU filled in place, as those on a GPU are.
 
-With ``TEST_DEVICE_PATH=torch``, every test that shards a model has rows moved by torch operations; with ``triton``, by interpreted
-kernels, which plan too; with ``locked``, by torch operations, in memory that says that it is page-locked.
+With ``TEST_DEVICE_PATH=torch``, every test that shards a model has rows moved by torch operations; with ``triton``, by
+interpreted kernels, which plan too; with ``locked``, by torch operations, in memory that says that it is page-locked.
 """
 
 import os

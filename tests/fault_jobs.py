@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Small training jobs that tests/test_faults.py starts, kills, starves and interrupts; each runs in a process of its own."""
+"""Small training jobs that tests/test_faults.py starts, kills, starves and interrupts.
+
+Each runs in a process of its own.
+"""
 
 import gc
 import logging

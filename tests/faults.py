@@ -3,8 +3,8 @@
 
     python tests/faults.py [--kills 50]
 
-A test passes only if the job goes on, or resumes, to the same bits, or if the error named what was wrong and nothing was
-written; so "nothing" is what was lost unless a test fails. Exits with 1 then.
+A test passes only if the job goes on, or resumes, to the same bits, or if the error named what was wrong and nothing
+was written; so "nothing" is what was lost unless a test fails. Exits with 1 then.
 """
 
 import argparse

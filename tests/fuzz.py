@@ -3,8 +3,8 @@
 
     python tests/fuzz.py --minutes 30 --json fuzz.json
 
-Prints each seed with its number of configurations and its outcome; a seed that fails prints the shrunk configuration. Exits
-with 1 if any failed. `python -m pytest tests/test_random_settings.py --hypothesis-seed=SEED` repeats a seed.
+Prints each seed with its number of configurations and its outcome; a seed that fails prints the shrunk configuration.
+Exits with 1 if any failed. `python -m pytest tests/test_random_settings.py --hypothesis-seed=SEED` repeats a seed.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Streams and events of a device that is not there, whose work runs in any order that events allow.
 
-What is enqueued on a stream runs later, when a die says so: so a missing event shows as wrong numbers, which on a real device it may
-do once in a thousand runs. A stream can be made slow, to provoke one particular order.
+What is enqueued on a stream runs later, when a die says so: so a missing event shows as wrong numbers, which on a real
+device it may do once in a thousand runs. A stream can be made slow, to provoke one particular order.
 """
 
 import random

@@ -3,9 +3,9 @@
 
     python tests/soak.py --batches 200000 --minutes 60 --json soak.json
 
-Random changes of lookahead, evaluations, saves of either kind, loads, dropped batches and new iterators in mid-run. Memory,
-threads and file handles are compared between the first tenth and the end; weights and optimizer states with stock's, to the
-bit, at the end and ten times before. Exits with 1 if anything grew or differs.
+Random changes of lookahead, evaluations, saves of either kind, loads, dropped batches and new iterators in mid-run.
+Memory, threads and file handles are compared between the first tenth and the end; weights and optimizer states with
+stock's, to the bit, at the end and ten times before. Exits with 1 if anything grew or differs.
 """
 
 import argparse

@@ -110,7 +110,8 @@ def test_an_error_in_mid_training_is_one_line_with_the_place(tmp_path: Path) -> 
     status, lines = failing_run("--criteo_tsv", str(path))
     assert status == 1
     assert [line for line in lines if not line.startswith("epoch") and line] == [
-        f"main.py: error: {path}, line 51, column 1: the label is 'x{path.read_text().splitlines()[50][1]}', needs to be 0 or 1."
+        f"main.py: error: {path}, line 51, column 1: the label is 'x{path.read_text().splitlines()[50][1]}', "
+        "needs to be 0 or 1."
     ]
 
 

@@ -94,8 +94,10 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 def plain(value):
     return value.local_shards()[0].tensor.detach().clone() if isinstance(value, ShardedTensor) else value
 
-state = {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()["state"]["model.sparse_arch.embedding_bag_collection.embedding_bags.t_item.weight"]}
-torch.save({kind: {name: plain(value) for name, value in values.items()} for kind, values in state.items()}, sys.argv[1])
+parameter = "model.sparse_arch.embedding_bag_collection.embedding_bags.t_item.weight"
+state = {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()["state"][parameter]}
+state = {kind: {name: plain(value) for name, value in values.items()} for kind, values in state.items()}
+torch.save(state, sys.argv[1])
 """
 
 
@@ -153,8 +155,9 @@ def test_every_snippet_of_checkpointing_runs(tmp_path: Path, monkeypatch: pytest
         return TinyModel(setting).to_empty(device="cpu")
 
     names: dict[str, Any] = {
-        "itertools": itertools, "torch": torch, "model": ours.model, "optimizer": ours.optimizer, "pipeline": ours.pipeline(),
-        "train_loader": make_batches(setting), "num_steps": 12, "save_every": 5, "schedule": 0.1, "batch": make_batches(setting)[0],
+        "itertools": itertools, "torch": torch, "model": ours.model, "optimizer": ours.optimizer,
+        "pipeline": ours.pipeline(), "train_loader": make_batches(setting), "num_steps": 12, "save_every": 5,
+        "schedule": 0.1, "batch": make_batches(setting)[0],
         "make_model": make_model, "weights": weights,
     }  # fmt: skip
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpointing.md").read_text(), flags=re.DOTALL)

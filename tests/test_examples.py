@@ -83,7 +83,8 @@ def test_criteo_dlrm_within_a_budget(tsv: Path, tmp_path: Path) -> None:
     arguments = [
         str(EXAMPLES / "criteo_dlrm" / "main.py"), "--criteo_tsv", str(tsv), "--batch_size", "8", "--adagrad",
         "--embedding_dim", "16", "--num_embeddings", "600", "--scratchpad_budget_gb", "0.0006", "--verify",
-        "--num_batches_seen_ahead", "4", "--working_sets", str(tmp_path / "sets.json"), "--json", str(tmp_path / "out.json"),
+        "--num_batches_seen_ahead", "4", "--working_sets", str(tmp_path / "sets.json"),
+        "--json", str(tmp_path / "out.json"),
     ]  # fmt: skip
     plans = []
     for flags in ([], ["--print_sharding_plan"]):  # measured, then from the file
@@ -106,7 +107,8 @@ def test_criteo_dlrm_within_a_budget(tsv: Path, tmp_path: Path) -> None:
 def test_criteo_dlrm_within_a_budget_on_two_ranks(tmp_path: Path) -> None:
     run_example(
         str(EXAMPLES / "criteo_dlrm" / "main.py"), "--limit_train_batches", "60", "--limit_val_batches", "2",
-        "--batch_size", "32", "--embedding_dim", "16", "--max_num_embeddings", "3000", "--scratchpad_budget_gb", "0.001",
+        "--batch_size", "32", "--embedding_dim", "16", "--max_num_embeddings", "3000",
+        "--scratchpad_budget_gb", "0.001",
         "--verify", "--json", str(tmp_path / "out.json"),
         launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
     )  # fmt: skip
@@ -192,7 +194,8 @@ def test_train_step_benchmark(tmp_path: Path) -> None:
 def test_train_step_benchmark_writes_what_scripts_read(tmp_path: Path) -> None:
     run_example(
         str(EXAMPLES / "benchmark" / "train_step.py"), "--caches", "fused,scratchpipe", "--num_tables", "2",
-        "--num_embeddings", "2000", "--embedding_dim", "8", "--batch_size", "64", "--zipf", "1.05", "--load_factor", "0.2",
+        "--num_embeddings", "2000", "--embedding_dim", "8", "--batch_size", "64", "--zipf", "1.05",
+        "--load_factor", "0.2",
         "--steps", "6", "--no_overlap", "--json", str(tmp_path / "result.json"),
     )  # fmt: skip
     result = read_figures(tmp_path / "result.json")

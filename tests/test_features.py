@@ -56,7 +56,7 @@ def was_planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     look_up = ScratchpadKernel._look_up
 
     def noted_look_up(self: Any, *args: Any) -> Any:
-        lookups.append(self._next_batch is not None)
+        lookups.append(bool(self._expected))
         return look_up(self, *args)
 
     monkeypatch.setattr(ScratchpadKernel, "_look_up", noted_look_up)

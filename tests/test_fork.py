@@ -19,7 +19,10 @@ LIMIT_S = 30
 
 
 def in_child(do: Callable[[], None]) -> int:
-    """What a forked child ends with: 0, 1 for a TableStorageError, 2 for another error; a child that hangs fails the test."""
+    """What a forked child ends with.
+
+    0, 1 for a TableStorageError, 2 for another error; a child that hangs fails the test.
+    """
     pid = os.fork()
     if pid == 0:
         try:
@@ -63,7 +66,10 @@ def expected_of(stock: Trainer) -> torch.Tensor:
 @pytest.mark.parametrize("overlap", [False, True], ids=["sequential", "overlapped"])
 @pytest.mark.parametrize("lookahead", [None, 4])
 def test_child_evaluates_and_reads_tables(lookahead: int | None, overlap: bool) -> None:
-    """Between any two batches, with batches in flight or without a pipeline. It cannot train or use a pipeline, stock's neither: gloo's threads are gone."""
+    """Between any two batches, with batches in flight or without a pipeline.
+
+    It cannot train or use a pipeline, stock's neither: gloo's threads are gone.
+    """
     stock, ours = Trainer(SETTING), Trainer.scratchpipe(SETTING, overlap=overlap)
     ours.copy_from(stock)
     batches = make_batches(SETTING)

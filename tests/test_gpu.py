@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What only a CUDA device can show: the same bits as stock there, with kernels that run at any time, and no wait for the host."""
+"""What only a CUDA device can show.
+
+The same bits as stock there, with kernels that run at any time, and no wait for the host.
+"""
 
 import os
 import random
@@ -353,7 +356,8 @@ def test_training_grows_no_memory() -> None:
     for _ in range(40):
         pipeline.progress(iterator)
     torch.cuda.synchronize()
-    # Batches differ in size, on five streams: the allocator may still find that a block is too small. It must not go on so.
+    # Batches differ in size, on five streams: the allocator may still find that a block is too small. It must not go on
+    # so.
     assert torch.cuda.memory_stats()["segment.all.allocated"] - segments <= 3
 
 

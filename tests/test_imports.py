@@ -16,7 +16,8 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path.name != "__init__.py"
 }
-# Which rooms a room may look into. What lies in no room: errors and the version, which anybody may import, and commands.
+# Which rooms a room may look into. What lies in no room: errors and the version, which anybody may import, and
+# commands.
 MAY_IMPORT = {
     "core": set(),
     "sharding": {"core"},

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Bit equality with stock TorchRec for whole configurations drawn at random.
 
-What fails is shrunk and printed as a `Config(...)` that can be pasted into :func:`check`. `make test` draws a few, on one
-rank and on two; `make fuzz` draws for as long as it is told, see CONTRIBUTING.md.
+What fails is shrunk and printed as a `Config(...)` that can be pasted into :func:`check`. `make test` draws a few, on
+one rank and on two; `make fuzz` draws for as long as it is told, see CONTRIBUTING.md.
 """
 
 import os
@@ -260,7 +260,8 @@ def tables_of(draw: st.DrawFn, shardings: list[str], dim: int, num_ranks: int, m
     # FBGEMM's row-wise Adagrad fails on a CPU where a rank has no row of a table.
     num_rows = draw(st.one_of(st.integers(300, 1000), st.integers(1 if num_ranks == 1 else 8, 1000)))
     num_features = draw(st.integers(1, 2))
-    # What one batch may need, where all ranks' ids meet on one rank's share of the rows, and what is beyond; or a tenth, and it grows.
+    # What one batch may need, where all ranks' ids meet on one rank's share of the rows, and what is beyond; or a
+    # tenth, and it grows.
     needed = min(1.0, num_ranks * num_features * max_ids / (num_rows / num_ranks))
     partitions = [4] if dim % 8 or shardings is SEQUENCE_SHARDINGS else [4, 8]
     # On a CPU, TorchRec plans row-wise and its kin for scratchpad tables only.

@@ -60,7 +60,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "generator": lambda: loader(generator=seeded(1), num_workers=1),
     "sampler": lambda: loader(shuffle=False, sampler=RandomSampler(range(24), generator=seeded(2))),
     "batch sampler": lambda: DataLoader(
-        Rows(), batch_size=4, generator=seeded(3), shuffle=True, collate_fn=lambda rows: KeyedJaggedTensor.concat([rows[0]])
+        Rows(), batch_size=4, generator=seeded(3), shuffle=True,
+        collate_fn=lambda rows: KeyedJaggedTensor.concat([rows[0]])
     ),
     "dataset": lambda: loader(rng=np.random.default_rng(4)),
     "wrapper": lambda: Wrapper(loader(generator=seeded(5))),

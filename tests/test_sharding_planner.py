@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One memory budget in, a plan out: what is charged is allocated, what is asked is honoured, what cannot be is explained."""
+"""One memory budget in, a plan out.
+
+What is charged is allocated, what is asked is honoured, what cannot be is explained.
+"""
 
 import copy
 import inspect
@@ -886,7 +889,10 @@ def test_ids_of_a_whole_table_are_charged_a_plan_only_beside_a_scratchpad() -> N
     assert device_bytes_of(small, small.table.shards[0]) == demands[0].whole_bytes
 
 
-@pytest.mark.parametrize(("world_size", "hbm_gb", "batch"), [(1, 16, 8192), (8, 4, 8192), (64, 1.3, 1024), (256, 0.95, 256), (1024, 0.75, 64)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("world_size", "hbm_gb", "batch"),
+    [(1, 16, 8192), (8, 4, 8192), (64, 1.3, 1024), (256, 0.95, 256), (1024, 0.75, 64)],
+)
 def test_mlperf_dlrm_on_up_to_1024_gpus(world_size: int, hbm_gb: float, batch: int) -> None:
     model = bags(MLPERF_ROWS, dim=128)
     ids = {f"t{i}": float(batch * num_ids) for i, num_ids in enumerate(MLPERF_IDS)}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The signatures of TorchRec that this package overrides or calls from inside, as of the versions it supports.
 
-A new TorchRec that changes one fails here, with the method's name, before it fails in training. And what a user calls by
-position in TorchRec's classes can be called so in ours.
+A new TorchRec that changes one fails here, with the method's name, before it fails in training. And what a user calls
+by position in TorchRec's classes can be called so in ours.
 """
 
 import importlib
@@ -58,7 +58,8 @@ OVERRIDDEN = {
     "EmbeddingCollectionSharder.__init__": "self, fused_params, qcomm_codecs_registry, use_index_dedup",
     "EmbeddingCollectionSharder.shard": "self, module, params, env, device, module_fqn",
     "EmbeddingCollectionSharder.sharded_module_type": "self",
-    "EmbeddingShardingPlanner.__init__": "self, topology, batch_size, enumerator, storage_reservation, proposer, partitioner, performance_model, stats, constraints, debug, callbacks, timeout_seconds, plan_loader",
+    "EmbeddingShardingPlanner.__init__": "self, topology, batch_size, enumerator, storage_reservation, proposer, "
+    "partitioner, performance_model, stats, constraints, debug, callbacks, timeout_seconds, plan_loader",
     "EmbeddingShardingPlanner.collective_plan": "self, module, sharders, pg",
     "EmbeddingShardingPlanner.plan": "self, module, sharders",
     "Enumerator.__init__": "self, topology, batch_size, constraints, estimator",
@@ -69,19 +70,22 @@ OVERRIDDEN = {
     "GroupedEmbeddingsLookup.__init__": "self, grouped_configs, pg, device, env",
     "GroupedEmbeddingsLookup._create_embedding_kernel": "self, config, pg, device, env",
     "GroupedEmbeddingsLookup.register_optim_state_tracker_fn": "self, record_fn",
-    "GroupedPooledEmbeddingsLookup.__init__": "self, grouped_configs, device, pg, feature_processor, scale_weight_gradients, sharding_type, env",
+    "GroupedPooledEmbeddingsLookup.__init__": "self, grouped_configs, device, pg, feature_processor, "
+    "scale_weight_gradients, sharding_type, env",
     "GroupedPooledEmbeddingsLookup._create_embedding_kernel": "self, config, device, pg, sharding_type, env",
     "GroupedPooledEmbeddingsLookup._forward_with_vbe_merging": "self, features_by_group, device",
     "GroupedPooledEmbeddingsLookup.register_optim_state_tracker_fn": "self, record_fn",
     "PipelinedForward.__call__": "self, input, kwargs",
-    "ShardedEmbeddingBagCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, device, qcomm_codecs_registry, module_fqn, sharded_module_order_overwrite",
+    "ShardedEmbeddingBagCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, "
+    "device, qcomm_codecs_registry, module_fqn, sharded_module_order_overwrite",
     "ShardedEmbeddingBagCollection._create_lookups": "self",
     "ShardedEmbeddingBagCollection._initialize_torch_state": "self, skip_registering",
     "ShardedEmbeddingBagCollection.compute_and_output_dist": "self, ctx, input",
     "ShardedEmbeddingBagCollection.create_context": "self",
     "ShardedEmbeddingBagCollection.input_dist": "self, ctx, features",
     "ShardedEmbeddingBagCollection.update_shards": "self, changed_sharding_params, env, device",
-    "ShardedEmbeddingCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, device, qcomm_codecs_registry, use_index_dedup, module_fqn",
+    "ShardedEmbeddingCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, "
+    "device, qcomm_codecs_registry, use_index_dedup, module_fqn",
     "ShardedEmbeddingCollection._create_lookups": "self",
     "ShardedEmbeddingCollection._initialize_torch_state": "self, skip_registering",
     "ShardedEmbeddingCollection.compute_and_output_dist": "self, ctx, input",
@@ -89,7 +93,9 @@ OVERRIDDEN = {
     "ShardedEmbeddingCollection.input_dist": "self, ctx, features",
     "ShardedEmbeddingModule.prefetch": "self, dist_input, forward_stream, ctx",
     "TableBatchedEmbeddingSlice.__deepcopy__": "self, memo",
-    "TrainPipelineSparseDist.__init__": "self, model, optimizer, device, execute_all_batches, apply_jit, context_type, pipeline_postproc, custom_model_fwd, dmp_collection_sync_interval_batches, enqueue_batch_after_forward, enable_inplace_copy_batch, free_features_storage_early, clear_data_dist_inputs",
+    "TrainPipelineSparseDist.__init__": "self, model, optimizer, device, execute_all_batches, apply_jit, "
+    "context_type, pipeline_postproc, custom_model_fwd, dmp_collection_sync_interval_batches, "
+    "enqueue_batch_after_forward, enable_inplace_copy_batch, free_features_storage_early, clear_data_dist_inputs",
     "TrainPipelineSparseDist._pipeline_model": "self, batch, context, pipelined_forward",
     "TrainPipelineSparseDist.attach": "self, model, sparse_dist",
     "TrainPipelineSparseDist.fill_pipeline": "self, dataloader_iter",
@@ -97,7 +103,8 @@ OVERRIDDEN = {
     "TrainPipelineSparseDist.reset": "self",
 }
 CALLED = {
-    "EmbeddingFusedOptimizer.__init__": "self, config, emb_module, pg, create_for_table, param_weight_for_table, embedding_weights_by_table, all_optimizer_states",
+    "EmbeddingFusedOptimizer.__init__": "self, config, emb_module, pg, create_for_table, param_weight_for_table, "
+    "embedding_weights_by_table, all_optimizer_states",
     "EmbeddingEnumerator._filter_compute_kernels": "self, name, allowed_compute_kernels, sharding_type",
     "EmbeddingEnumerator._filter_sharding_types": "self, name, allowed_sharding_types, sharder_key",
     "FusedKJTListSplitsAwaitable.__init__": "self, requests, contexts, pg",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Whoever reads or writes a table from outside gets stock's answer, by whatever road the tensor was obtained, and whenever."""
+"""Whoever reads or writes a table from outside gets stock's answer, whenever, and by whatever road it was obtained."""
 
 import copy
 import io

@@ -3,8 +3,9 @@
 
     python examples/benchmark/bandwidth.py --embedding_dim 128 --rows_per_batch 100000 --json PATH
 
-On a GPU: plain copies between page-locked and device memory, each way and both ways at once, then the kernels that gather and
-scatter rows in place, with different numbers of programs. On a CPU: what the stages do there, beside a copy of RAM.
+On a GPU: plain copies between page-locked and device memory, each way and both ways at once, then the kernels that
+gather and scatter rows in place, with different numbers of programs. On a CPU: what the stages do there, beside a copy
+of RAM.
 """
 
 import argparse

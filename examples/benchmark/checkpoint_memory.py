@@ -3,9 +3,10 @@
 
     python examples/benchmark/checkpoint_memory.py --sizes_gb 1,4,8 --dir /fast/disk
 
-Each row is a process of its own: tables with Adagrad states, RAM or memory-mapped, trained for some batches, then saved and
-loaded. Memory is anonymous memory (RssAnon of /proc/self/status) beyond what there was just before, sampled every 5 ms. The
-write buffer of memory-mapped tables, which training fills, is limited to 64 MB here, lest it be taken for memory of saving.
+Each row is a process of its own: tables with Adagrad states, RAM or memory-mapped, trained for some batches, then saved
+and loaded. Memory is anonymous memory (RssAnon of /proc/self/status) beyond what there was just before, sampled every 5
+ms. The write buffer of memory-mapped tables, which training fills, is limited to 64 MB here, lest it be taken for
+memory of saving.
 """
 
 import argparse

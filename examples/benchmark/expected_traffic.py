@@ -3,7 +3,8 @@
 
     python examples/benchmark/expected_traffic.py --bus_gb_per_s 50
 
-Ids are taken to follow a Zipf law; misses are those of the planner, for scratchpads that are full. As many rows leave as come.
+Ids are taken to follow a Zipf law; misses are those of the planner, for scratchpads that are full. As many rows leave
+as come.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Misses per batch: of several ways to choose victims for the same slots, and as planned against as counted by a training run.
+"""Misses per batch: of several ways to choose victims for the same slots; as planned, and as a training run counted.
 
     python examples/benchmark/miss_rates.py --criteo_tsv train.txt
 
 Orders run without a model, by the slot map that training uses: ours with lookahead 1 and 16 batches seen beyond, LRU, a
-32-way set-associative LRU of FBGEMM's shape, and Belady's optimum, which knows all batches to the end. All but Belady's and
-"16 seen, none held" hold the rows of the batches in flight; while slots are too few for two batches, one is in flight. Training runs are those of examples/criteo_dlrm/main.py at four budgets.
+32-way set-associative LRU of FBGEMM's shape, and Belady's optimum, which knows all batches to the end. All but Belady's
+and "16 seen, none held" hold the rows of the batches in flight; while slots are too few for two batches, one is in
+flight. Training runs are those of examples/criteo_dlrm/main.py at four budgets.
 """
 
 import argparse

@@ -210,8 +210,9 @@ def _markdown(
         command,
         "```",
         "",
-        "Median of blocks of steps, P10 and P90; contenders interleaved in one process, all caches with the same bytes of device "
-        "memory. Floor: the larger of fused's step and the bytes of one direction over the bandwidth of a plain copy.",
+        "Median of blocks of steps, P10 and P90; contenders interleaved in one process, all caches with the same "
+        "bytes of device memory. Floor: the larger of fused's step and the bytes of one direction over the bandwidth "
+        "of a plain copy.",
         "",
     ]
     for point in dict.fromkeys(row.point for row in figures):
@@ -222,8 +223,8 @@ def _markdown(
             f"{shape['embedding_dim']}, {shape['ids_per_bag']} ids a bag, batch {shape['batch_size']:,}; "
             f"{rows[0].optimizer}, Zipf {rows[0].zipf:g}, {rows[0].load_factor:.0%}",
             "",
-            "| tables | lookahead | step (ms) | P10 to P90 | ratio to fused | floor (ms) | misses a batch | of unique | "
-            "MB in / out | misses at Train | last loss |",
+            "| tables | lookahead | step (ms) | P10 to P90 | ratio to fused | floor (ms) | misses a batch | of unique "
+            "| MB in / out | misses at Train | last loss |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_markdown_row(row) for row in rows]

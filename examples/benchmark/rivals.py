@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Ways to hold tables that are larger than device memory, each set up as well as it can be.
 
-All caches get the same bytes of device memory, those of our slots with their maps; what others need beside it is charged in
-their favour: FBGEMM's caching keeps row-wise optimizer state on the device, which is not counted.
+All caches get the same bytes of device memory, those of our slots with their maps; what others need beside it is
+charged in their favour: FBGEMM's caching keeps row-wise optimizer state on the device, which is not counted.
 """
 
 from collections.abc import Callable
@@ -217,7 +217,10 @@ class Contender:
                     break
 
     def run(self, num_steps: int) -> None:
-        """Train; returns when it is done, and so are the stages of coming batches as far as there are slots for them."""
+        """Train.
+
+        Returns when it is done, and so are the stages of coming batches as far as there are slots for them.
+        """
         assert self.pipeline is not None
         for _ in range(num_steps):
             self.last_loss = self.pipeline.progress(self.batches)[0]

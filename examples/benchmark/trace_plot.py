@@ -3,7 +3,8 @@
 
     python examples/benchmark/trace_plot.py trace.json trace.png
 
-One row per stream of the device, or, without a device, per thread; one colour per kind of work. Traces open in Perfetto too.
+One row per stream of the device, or, without a device, per thread; one colour per kind of work. Traces open in Perfetto
+too.
 """
 
 import gzip

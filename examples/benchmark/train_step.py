@@ -7,14 +7,14 @@
     python examples/benchmark/train_step.py --caches fused,scratchpipe --num_tables 26 --num_embeddings 1000000 \
         --embedding_dim 64 --ids_per_bag 1 --batch_size 4096 --optimizer rowwise_adagrad --load_factor 0.05 --steps 30
 
-`--caches` chooses among the ways of rivals.py; by default all that exist on this machine's device. All train on the same
-samples. Blocks of steps alternate, whoever went first goes last in the next round; a block ends when all of its work is
-done, the stages of coming batches included. Slots are filled before the first step, so that every measured batch evicts.
-Batches are made before the clock starts. `--out` gets results.json, after every point, and results.md and plots in the end; `--json`
-one file by contender, with a list of `points` where the grid has several.
+`--caches` chooses among the ways of rivals.py; by default all that exist on this machine's device. All train on the
+same samples. Blocks of steps alternate, whoever went first goes last in the next round; a block ends when all of its
+work is done, the stages of coming batches included. Slots are filled before the first step, so that every measured
+batch evicts. Batches are made before the clock starts. `--out` gets results.json, after every point, and results.md and
+plots in the end; `--json` one file by contender, with a list of `points` where the grid has several.
 
-A contender that fails is named and left out, and the exit status is 1. `--seconds` ends the run after the point at which so many have
-passed.
+A contender that fails is named and left out, and the exit status is 1. `--seconds` ends the run after the point at
+which so many have passed.
 """
 
 import argparse
@@ -51,12 +51,13 @@ NUM_PROFILED_STEPS = 4
 PIPELINE_DEPTH = 8  # batches that a pipeline may draw ahead of the one that trains
 BLOCK_STEPS = {"cpu": 3, "cuda": 10}  # a block begins and ends with an idle device, and a GPU's steps are short
 
-# Less than 4 minutes on 2 cores of a CPU, about 2 minutes on an H200. The unique rows of three batches must fit into the slots.
+# Less than 4 minutes on 2 cores of a CPU, about 2 minutes on an H200. The unique rows of three batches must fit into
+# the slots.
 QUICK_ON_CPU = [
     "--model paper --num_embeddings 400000 --batch_size 256 --zipf 0.8,1.05,1.2 --load_factor 0.05 "
     "--optimizer sgd --lookahead 2 --steps 60",
-    "--model paper --num_embeddings 200000 --batch_size 256 --zipf 1.05 --load_factor 0.1 "
-    "--optimizer adagrad --lookahead 2 --steps 60",
+    "--model paper --num_embeddings 200000 --batch_size 256 --zipf 1.05 --load_factor 0.1 --optimizer adagrad "
+    "--lookahead 2 --steps 60",
     "--model criteo --num_embeddings 200000 --embedding_dim 64 --batch_size 2048 --zipf 0,1.05 --load_factor 0.05 "
     "--optimizer rowwise_adagrad --lookahead 1,2 --steps 60",
 ]
@@ -64,7 +65,8 @@ QUICK_ON_GPU = [
     "--model paper --num_embeddings 1000000 --zipf 0.8,1.05 --load_factor 0.1 --optimizer sgd --lookahead 2 --steps 60",
     "--model criteo --num_embeddings 1000000 --zipf 1.05 --load_factor 0.1 --optimizer rowwise_adagrad --lookahead 2 "
     "--steps 40",
-    "--model paper --num_embeddings 1000000 --zipf 0.8,1.05 --load_factor 0.1 --optimizer adam --lookahead 2 --steps 60",
+    "--model paper --num_embeddings 1000000 --zipf 0.8,1.05 --load_factor 0.1 --optimizer adam --lookahead 2 "
+    "--steps 60",
 ]
 
 
@@ -143,9 +145,9 @@ def check_host_memory(shape: Shape, caches: Sequence[str], device: torch.device,
     installed = 1e9 * memory_gb if memory_gb else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.85 * installed:
         raise SystemExit(
-            f"{shape.workload.name} with {shape.optimizer}: the tables of {len(caches)} contenders take {needed / 1e9:.0f} GB of "
-            f"host memory, there are {installed / 1e9:.0f} GB. Give fewer --caches, or a smaller --num_embeddings; or --host_memory_gb, "
-            "on a machine whose memory grows with use."
+            f"{shape.workload.name} with {shape.optimizer}: the tables of {len(caches)} contenders take "
+            f"{needed / 1e9:.0f} GB of host memory, there are {installed / 1e9:.0f} GB. Give fewer --caches, or a "
+            "smaller --num_embeddings; or --host_memory_gb, on a machine whose memory grows with use."
         )
 
 

@@ -236,7 +236,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--hbm_budget_gb is for a GPU, --scratchpad_budget_gb for a CPU; give the other one")
     if args.embedding_cache == "fused" and (args.verify or args.plot is not None):
         raise UsageError(
-            "--verify and --plot are about a scratchpad, --embedding_cache fused has none; use --embedding_cache scratchpipe"
+            "--verify and --plot are about a scratchpad, --embedding_cache fused has none; use --embedding_cache "
+            "scratchpipe"
         )
     if args.save_dir is None and (args.save_every or args.keep_last or args.resume):
         raise UsageError("--save_every, --keep_last and --resume need --save_dir")
@@ -255,8 +256,8 @@ def _check(args: argparse.Namespace) -> None:
     needed, available = ram_bytes(args), available_ram_bytes()
     if available is not None and needed > available:
         raise UsageError(
-            f"the tables need {as_size(needed)} of RAM, optimizer state included, and {as_size(available)} are free. Cap "
-            "their rows with --max_num_embeddings, or keep them in files with --table_dir."
+            f"the tables need {as_size(needed)} of RAM, optimizer state included, and {as_size(available)} are free. "
+            "Cap their rows with --max_num_embeddings, or keep them in files with --table_dir."
         )
 
 

@@ -202,8 +202,8 @@ def _cumulative_popularity(num_rows: int, popularity: Popularity) -> npt.NDArray
 class CriteoTsv:
     """Samples from a raw Criteo TSV, hashed into the tables while reading; the last tenth is for validation.
 
-    A line is: label, 13 integers, 26 hexadecimal values, separated by tabs, empty where missing. The file may be gzip'd,
-    and begin with a line of names, which is left out.
+    A line is: label, 13 integers, 26 hexadecimal values, separated by tabs, empty where missing. The file may be
+    gzip'd, and begin with a line of names, which is left out.
 
     Args:
         path: The file.
@@ -240,8 +240,8 @@ class CriteoTsv:
         self.num_val_batches = self._num_batches(self._num_val_lines)
         if self.num_train_batches == 0:
             raise CriteoFormatError(
-                f"{path}: {num_lines} samples, of which {self._num_train_lines} are for training; {share.world_size} ranks need "
-                f"{batch_size * share.world_size} for one batch each. Lower --batch_size."
+                f"{path}: {num_lines} samples, of which {self._num_train_lines} are for training; {share.world_size} "
+                f"ranks need {batch_size * share.world_size} for one batch each. Lower --batch_size."
             )
         with self._lines() as lines:
             first_sample = next(itertools.islice(lines, self._num_header_lines, None))
@@ -309,7 +309,8 @@ class CriteoTsv:
         for offset, cell in enumerate(cells):
             if cell not in (b"0", b"1"):
                 raise CriteoFormatError(
-                    f"{self._path}, line {line_number + offset}, column 1: the label is {_shown(cell)}, needs to be 0 or 1."
+                    f"{self._path}, line {line_number + offset}, column 1: the label is {_shown(cell)}, needs to "
+                    "be 0 or 1."
                 )
         return np.array([cell == b"1" for cell in cells], dtype=np.int32)
 

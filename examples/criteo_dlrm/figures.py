@@ -45,8 +45,8 @@ def equality_row(figures: dict[str, Any], num_samples: int) -> str:
     num_victims = sum(pool["num_victims"] for pool in figures["scratchpad"])
     return (
         f"| {num_samples:,} real Criteo rows beside a stock twin | largest difference {verify['max_abs_diff']} over "
-        f"{verify['num_weights'] / 1e6:.1f} M weights and {verify['num_optimizer_states'] / 1e6:.1f} M optimizer states, "
-        f"{num_victims:,} evictions |"
+        f"{verify['num_weights'] / 1e6:.1f} M weights and {verify['num_optimizer_states'] / 1e6:.1f} M optimizer "
+        f"states, {num_victims:,} evictions |"
     )
 
 
@@ -54,8 +54,8 @@ def planning_row(trained: list[dict[str, Any]]) -> str:
     ratios = [result["planned"] / result["counted"] for result in trained]
     num_budgets = len({result["budget_mb"] for result in trained})
     return (
-        f"| misses per batch, as planned and as counted, at {num_budgets} budgets, real and generated rows | planned is "
-        f"{_difference(min(ratios))} to {_difference(max(ratios))} |"
+        f"| misses per batch, as planned and as counted, at {num_budgets} budgets, real and generated rows | planned "
+        f"is {_difference(min(ratios))} to {_difference(max(ratios))} |"
     )
 
 

@@ -148,7 +148,8 @@ class ScratchpadCounts:
             last: Where it ends.
 
         Returns:
-            From which batch to which (counted from 1, both included), unique ids and misses; None if nothing was counted.
+            From which batch to which (counted from 1, both included), unique ids and misses; None if nothing was
+            counted.
         """
         if last not in self._at or first not in self._at:
             return None
@@ -198,8 +199,9 @@ def print_plan(
         _print_tables(plan, pools)
     for pool in pools:
         print(
-            f"scratchpad of {len(pool.table_names)} tables: {pool.num_slots:,} slots ({pool.scratchpad_bytes / 1e6:,.1f} "
-            f"MB) for {pool.num_rows:,} rows ({pool.table_bytes / 1e6:,.1f} MB), optimizer state included",
+            f"scratchpad of {len(pool.table_names)} tables: {pool.num_slots:,} slots "
+            f"({pool.scratchpad_bytes / 1e6:,.1f} MB) for {pool.num_rows:,} rows ({pool.table_bytes / 1e6:,.1f} MB), "
+            "optimizer state included",
             flush=True,
         )
 

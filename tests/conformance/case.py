@@ -35,7 +35,8 @@ class Case:
         sharding_type: TorchRec's value.
         world_size: Processes.
         local_size: Processes of one simulated host; None is all of them.
-        optimizer: "fused_sgd" comes from fused_params, "sgd_fast" has a learning rate of 10; others but the first through apply_optimizer_in_backward.
+        optimizer: "fused_sgd" comes from fused_params, "sgd_fast" has a learning rate of 10; others but the first
+            through apply_optimizer_in_backward.
         pooling: "SUM" or "MEAN".
         has_weighted_tables: Whether the model has weighted features too.
         variable_batch_per_feature: The suite's VBE input.

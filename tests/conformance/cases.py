@@ -32,7 +32,7 @@ def _base(kind: str, world_size: int = 2) -> Case:
 
 
 def _comparable(case: Case) -> Case:
-    """Row-wise Adagrad keeps a state per row of a column shard, so only whole rows train as the unsharded model does."""
+    """Row-wise Adagrad keeps a state per row of a column shard: only whole rows train as the unsharded model does."""
     return replace(case, min_partition=None) if case.optimizer == "rowwise_adagrad" else case
 
 

@@ -76,7 +76,8 @@ def _show(result: Result) -> Result:
     reason = f"  {result.reason}" if result.reason else ""
     stock = f"  [stock: {result.stock_error}]" if result.stock_error else ""
     _say(
-        f"{result.verdict.value:18}  {result.name:60} {result.num_victims:7,} victims {result.seconds:5.1f} s{reason}{stock}"
+        f"{result.verdict.value:18}  {result.name:60} {result.num_victims:7,} victims {result.seconds:5.1f} "
+        f"s{reason}{stock}"
     )
     return result
 

@@ -25,9 +25,10 @@ M = TypeVar("M", bound=nn.Module)
 def to_stock(module: nn.Module) -> Any:
     """Make a plain model of a sharded one: every sharded collection becomes an unsharded one, all else is shared.
 
-    In a job of one process no table is copied, unless it is sharded by columns: weights are views of the sharded model's
-    tables, and lie on the host, while all else stays where it is. Rows that train later show there too, and what is written there is trained on. With several
-    processes, all call it, and rank 0 gets copies of whole tables, one after another.
+    In a job of one process no table is copied, unless it is sharded by columns: weights are views of the sharded
+    model's tables, and lie on the host, while all else stays where it is. Rows that train later show there too, and
+    what is written there is trained on. With several processes, all call it, and rank 0 gets copies of whole tables,
+    one after another.
 
     Args:
         module: A model of DistributedModelParallel, or a sharded collection, planned by any sharder.
@@ -100,8 +101,8 @@ def _whole(name: str, value: object) -> Tensor | None:
     if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter):
         return value.detach()
     raise ConfigError(
-        f"table {name}: its state is a {type(value).__name__}, which cannot be gathered. Save a checkpoint, and load it into an "
-        "unsharded model with load_checkpoint()."
+        f"table {name}: its state is a {type(value).__name__}, which cannot be gathered. Save a checkpoint, and load "
+        "it into an unsharded model with load_checkpoint()."
     )
 
 

@@ -306,8 +306,8 @@ class SafeReader(FileSystemReader):
                     raise pickle.UnpicklingError(f"it names the file {place.relative_path!r}, outside its directory")
         except Exception as error:  # a damaged pickle raises almost anything
             raise CheckpointMismatchError(
-                f"{path}: cannot be read as metadata of torch.distributed.checkpoint ({type(error).__name__}: {error}). "
-                "Load another step."
+                f"{path}: cannot be read as metadata of torch.distributed.checkpoint ({type(error).__name__}: "
+                f"{error}). Load another step."
             ) from error
         if getattr(metadata, "storage_meta", None) is not None:
             metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]

@@ -58,7 +58,8 @@ class Checkpoint(NamedTuple):
 class CheckpointManager:
     """Saves and loads whole training states in a directory that all ranks share.
 
-    What TorchRec leaves out of an optimizer's state_dict, how far a WarmupOptimizer around a CombinedOptimizer is, is saved too.
+    What TorchRec leaves out of an optimizer's state_dict, how far a WarmupOptimizer around a CombinedOptimizer is, is
+    saved too.
 
     A checkpoint is a directory `step_000000001000` in the format of :mod:`torch.distributed.checkpoint`, of the state
     ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``: full tables under stock names, so stock
@@ -112,15 +113,15 @@ class CheckpointManager:
             step: A number that grows, such as batches trained.
             model: Sharded by DistributedModelParallel.
             optimizer: Its optimizers, combined.
-            extra: Anything else, by rank: numbers, strings, tensors, lists and dicts of them; e.g. the state of a learning rate
-                schedule. A data loader's own state is ahead of training by the batches in flight.
+            extra: Anything else, by rank: numbers, strings, tensors, lists and dicts of them; e.g. the state of a
+                learning rate schedule. A data loader's own state is ahead of training by the batches in flight.
 
         Returns:
             The checkpoint's directory.
 
         Raises:
-            CheckpointSaveError: The disk is full, or anything else went wrong on any rank; earlier checkpoints are untouched,
-                and training can go on.
+            CheckpointSaveError: The disk is full, or anything else went wrong on any rank; earlier checkpoints are
+                untouched, and training can go on.
             ConfigError: `extra` is not plain data.
         """
         self.wait()
@@ -141,10 +142,10 @@ class CheckpointManager:
     ) -> "Future[None]":
         """Save the state as it is now while training goes on. All ranks call it.
 
-        Tables in host memory are not copied: old values of rows that are written back meanwhile are kept in files in the
-        checkpoint's directory, and 4 bytes per row. Everything else, dense parameters and tables that are kept
-        whole, is copied first. An earlier save that is under way is awaited; and this one, if memory of a table is in the hands of NumPy, DLPack
-        or the like.
+        Tables in host memory are not copied: old values of rows that are written back meanwhile are kept in files in
+        the checkpoint's directory, and 4 bytes per row. Everything else, dense parameters and tables that are kept
+        whole, is copied first. An earlier save that is under way is awaited; and this one, if memory of a table is in
+        the hands of NumPy, DLPack or the like.
 
         Args:
             step: As :meth:`save`.
@@ -153,7 +154,8 @@ class CheckpointManager:
             extra: As :meth:`save`.
 
         Returns:
-            Done when the checkpoint is complete; its `result()` raises what :meth:`save` would. A failure is logged too.
+            Done when the checkpoint is complete; its `result()` raises what :meth:`save` would. A failure is logged
+            too.
 
         Raises:
             CheckpointSaveError: There is no room to begin.
@@ -285,8 +287,8 @@ class CheckpointManager:
         later = [other for other in self.steps() if other >= step]
         if later or self.path(step).exists():
             raise FileExistsError(
-                f"there is step {max([step, *later])} already, of a run that went as far or further. Delete it, save a later "
-                "step, or use another directory"
+                f"there is step {max([step, *later])} already, of a run that went as far or further. Delete it, save a "
+                "later step, or use another directory"
             )
         for leftover in self._directory.glob(".step_*.unfinished"):  # of a job that was killed
             _remove(leftover)
@@ -450,8 +452,8 @@ def _prepare(step: int, extra: Any, optimizer: torch.optim.Optimizer | None) -> 
         torch.load(stream, weights_only=True)
     except Exception as error:
         raise ConfigError(
-            f"extra: cannot be saved as plain data ({_brief(error)}). Give numbers, strings, tensors, and lists and dicts "
-            "of them."
+            f"extra: cannot be saved as plain data ({_brief(error)}). Give numbers, strings, tensors, and lists and "
+            "dicts of them."
         ) from error
     return stream.getvalue()
 
@@ -516,7 +518,8 @@ def _check_fits(state: dict[str, Any], metadata: Metadata, names: set[str] | Non
         if isinstance(value, Tensor) and isinstance(found, TensorStorageMetadata):
             if tuple(found.size) != tuple(value.shape):
                 raise CheckpointMismatchError(
-                    f"{directory}: {name} has shape {tuple(found.size)} there and {tuple(value.shape)} here. {_advice(name)}"
+                    f"{directory}: {name} has shape {tuple(found.size)} there and {tuple(value.shape)} here. "
+                    f"{_advice(name)}"
                 )
             if found.properties.dtype != value.dtype:
                 raise CheckpointMismatchError(

@@ -54,8 +54,8 @@ def load_wrapper_states(optimizer: torch.optim.Optimizer, states: WrapperStates)
 def fit_states(optimizer: torch.optim.Optimizer, is_saved: Callable[[str], bool]) -> Callable[[], None]:
     """Give an optimizer the states that a checkpoint has, so that they can be loaded.
 
-    torch's optimizers make a parameter's states when it first has a gradient, a WarmupOptimizer at its first step. Those that are
-    missing are made, those that were not there when it was saved are dropped; no weight changes.
+    torch's optimizers make a parameter's states when it first has a gradient, a WarmupOptimizer at its first step.
+    Those that are missing are made, those that were not there when it was saved are dropped; no weight changes.
 
     Args:
         optimizer: TorchRec's, combined and wrapped in any way, or torch's own.

@@ -33,14 +33,16 @@ def warm_start(
 
     Args:
         model: A model of DistributedModelParallel, or a sharded collection; tables may use any kernel.
-        source: Weights [num_embeddings, embedding_dim] by table name, or by a name that ends in `<table>.weight`, as in a stock
-            `state_dict()`: tensors, arrays or `.npy` files. Or a file of such: `.safetensors`, or `.pt` with tensors alone.
+        source: Weights [num_embeddings, embedding_dim] by table name, or by a name that ends in `<table>.weight`, as in
+            a stock `state_dict()`: tensors, arrays or `.npy` files. Or a file of such: `.safetensors`, or `.pt` with
+            tensors alone.
 
     Returns:
         The tables that were filled; others keep their weights.
 
     Raises:
-        ConfigError: No table has a match, several tensors match one, or a shape or a file is wrong; nothing was written.
+        ConfigError: No table has a match, several tensors match one, or a shape or a file is wrong; nothing was
+            written.
     """
     for collection in scratchpad_collections(model):
         for pool in collection.pools:
@@ -68,8 +70,8 @@ def _find_rows(source: Any, tables: dict[str, Any], files: ExitStack) -> dict[st
         shape = tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
         if shape != tuple(tables[name].shape):
             raise ConfigError(
-                f"warm_start: table {_table_of(name)} is {tuple(tables[name].shape)}, {matches[name]!r} is {shape}. Give "
-                "weights of the whole table, [num_embeddings, embedding_dim]."
+                f"warm_start: table {_table_of(name)} is {tuple(tables[name].shape)}, {matches[name]!r} is {shape}. "
+                "Give weights of the whole table, [num_embeddings, embedding_dim]."
             )
         list(_local_parts(tables[name]))  # or it raises
     return rows
@@ -111,8 +113,8 @@ def _open(path: str | os.PathLike[str], files: ExitStack) -> dict[str, Rows]:
     except Exception as error:  # each library has errors of its own for what is missing or damaged
         raise ConfigError(f"warm_start: {path} cannot be read ({type(error).__name__}: {error}).") from error
     raise ConfigError(
-        f"warm_start: {path} is no .safetensors file and no .pt file with a dict of tensors. Give a .npy file by table: "
-        "{'t0': 't0.npy'}."
+        f"warm_start: {path} is no .safetensors file and no .pt file with a dict of tensors. Give a .npy file by "
+        "table: {'t0': 't0.npy'}."
     )
 
 
@@ -126,8 +128,8 @@ def _rows(table: str, value: Any) -> Rows:
     dtype = str(getattr(value, "dtype", "")) or (value.get_dtype() if hasattr(value, "get_dtype") else "")
     if not dtype or "complex" in dtype:
         raise ConfigError(
-            f"warm_start: {dtype or type(value).__name__} for table {table}. Give real numbers: a tensor, a NumPy array, or the path of a "
-            ".npy file."
+            f"warm_start: {dtype or type(value).__name__} for table {table}. Give real numbers: a tensor, a NumPy "
+            "array, or the path of a .npy file."
         )
     return value
 

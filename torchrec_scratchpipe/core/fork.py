@@ -24,8 +24,8 @@ class ForkAware(Protocol):
         """Go on, without the parent's threads."""
 
 
-# Per process, as forks are. Who works takes the locks of what is worked on, so that workers have to stand still first: else a worker
-# that holds its own lock waits for one that is held here, while its own is waited for.
+# Per process, as forks are. Who works takes the locks of what is worked on, so that workers have to stand still first:
+# else a worker that holds its own lock waits for one that is held here, while its own is waited for.
 _WORKERS: "WeakSet[ForkAware]" = WeakSet()
 _OTHERS: "WeakSet[ForkAware]" = WeakSet()
 _PREPARED: list[ForkAware] = []

@@ -79,8 +79,9 @@ class HostTable:
         if self._is_of_parent:
             names = ", ".join(table.name for table in self.tables)
             raise TableStorageError(
-                f"tables {names} are in memory that a forked child shares with its parent, or does not have (memory-mapped files, "
-                "page-locked memory). Use the model in the process that has made it; start a new process (spawn) for another."
+                f"tables {names} are in memory that a forked child shares with its parent, or does not have "
+                "(memory-mapped files, page-locked memory). Use the model in the process that has made it; start a "
+                "new process (spawn) for another."
             )
 
     @property
@@ -112,7 +113,7 @@ class HostTable:
 
     @property
     def is_overwritten(self) -> bool:
-        """Whether somebody else has written `parts`, or a view of them, since :meth:`accept_overwrite`, or may do so unseen."""
+        """Whether others have written `parts`, or a view, since :meth:`accept_overwrite`, or may do so unseen."""
         # Views share their base's version counter, which every in-place operation of torch raises.
         return self._is_overwritten or self.lent.is_any_lent or self._versions() != self._own_versions
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Memory of a host table in the hands of somebody whom PyTorch's operations do not go through: NumPy, DLPack, storages."""
+"""Memory of a host table in the hands of somebody whom PyTorch's operations do not go through.
+
+NumPy, DLPack, storages.
+"""
 
 import ctypes
 import weakref
@@ -14,8 +17,8 @@ __all__ = ["LentMemories", "LentMemory"]
 class LentMemory:
     """A piece of a table that is lent until its last alias has gone.
 
-    Every alias of a storage keeps the whole storage alive, and the table's own tensors are aliases too. So what is lent has a storage of
-    its own, over the same memory, whose end can be seen.
+    Every alias of a storage keeps the whole storage alive, and the table's own tensors are aliases too. So what is lent
+    has a storage of its own, over the same memory, whose end can be seen.
 
     Args:
         shown: What to lend, not empty. Its memory lives at least as long as what is made of it.

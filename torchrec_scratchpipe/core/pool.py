@@ -72,7 +72,9 @@ class Pool:
         return self._enlarge is not None
 
     def grow(self, held: SlotsHeldError) -> None:
-        """Get slots for a batch that Train waits for, and that no other batch will let go of; only between the stages of two batches.
+        """Get slots for a batch that Train waits for, and that no other batch will let go of.
+
+        Only between the stages of two batches.
 
         Args:
             held: How many slots the batch needs, and how many are free.
@@ -92,8 +94,9 @@ class Pool:
         self.slot_map.grow(num_slots)
         self.counters.num_growths += 1
         logger.warning(
-            "%s: one batch needs %s slots, the scratchpad had %s, of which %s were held, and has now %s. Set load_factor to at least %.4f "
-            "to have so many from the beginning, and to more for batches that are planned ahead.",
+            "%s: one batch needs %s slots, the scratchpad had %s, of which %s were held, and has now %s. Set "
+            "load_factor to at least %.4f to have so many from the beginning, and to more for batches that are "
+            "planned ahead.",
             self.name,
             f"{held.num_needed:,}",
             f"{before:,}",
@@ -106,13 +109,15 @@ class Pool:
         num_slots, num_rows = self.scratchpad.num_slots, self.host_table.num_rows
         if held.num_needed > num_slots:
             return ScratchpadFullError(
-                f"{self.name}: one batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}{why_not_more}. "
-                f"Raise load_factor to at least {min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
+                f"{self.name}: one batch needs {held.num_needed:,} slots, the scratchpad has "
+                f"{num_slots:,}{why_not_more}. Raise load_factor to at least "
+                f"{min(1.0, held.num_needed / num_rows + 5e-5):.4f}, or lower the batch size."
             )
         return ScratchpadFullError(
             f"{self.name}: a batch needs {held.num_needed:,} slots, the scratchpad has {num_slots:,}, and all but "
-            f"{held.num_available:,} are held by batches since the oldest one in flight{why_not_more}. Let those train first, lower "
-            "lookahead, raise load_factor, or drop results whose backward will never run: they keep their batch in flight."
+            f"{held.num_available:,} are held by batches since the oldest one in flight{why_not_more}. Let those train "
+            "first, lower lookahead, raise load_factor, or drop results whose backward will never run: they keep "
+            "their batch in flight."
         )
 
     @property
@@ -138,7 +143,8 @@ class Pool:
             return
         num_early_frees = self.slot_map.num_early_frees
         with record_function("## scratchpipe flush ##"):
-            # A slot that was freed early may hold a row that is newer than its table, and looks as if it was used long ago.
+            # A slot that was freed early may hold a row that is newer than its table, and looks as if it was used long
+            # ago.
             is_any_freed_early = num_early_frees != self._num_early_frees_at_flush
             slots, rows = self.slot_map.resident_since(0 if is_any_freed_early else self._flushed_below)
             for some_slots, some_rows in zip(
@@ -166,8 +172,8 @@ class Pool:
     def purge(self) -> None:
         """Flush, and have resident rows read anew before anybody uses them (hazard 6): tables are about to be written.
 
-        Empties the scratchpad, unless batches in flight rely on its rows. Waits for snapshots to be read. Does nothing if it has been
-        done, and no stage has run since.
+        Empties the scratchpad, unless batches in flight rely on its rows. Waits for snapshots to be read. Does nothing
+        if it has been done, and no stage has run since.
         """
         if self.is_flushed and self.host_table.is_marked_overwritten and not self.host_table.has_snapshots:
             return
@@ -189,12 +195,14 @@ class Pool:
             TableOverwrittenError: Some of them are newer in the scratchpad, and would be lost.
         """
         if self._num_updates != self._num_updates_flushed and not self.host_table.is_seen_overwritten:
-            # Somebody was given the table in the middle of a step, by another thread or a hook: the step's rows are newer.
+            # Somebody was given the table in the middle of a step, by another thread or a hook: the step's rows are
+            # newer.
             self.flush()
         if self._num_updates != self._num_updates_flushed:
             raise TableOverwrittenError(
-                f"{self.name}: a table was written, behind the back of PyTorch's operations or by another thread, while the scratchpad held newer "
-                "rows of it. Take a state_dict() right before you write, or load one with load_state_dict()."
+                f"{self.name}: a table was written, behind the back of PyTorch's operations or by another thread, "
+                "while the scratchpad held newer rows of it. Take a state_dict() right before you write, or load one "
+                "with load_state_dict()."
             )
         slots, rows = self.slot_map.resident_since(0)
         for some_slots, some_rows in zip(

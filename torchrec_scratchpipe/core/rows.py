@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a row consists of, and the words that the stages hand to each other; reads and writes whole rows, whose parts lie in several tensors.
+"""What a row consists of, and the words that the stages hand to each other.
+
+Reads and writes whole rows, whose parts lie in several tensors.
 
 Shapes: ``M`` misses, ``V`` victims, ``N`` rows moved, ``D`` row width.
 """
@@ -102,9 +104,9 @@ class TimedStage(NamedTuple):
 class StageSpan(NamedTuple):
     """When one stage of one batch ran, by the host's clock, and how much it moved.
 
-    On a CUDA device all are timed as they are issued, not as they run. Where it moves rows in place, COLLECT is the whole way of
-    the victims and INSERT that of the misses, each with its own bytes. Elsewhere bytes are those of both directions. The spans of a
-    batch are there once its Train has begun.
+    On a CUDA device all are timed as they are issued, not as they run. Where it moves rows in place, COLLECT is the
+    whole way of the victims and INSERT that of the misses, each with its own bytes. Elsewhere bytes are those of both
+    directions. The spans of a batch are there once its Train has begun.
     """
 
     batch_index: int  # the pool's own count, which evaluation advances too

@@ -4,8 +4,8 @@
 Shapes: ``I`` ids.
 
 A batch is data; a runner alone acts on it. One batch runs its stages as a unit, and batches run one at a time.
-:class:`StageRunner` runs them on the caller's thread: it is the oracle. :class:`OverlappedStageRunner` runs the same code on a worker
-thread, and on a CUDA device on streams of its own, while earlier batches train.
+:class:`StageRunner` runs them on the caller's thread: it is the oracle. :class:`OverlappedStageRunner` runs the same
+code on a worker thread, and on a CUDA device on streams of its own, while earlier batches train.
 
 Hazards and guards; the numbers are those of docs/how_it_works.md:
 
@@ -95,7 +95,9 @@ class StageRunner:
             self._run_waiting()
 
     def wait(self, batch: Batch) -> Tensor:
-        """Wait until every row of a batch is in its slot (hazard 4), and count the wait if there was one. Train begins now.
+        """Wait until every row of a batch is in its slot (hazard 4), and count the wait if there was one.
+
+        Train begins now.
 
         Args:
             batch: A batch that was submitted, or seen.
@@ -125,7 +127,7 @@ class StageRunner:
         return batch.slots
 
     def refresh(self, batch: Batch) -> None:
-        """Read resident rows anew if tables have been overwritten (hazard 6); before Train reads them, and updates them.
+        """Read resident rows anew if tables have been overwritten (hazard 6), before Train reads and updates them.
 
         Args:
             batch: A batch that trains.
@@ -141,7 +143,8 @@ class StageRunner:
     def release(self, batch: Batch, *, is_updated: bool = False) -> None:
         """Let go of a batch's slots; from any thread; later calls do nothing.
 
-        Call it when the batch's backward has run, or when the batch will never train. A batch that nobody owns any more is released too.
+        Call it when the batch's backward has run, or when the batch will never train. A batch that nobody owns any more
+        is released too.
 
         Args:
             batch: A batch, wherever it is.
@@ -293,8 +296,9 @@ class StageRunner:
         for ids, plan in zip(batch.pool_ids, batch.plans, strict=True):
             if not torch.equal(rows_of_ids(*ids), plan.buffers.rows[: plan.num_ids]):
                 return ScratchPipeError(
-                    "the ids of a batch have changed between Plan and Train: the memory of a batch in flight was written. A data loader that "
-                    "reuses its buffers needs lookahead + num_batches_seen_ahead + 3 of them; or give each batch memory of its own."
+                    "the ids of a batch have changed between Plan and Train: the memory of a batch in flight was "
+                    "written. A data loader that reuses its buffers needs lookahead + num_batches_seen_ahead + 3 of "
+                    "them; or give each batch memory of its own."
                 )
         return None
 
@@ -315,12 +319,12 @@ def _refused_error(batch: Batch, pool: Pool, plan: CachePlan, bad_position: int)
     if bad_position == 0:
         return ScratchPipeError(
             f"{pool.name}: batch {plan.batch_index} found too few of {pool.scratchpad.num_slots:,} slots for up to "
-            f"{plan.num_ids:,} ids, although there should have been enough. This is a fault of this package, please report "
-            "it; a larger load_factor may avoid it."
+            f"{plan.num_ids:,} ids, although there should have been enough. This is a fault of this package, please "
+            "report it; a larger load_factor may avoid it."
         )
     return batch.find_bad_id(bad_position) or ScratchPipeError(
-        f"{pool.name}: an id of batch {plan.batch_index} was out of range when it was planned, and is not now. Do not change "
-        "the ids of a batch that was given to the pipeline."
+        f"{pool.name}: an id of batch {plan.batch_index} was out of range when it was planned, and is not now. Do not "
+        "change the ids of a batch that was given to the pipeline."
     )
 
 
@@ -369,10 +373,12 @@ class OverlappedStageRunner(StageRunner):
 
     @contextmanager
     def holding_back(self) -> Iterator[None]:
-        """While entered, a worker that enqueues on a device waits, but for a batch that Train waits for; on a CPU it works.
+        """While entered, a worker that enqueues on a device waits; on a CPU it works.
 
-        One interpreter runs one thread at a time: a worker that enqueues while Train's forward is issued costs Train more time than
-        it takes. While backward is issued, by torch's own thread, the interpreter is free.
+        A batch that Train waits for goes ahead all the same.
+
+        One interpreter runs one thread at a time: a worker that enqueues while Train's forward is issued costs Train
+        more time than it takes. While backward is issued, by torch's own thread, the interpreter is free.
         """
         if self.streams.plan is None:
             yield
@@ -388,7 +394,10 @@ class OverlappedStageRunner(StageRunner):
         self._queue.wait_until_idle()
 
     def pause(self) -> None:
-        """Wait until the worker stands still; released slots do not wake it, a batch that is submitted or awaited does."""
+        """Wait until the worker stands still.
+
+        Released slots do not wake it, a batch that is submitted or awaited does.
+        """
         self._queue.pause()
 
     def _run_waiting(self) -> None:
@@ -452,7 +461,8 @@ class _Queue:
     """Batches whose stages have not run, the states of all batches, and the reasons for a worker to look again.
 
     Args:
-        lent: While memory of a table is lent, no stage runs but while Train waits for it: whoever has the memory may write it.
+        lent: While memory of a table is lent, no stage runs but while Train waits for it: whoever has the memory may
+            write it.
     """
 
     def __init__(self, lent: LentMemories) -> None:
@@ -577,7 +587,8 @@ class _Queue:
 
         1. A batch that Train waits for is planned, whether the queue is paused or not.
         2. While the queue is paused or held back, or somebody has memory of a table, nothing is done.
-        3. A batch that may only be seen, or that stands behind one that waits for slots, is seen, for it guides the choice of victims.
+        3. A batch that may only be seen, or that stands behind one that waits for slots, is seen, for it guides the
+           choice of victims.
         4. The oldest batch is planned. If that was in vain, it is tried again when something has changed.
         """
         has_changed = self._num_changes != self._num_changes_seen

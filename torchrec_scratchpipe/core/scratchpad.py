@@ -58,7 +58,9 @@ class ScratchpadMemory(NamedTuple):
     buffers: list[mmap.mmap | None]  # per part: what a flat tensor on a CPU lies in
 
     def piece(self, part_index: int, first: int, num_values: int) -> Tensor:
-        """A range of a flat tensor; on a CPU with a storage of its own, because `torch.save` writes whole storages, reserved or not.
+        """A range of a flat tensor.
+
+        On a CPU it has a storage of its own, because `torch.save` writes whole storages, reserved or not.
 
         Args:
             part_index: Which part of a row.
@@ -86,8 +88,8 @@ def allocate_scratchpads(
         layouts: One per scratchpad; they may differ in width only.
         nums_slots: Slots of each.
         device: Where they lie.
-        max_slots: Slots that each may ever have. On a CPU it has room for so many where it is: addresses are reserved, memory is
-            taken when a slot is first written. Elsewhere there is no such memory.
+        max_slots: Slots that each may ever have. On a CPU it has room for so many where it is: addresses are reserved,
+            memory is taken when a slot is first written. Elsewhere there is no such memory.
 
     Returns:
         The scratchpads and the memory that they share.
@@ -134,7 +136,8 @@ def grow_scratchpad(memory: ScratchpadMemory, index: int, num_slots: int) -> Scr
         num_slots: More than it has.
 
     Returns:
-        The same memory, if there is room in it; else another, with the same scratchpads. Whoever holds tensors of the old one must let go.
+        The same memory, if there is room in it; else another, with the same scratchpads. Whoever holds tensors of the
+        old one must let go.
     """
     if num_slots > memory.capacities[index]:
         memory = _moved(memory, index, num_slots)

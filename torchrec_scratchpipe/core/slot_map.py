@@ -155,20 +155,20 @@ class CachePlan:
 class SlotMap:
     """The two maps between rows and slots of one pool, and the holds of batches in flight.
 
-    A slot is held while ``last_use >= first_held``. `first_held` is the oldest batch that was planned and not yet released.
-    Held slots never become victims (hazards 1 and 3).
+    A slot is held while ``last_use >= first_held``. `first_held` is the oldest batch that was planned and not yet
+    released. Held slots never become victims (hazards 1 and 3).
 
     A batch may be seen before it is planned. Then the choice of victims knows that the batch will use its rows.
 
-    The device learns the sizes, and Plan waits for nothing, if the plan is certain to find its slots: if what batches in flight use,
-    together with the ids of this one, is no more than there are slots. Where it is not certain, :meth:`confirm` waits to see,
-    because whoever asks must try again after the next Train.
+    The device learns the sizes, and Plan waits for nothing, if the plan is certain to find its slots: if what batches
+    in flight use, together with the ids of this one, is no more than there are slots. Where it is not certain,
+    :meth:`confirm` waits to see, because whoever asks must try again after the next Train.
 
-    Slots are not scanned for each batch. One scan lists a sixteenth of them, or as many as are wanted, by bins of an eighth of an octave
-    of their frequency, and the list serves until it is spent.
+    Slots are not scanned for each batch. One scan lists a sixteenth of them, or as many as are wanted, by bins of an
+    eighth of an octave of their frequency, and the list serves until it is spent.
 
-    All methods but :meth:`release`, :meth:`unsee` and :meth:`unsee_failed` enqueue on the current stream, and must be called
-    between the stages of two batches.
+    All methods but :meth:`release`, :meth:`unsee` and :meth:`unsee_failed` enqueue on the current stream, and must be
+    called between the stages of two batches.
 
     Args:
         num_rows: R. Costs 4 bytes each.
@@ -245,7 +245,8 @@ class SlotMap:
             batch: Its ids.
 
         Returns:
-            A ticket, which :meth:`plan` or :meth:`unsee` take for this batch; None if too many batches are seen already.
+            A ticket, which :meth:`plan` or :meth:`unsee` take for this batch; None if too many batches are seen
+            already.
         """
         self._take_back_sightings()
         if self._seen and self._num_seen - self._seen[0] >= WINDOW_BITS:
@@ -302,17 +303,19 @@ class SlotMap:
         """Enqueue what gives every row of the next batch a slot, as of the last :meth:`take_in_releases`.
 
         Hits keep their slot. Misses take free slots, then those of victims. All slots of the batch are held until
-        :meth:`release`. Moves may be enqueued at once: if there are too few slots they move nothing. The plan stands after
-        :meth:`confirm`.
+        :meth:`release`. Moves may be enqueued at once: if there are too few slots they move nothing. The plan stands
+        after :meth:`confirm`.
 
         Args:
             batch: Its ids.
             seen: What :meth:`see` returned for this batch.
             slots: [>= I] int64, to be written, if the batch has them from another pool.
-            has_whole_tables: Whether ids of other features than the pools' are their slots; written if `slots` are not given.
+            has_whole_tables: Whether ids of other features than the pools' are their slots; written if `slots` are not
+                given.
 
         Returns:
-            Where its rows will be. If :meth:`CachePlan.wait` says that it was refused, and :meth:`confirm` did not, an id is bad.
+            Where its rows will be. If :meth:`CachePlan.wait` says that it was refused, and :meth:`confirm` did not, an
+            id is bad.
         """
         self._take_back_sightings()
         self._newest = None
@@ -345,7 +348,9 @@ class SlotMap:
         return CachePlan(request, buffers, seen, planned)
 
     def count_misses(self, plan: CachePlan) -> None:
-        """Count which ids of a plan that stands do not find their row in their slot; there must be none. From any thread.
+        """Count which ids of a plan that stands do not find their row in their slot: there must be none.
+
+        From any thread.
 
         Args:
             plan: Of the batch that trains now, on the current stream.
@@ -533,9 +538,10 @@ class SlotMap:
     def _free_early_releases(self, refused: CachePlan) -> bool:
         """Free slots of batches that were released out of order; whether there were any.
 
-        Slots are held from the oldest batch in flight on. A batch that was released before it therefore keeps its slots. This costs
-        nothing while batches are released in order. Where one stays behind (a loss that is kept and never sees a backward), its own
-        slots must be told from the others: `last_use` of the others is set to before `first_held`.
+        Slots are held from the oldest batch in flight on. A batch that was released before it therefore keeps its
+        slots. This costs nothing while batches are released in order. Where one stays behind (a loss that is kept and
+        never sees a backward), its own slots must be told from the others: `last_use` of the others is set to before
+        `first_held`.
         """
         is_held = torch.zeros(self.num_slots, dtype=torch.bool, device=self.device)
         for plan in [*self._in_flight.values(), refused]:
@@ -571,7 +577,11 @@ class SlotMap:
         self.ops.clear_victim_list(maps)
 
     def _entries_of_absent(self, slots: Tensor) -> Tensor:
-        """[N] int32: what `row_to_slot` says of the rows in these slots once they have left; it does not say how often they were used."""
+        """[N] int32.
+
+        What `row_to_slot` says of the rows in these slots once they have left; it does not say how often they were
+        used.
+        """
         return -1 - self.maps.uses_ahead.index_select(0, slots)
 
     def _make_room(self, num_ids: int) -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What Plan and the moving of rows ask of a device: the operations, and the tensors that they share.
 
-Shapes: ``I`` ids, ``F`` features, ``T`` tables, ``M`` misses, ``V`` victims, ``S`` slots, ``R`` rows, ``C`` capacity in ids.
+Shapes: ``I`` ids, ``F`` features, ``T`` tables, ``M`` misses, ``V`` victims, ``S`` slots, ``R`` rows, ``C`` capacity in
+    ids.
 
-The host need not know the sizes: how many rows an operation concerns stands in tensors on the device. Two classes have all
-operations. :class:`~torchrec_scratchpipe.core.torch_ops.TorchOps` has them in torch, for a CPU.
-:class:`~torchrec_scratchpipe.core.triton_ops.TritonOps` has them in Triton, and enqueues each one without waiting. Tests compare the two.
+The host need not know the sizes: how many rows an operation concerns stands in tensors on the device. Two classes have
+all operations. :class:`~torchrec_scratchpipe.core.torch_ops.TorchOps` has them in torch, for a CPU.
+:class:`~torchrec_scratchpipe.core.triton_ops.TritonOps` has them in Triton, and enqueues each one without waiting.
+Tests compare the two.
 
 **The entry of a row in** ``row_to_slot``, 32 bits::
 
@@ -13,12 +15,13 @@ operations. :class:`~torchrec_scratchpipe.core.torch_ops.TorchOps` has them in t
     it sits in none:         -1 - value, where value is     | note (11 bits) | batches seen ahead (20 bits) |
     it is being placed:      BEING_PLACED, the smallest int32, while Plan works
 
-A batch that was seen and is not yet planned owns one of the 20 bits. While the row sits in a slot, its bits are in ``uses_ahead``, and
-how often it was used is in ``frequency``. When the row leaves, its note keeps the frequency, as a position on a scale of logarithms
-that wraps around. Note 0 is for rows that were never used. To forget how often rows were used would cost 5 % more misses.
+A batch that was seen and is not yet planned owns one of the 20 bits. While the row sits in a slot, its bits are in
+``uses_ahead``, and how often it was used is in ``frequency``. When the row leaves, its note keeps the frequency, as a
+position on a scale of logarithms that wraps around. Note 0 is for rows that were never used. To forget how often rows
+were used would cost 5 % more misses.
 
-**Which rows leave**: those that no batch seen ahead will use, the least often used first; then those whose next use is farthest. A use
-counts half as much after a half-life, so that yesterday's favourites leave.
+**Which rows leave**: those that no batch seen ahead will use, the least often used first; then those whose next use is
+farthest. A use counts half as much after a half-life, so that yesterday's favourites leave.
 
 Source:
     LRFU (Lee et al., IEEE Transactions on Computers 2001) for the count, ScratchPipe (ISCA 2022) for the known future.
@@ -65,7 +68,8 @@ __all__ = [
 WINDOW_BITS = 20  # batches that can be seen ahead of Plan, one bit each
 WINDOW_MASK = (1 << WINDOW_BITS) - 1
 NOTE_BITS = 11
-# One less than there could be: with all 31 bits set, a row would say the smallest int32, which marks one that is being placed.
+# One less than there could be: with all 31 bits set, a row would say the smallest int32, which marks one that is being
+# placed.
 NUM_NOTES = (1 << NOTE_BITS) - 2
 NOTES_PER_OCTAVE = 16
 BEING_PLACED = -(1 << 31)
@@ -87,7 +91,10 @@ NUM_ORDER_BINS = 4096  # into which rows are put before they move, by where they
 
 
 class Number(enum.IntEnum):
-    """Positions in :attr:`PlanBuffers.numbers`: what changes from batch to batch, for kernels that are launched as recorded."""
+    """Positions in :attr:`PlanBuffers.numbers`.
+
+    What changes from batch to batch, for kernels that are launched as recorded.
+    """
 
     NUM_IDS = 0
     IDS = 1  # an address, as are the next and the one after the stride
@@ -190,7 +197,10 @@ class ScratchBuffers:
 
 @dataclass(frozen=True, eq=False)
 class OrderBuffers:
-    """Room for the rows that move in one direction, in the order in which they move; shared by all batches of a pool."""
+    """Room for the rows that move in one direction, in the order in which they move.
+
+    Shared by all batches of a pool.
+    """
 
     rows: Tensor  # [C] int64
     slots: Tensor  # [C] int32
@@ -297,8 +307,8 @@ class SlotOps(Protocol):
     ) -> None:
         """``target[target_index[i]] = source[source_index[i]]`` for the first ``counts[count]`` rows.
 
-        Both [N, D] or [N], contiguous, of one dtype, with an even number of bytes per row; on the device or in page-locked host
-        memory. Indices are [C] int32 or int64.
+        Both [N, D] or [N], contiguous, of one dtype, with an even number of bytes per row; on the device or in
+        page-locked host memory. Indices are [C] int32 or int64.
         """
 
     def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:

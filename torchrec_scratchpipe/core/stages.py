@@ -5,20 +5,21 @@ Shapes: ``M`` misses, ``V`` victims.
 
 Plan decides which row sits where. Then rows move as the plan says, in one of two ways.
 
-*Staged*: rows pass through buffers on the host, in both directions at once. Collect gathers rows from the table and from the scratchpad,
-Exchange carries them over the bus, Insert writes them. A CPU moves rows so. A GPU does where its kernels cannot
-reach the tables (memory-mapped files), or where old rows must be kept for a snapshot; then the worker thread waits for the plan.
+*Staged*: rows pass through buffers on the host, in both directions at once. Collect gathers rows from the table and
+from the scratchpad, Exchange carries them over the bus, Insert writes them. A CPU moves rows so. A GPU does where its
+kernels cannot reach the tables (memory-mapped files), or where old rows must be kept for a snapshot; then the worker
+thread waits for the plan.
 
-*In place*: kernels read and write the tables in host memory. Collect, Exchange and Insert of one direction are one kernel per
-part of a row. *Writeback* takes victims from the scratchpad to their table, *fill* takes missing rows from their table to the slots. Each
-direction has a stream, and their order is
+*In place*: kernels read and write the tables in host memory. Collect, Exchange and Insert of one direction are one
+kernel per part of a row. *Writeback* takes victims from the scratchpad to their table, *fill* takes missing rows from
+their table to the slots. Each direction has a stream, and their order is
 
 * Plan(N) after every Train whose release it has seen, and writeback(N) after Plan(N) (hazards 1 and 3);
 * fill(N) after writeback(N), which frees its slots, and so after every earlier writeback (hazard 2);
 * Train(N) after fill(N) (hazard 4).
 
-So writeback(N + 1) may run beside fill(N). Its victims are not rows that fill(N) brings, because those are held. They are not rows that
-fill(N) reads either, because those were absent.
+So writeback(N + 1) may run beside fill(N). Its victims are not rows that fill(N) brings, because those are held. They
+are not rows that fill(N) reads either, because those were absent.
 
 Who runs the stages, and in which order they must run, is :mod:`torchrec_scratchpipe.core.runner`.
 """

@@ -61,8 +61,9 @@ class RamStorage:
 class PageLockedStorage:
     """Page-locked memory that kernels of every CUDA device read and write in place.
 
-    Exactly as much as is asked for: the caching allocator for page-locked memory rounds up to a power of two, which for a table
-    of 40 GB would take 64 GB. Unlocked when nobody holds this storage any more; the memory stays as long as its tensors.
+    Exactly as much as is asked for: the caching allocator for page-locked memory rounds up to a power of two, which for
+    a table of 40 GB would take 64 GB. Unlocked when nobody holds this storage any more; the memory stays as long as its
+    tensors.
     """
 
     is_slow_to_write = False
@@ -99,8 +100,8 @@ class PageLockedStorage:
         error = _lock_pages(tensor)
         if error:
             raise TableStorageError(
-                f"{label}: {tensor.nbytes:,} bytes cannot be page-locked ({error}). Raise the limit (ulimit -l), free host memory, "
-                "or give the sharder host_access='staged', which needs no page-locked tables."
+                f"{label}: {tensor.nbytes:,} bytes cannot be page-locked ({error}). Raise the limit (ulimit -l), free "
+                "host memory, or give the sharder host_access='staged', which needs no page-locked tables."
             )
         self._locked.append(tensor)
         return tensor[:num_values]
@@ -127,9 +128,9 @@ def _unlock(locked: list[Tensor]) -> None:
 class MappedStorage:
     """Files in a directory, mapped into memory, whose pages the system may write out and drop.
 
-    The whole file is reserved up front, so that a full disk is an error here and not a crash
-    while training. The file never has a name (where the file system knows no such files, not for long): the space is
-    returned when the table is freed, however the process ends, and no table of an earlier run can be mistaken for this one.
+    The whole file is reserved up front, so that a full disk is an error here and not a crash while training. The file
+    never has a name (where the file system knows no such files, not for long): the space is returned when the table is
+    freed, however the process ends, and no table of an earlier run can be mistaken for this one.
 
     Args:
         directory: An existing, writable directory on the disk that is to hold the tables.

@@ -92,10 +92,13 @@ class StageStreams:
         if event is not None and stream is not None:
             stream.wait_event(event)
 
-    # Hazards 1 and 3: Collect(N) reads, and Insert(N) overwrites, a slot that Train(M), M < N, used on the model's stream.
+    # Hazards 1 and 3: Collect(N) reads, and Insert(N) overwrites, a slot that Train(M), M < N, used on the model's
+    # stream.
 
     def note_train(self, stream: torch.Stream | None) -> None:
-        """Train of a batch has been enqueued, and its slots are about to be released: whoever sees the release finds the event.
+        """Train of a batch has been enqueued, and its slots are about to be released.
+
+        Whoever sees the release finds the event.
 
         Args:
             stream: That it was enqueued on; None if it never was. May be called from any thread.

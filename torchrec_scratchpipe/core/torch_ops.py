@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The device operations in torch: those of a CPU, and what :mod:`torchrec_scratchpipe.core.triton_ops` is compared with.
+"""The device operations in torch: those of a CPU, and what the Triton kernels are compared with.
 
 They are right on any device. On CUDA they are slow, because most of them wait for the device.
 """
@@ -67,7 +67,8 @@ class _Found(NamedTuple):
 class TorchOps(CommonOps):
     """See :class:`~torchrec_scratchpipe.core.slot_ops.SlotOps`, which says what each operation does.
 
-    Not to be shared by slot maps that plan at the same time: what :meth:`find` has found stays here until :meth:`translate`.
+    Not to be shared by slot maps that plan at the same time: what :meth:`find` has found stays here until
+    :meth:`translate`.
     """
 
     _found: _Found
@@ -86,7 +87,8 @@ class TorchOps(CommonOps):
         def change(uses: Tensor) -> Tensor:
             return uses.bitwise_or_(bit) if is_used else uses.bitwise_and_(~bit)
 
-        # Repeated rows are written more than once, with the same value. Absent rows stand for a slot beyond the last one.
+        # Repeated rows are written more than once, with the same value. Absent rows stand for a slot beyond the last
+        # one.
         values = maps.row_to_slot.index_select(0, rows)
         is_absent = values < 0
         absent = _positions(is_absent)

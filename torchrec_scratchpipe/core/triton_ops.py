@@ -3,8 +3,8 @@
 
 Shapes: as in :mod:`torchrec_scratchpipe.core.slot_ops`.
 
-Grids follow what the host knows, ids, slots or a buffer's capacity, or are fixed. How many rows there are the kernels read on the device, so
-that nothing waits for the host. No sort: who is the first to mark a slot or a row stands for it.
+Grids follow what the host knows, ids, slots or a buffer's capacity, or are fixed. How many rows there are the kernels
+read on the device, so that nothing waits for the host. No sort: who is the first to mark a slot or a row stands for it.
 """
 
 import logging
@@ -54,8 +54,9 @@ WARPS_OF_TAKE = 16
 SLOTS_PER_PROGRAM = 2048
 WORDS_PER_MOVE = 4096  # that a program has under way at a time
 WARPS_OF_MOVE = 8
-# Few, because the bus is the limit, and because accesses that wait for it stand in the way of Train's. Measured on an H200, beside
-# Train of 26 tables: 4 and 4 took 22.8 ms a step, 8 and 8 23.7, 32 and 32 27.6, two large programs of 32 warps 23.4; no moves 21.8.
+# Few, because the bus is the limit, and because accesses that wait for it stand in the way of Train's. Measured on an
+# H200, beside Train of 26 tables: 4 and 4 took 22.8 ms a step, 8 and 8 23.7, 32 and 32 27.6, two large programs of 32
+# warps 23.4; no moves 21.8.
 NUM_MOVE_PROGRAMS = {Count.FILLS: 4, Count.WRITEBACKS: 4}
 
 _BEING_PLACED = tl.constexpr(BEING_PLACED)
@@ -124,7 +125,8 @@ def record_cuda_graph(operations: Callable[[], None]) -> Callable[[], None]:
 class TritonOps(CommonOps):
     """See :class:`~torchrec_scratchpipe.core.slot_ops.SlotOps`, which says what each operation does.
 
-    A launch from Python costs the host 20 us or more. So a plan's launches are recorded for each set of buffers, and replayed as one.
+    A launch from Python costs the host 20 us or more. So a plan's launches are recorded for each set of buffers, and
+    replayed as one.
 
     Args:
         record: What records launches; None launches them one by one.
@@ -316,7 +318,8 @@ class TritonOps(CommonOps):
     ) -> tuple[Tensor, Tensor]:
         """See :class:`SlotOps`; by bins of neighbouring rows.
 
-        A device reaches rows of a large table in any order at a third of the bus's speed, because it must look up each one's page.
+        A device reaches rows of a large table in any order at a third of the bus's speed, because it must look up each
+        one's page.
         """
         shift = max(0, (max(1, num_rows) - 1).bit_length() - (NUM_ORDER_BINS - 1).bit_length())
         grid = (triton.cdiv(max(1, rows.numel()), IDS_PER_PROGRAM),)

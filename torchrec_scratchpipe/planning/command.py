@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What would I need? Plans on a machine without a GPU and without a process group. Installed, it is also `scratchpipe-plan`.
+"""What would I need? Plans on a machine without a GPU and without a process group.
+
+Installed, it is `torchrec-scratchpipe plan`, and `scratchpipe-plan`.
 
     python -m torchrec_scratchpipe.plan --tables tables.json --batches trace.npz --batch_size 4096 --hbm_gb 8
     python -m torchrec_scratchpipe.plan --tables tables.json --zipf 1.05 --batch_size 8192 --world_size 8 --hbm_gb 40
 
-`tables.json` is a list: `[{"name": "t0", "num_embeddings": 1000000, "embedding_dim": 128, "feature_names": ["f0"]}, ...]`;
-`feature_names` may be left out for the table's name, `ids_per_sample` is for `--zipf`. Memory is given and printed in
-GiB (1,073,741,824 bytes), as TorchRec has it.
+`tables.json` is a list: `[{"name": "t0", "num_embeddings": 1000000, "embedding_dim": 128, "feature_names": ["f0"]},
+...]`; `feature_names` may be left out for the table's name, `ids_per_sample` is for `--zipf`. Memory is given and
+printed in GiB (1,073,741,824 bytes), as TorchRec has it.
 """
 
 import argparse
@@ -133,8 +135,8 @@ def _check(args: argparse.Namespace) -> None:
         args.local_world_size = max(n for n in range(1, MAX_RANKS_OF_HOST + 1) if args.world_size % n == 0)
     if args.world_size % args.local_world_size:
         raise ConfigError(
-            f"--local_world_size is {args.local_world_size}, which does not divide --world_size {args.world_size}. Give the "
-            "ranks of one host; all hosts have as many."
+            f"--local_world_size is {args.local_world_size}, which does not divide --world_size {args.world_size}. "
+            "Give the ranks of one host; all hosts have as many."
         )
     for path in (args.json, args.save_working_sets, args.plot):
         if path is not None:
@@ -285,7 +287,8 @@ def _read_table(place: str, entry: dict[str, Any]) -> tuple[EmbeddingBagConfig, 
         hints = "".join(did_you_mean(name, TABLE_FIELDS) for name in unknown)
         faults = [f"{few(missing)} is missing"] * bool(missing) + [f"{few(unknown)} is not known"] * bool(unknown)
         raise ConfigError(
-            f"{place}: {' and '.join(faults)}.{hints} A table has {', '.join(TABLE_FIELDS)}; the last two may be left out."
+            f"{place}: {' and '.join(faults)}.{hints} A table has {', '.join(TABLE_FIELDS)}; the last two may be "
+            "left out."
         )
     name = entry["name"]
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):

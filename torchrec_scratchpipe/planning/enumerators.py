@@ -63,9 +63,9 @@ class ScratchpadRules(Protocol):
 class ScratchpadEnumerator(Enumerator):
     """Another enumerator, whose options for scratchpad tables are those that can be planned.
 
-    The other one does the work, with its own constraints, estimators and search order. While it enumerates, this object's
-    methods stand in for those that filter sharding types and kernels and that estimate, where it has them. Of an
-    enumerator that has none of these, the options are sorted out afterwards. All else is the other's.
+    The other one does the work, with its own constraints, estimators and search order. While it enumerates, this
+    object's methods stand in for those that filter sharding types and kernels and that estimate, where it has them. Of
+    an enumerator that has none of these, the options are sorted out afterwards. All else is the other's.
 
     Args:
         theirs: TorchRec's enumerator, or what has its interface.

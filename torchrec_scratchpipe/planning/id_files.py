@@ -30,9 +30,11 @@ def read_trace(
 ) -> Iterator[KeyedJaggedTensor]:
     """Batches of ids, in the order of the files; samples that do not fill the last batch of a file are left out.
 
-    * `.npz`: an array per feature, [samples] for one id each; or [I], with the numbers per sample in `<feature>_lengths`.
+    * `.npz`: an array per feature, [samples] for one id each; or [I], with the numbers per sample in
+      `<feature>_lengths`.
     * `.parquet`: a column per feature, of integers or of lists of integers; missing values have no id. Needs pyarrow.
-    * `.tsv`, `.txt`: Criteo's 40 columns; the 26 hexadecimal ones go, in order, to the tables' features, modulo their rows.
+    * `.tsv`, `.txt`: Criteo's 40 columns; the 26 hexadecimal ones go, in order, to the tables' features, modulo their
+      rows.
 
     Args:
         paths: The files.
@@ -44,8 +46,8 @@ def read_trace(
         working directory is by then.
 
     Raises:
-        MeasurementError: `batch_size` is below 1; or, while it is read, a file cannot be read as one of these, or lacks a
-            feature, or no file fills a batch.
+        MeasurementError: `batch_size` is below 1; or, while it is read, a file cannot be read as one of these, or lacks
+            a feature, or no file fills a batch.
     """
     features = [feature for table in tables for feature in table.feature_names]
     rows_of = {feature: table.num_embeddings for table in tables for feature in table.feature_names}
@@ -70,14 +72,15 @@ def _read_all(
             raise
         except Exception as error:  # a damaged file makes decoders raise nearly anything
             raise MeasurementError(
-                f"{path}: cannot be read ({type(error).__name__}: {error}). Is it whole, and of the kind that its name says?"
+                f"{path}: cannot be read ({type(error).__name__}: {error}). Is it whole, and of the kind that "
+                "its name says?"
             ) from error
         num_samples += num_in_file
         num_batches += num_in_file // batch_size
     if num_batches == 0:
         raise MeasurementError(
-            f"{num_samples:,} samples were read, one batch takes {batch_size:,} of one file. Lower the batch size, or give "
-            "more samples."
+            f"{num_samples:,} samples were read, one batch takes {batch_size:,} of one file. Lower the batch size, or "
+            "give more samples."
         )
 
 
@@ -201,8 +204,8 @@ def _integers(path: Path, feature: str, values: npt.NDArray[Any]) -> npt.NDArray
         )
     if values.dtype == np.uint64 and values.max(initial=0) >= 1 << 63:
         raise MeasurementError(
-            f"{path}: {feature} has {values.max()}, which no table has. Give the ids that the model looks up, hashed as it "
-            "hashes them."
+            f"{path}: {feature} has {values.max()}, which no table has. Give the ids that the model looks up, hashed "
+            "as it hashes them."
         )
     return values.astype(np.int64)
 

@@ -165,8 +165,8 @@ class Sizer:
         for name, reuse in self._reuses.items():
             if name not in configs:
                 raise MeasurementError(
-                    f"working_sets have a table {name}, the model has {few(configs)}.{did_you_mean(name, configs)} Measure "
-                    "this model."
+                    f"working_sets have a table {name}, the model has {few(configs)}.{did_you_mean(name, configs)} "
+                    "Measure this model."
                 )
             if reuse.num_rows != configs[name].num_embeddings:
                 raise MeasurementError(
@@ -237,8 +237,8 @@ class Sizer:
         if fitting >= 1:
             ways.append(f"lower the batch size from {batch_size} to about {fitting}")
         return PlannerError(
-            f"rank {rank}: batches in flight with lookahead {lookahead} need {as_size(need.bytes_of_rank[rank])} of device "
-            f"memory, the budget is {as_size(budgets[rank])}"
+            f"rank {rank}: batches in flight with lookahead {lookahead} need {as_size(need.bytes_of_rank[rank])} of "
+            f"device memory, the budget is {as_size(budgets[rank])}"
             + (f" ({kept_back:.0%} of {as_size(total)} are reserved)" if kept_back > 0 else "")
             + f". Table {need.table_name} alone needs {as_size(need.table_bytes)}. {_do(ways)}",
             PlannerErrorType.INSUFFICIENT_STORAGE,
@@ -250,8 +250,8 @@ class Sizer:
         if self._is_cpu and self._topology.world_size > 1 and self._advice.can_constrain:
             ways.append("constrain the largest tables to row_wise sharding")
         return PlannerError(
-            f"rank {rank}: tables need {as_size(needed[rank])} of host memory, the topology has {as_size(there[rank])}. "
-            f"{_do(ways)}",
+            f"rank {rank}: tables need {as_size(needed[rank])} of host memory, the topology has "
+            f"{as_size(there[rank])}. {_do(ways)}",
             PlannerErrorType.INSUFFICIENT_STORAGE,
         )
 

@@ -58,22 +58,22 @@ DEFAULT_LOOKAHEAD = 2
 class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
     """Stock planner that sizes scratchpads, given what the batches use, and places scratchpad tables on a CPU too.
 
-    With `working_sets` it needs no constraint. Large tables are spread by rows over all ranks, the others placed as stock
-    places them; each scratchpad gets at least the rows of the batches in flight, what is left of the budget goes where a
-    byte saves most misses, and tables that fit whole become `fused`. A table whose constraints name a kernel, a sharding
-    type or a load factor gets that. :attr:`report` says what every table got and what it will miss.
+    With `working_sets` it needs no constraint. Large tables are spread by rows over all ranks, the others placed as
+    stock places them; each scratchpad gets at least the rows of the batches in flight, what is left of the budget goes
+    where a byte saves most misses, and tables that fit whole become `fused`. A table whose constraints name a kernel, a
+    sharding type or a load factor gets that. :attr:`report` says what every table got and what it will miss.
 
-    Without `working_sets` a table is a scratchpad table when its constraints name the compute kernel `fused_uvm_caching`;
-    `cache_params` gives its load factor, and nothing is sized. On CUDA this is stock TorchRec. On a CPU, where stock offers
-    `fused` alone, such tables are planned as if they were `fused` and then renamed, so every table gets the sharding type
-    that stock would choose; row-wise and its kin are considered only where a scratchpad table's constraints ask for them,
-    and a table with load factor 1 stays `fused`, since it fits.
+    Without `working_sets` a table is a scratchpad table when its constraints name the compute kernel
+    `fused_uvm_caching`; `cache_params` gives its load factor, and nothing is sized. On CUDA this is stock TorchRec. On
+    a CPU, where stock offers `fused` alone, such tables are planned as if they were `fused` and then renamed, so every
+    table gets the sharding type that stock would choose; row-wise and its kin are considered only where a scratchpad
+    table's constraints ask for them, and a table with load factor 1 stays `fused`, since it fits.
 
     Args:
         topology: As stock. Its `hbm_cap`, less the storage reservation, is the budget of each rank.
         batch_size: As stock; with working sets theirs, which is the default.
-        enumerator: As stock. On a CPU, and with working sets, it is wrapped: scratchpad tables are offered under the kernel
-            and the sharding types that can be planned, and what its own constraints say of them is honoured.
+        enumerator: As stock. On a CPU, and with working sets, it is wrapped: scratchpad tables are offered under the
+            kernel and the sharding types that can be planned, and what its own constraints say of them is honoured.
         storage_reservation: As stock.
         proposer: As stock.
         partitioner: As stock; with working sets, by default one that balances host memory and lookups.
@@ -87,12 +87,13 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         working_sets: What the batches use; see :func:`measure_working_set`.
         lookahead: As the pipeline will have it. By default what was measured, or 1 where no more fits; then
             :attr:`lookahead` says what to give the pipeline.
-        scratchpad_bytes: Budget of each rank on a CPU: RAM for scratchpads, and for tables kept whole instead. On CUDA it
-            lowers what the topology allows.
+        scratchpad_bytes: Budget of each rank on a CPU: RAM for scratchpads, and for tables kept whole instead. On CUDA
+            it lowers what the topology allows.
 
     Raises:
         ConfigError: Constraints contradict each other or cannot be served, or a setting is missing or makes no sense.
-        MeasurementError: Working sets are of another batch size; or, in :meth:`plan`, missing, or those of other tables.
+        MeasurementError: Working sets are of another batch size; or, in :meth:`plan`, missing, or those of other
+            tables.
         PlannerError: In :meth:`plan`, before anything is allocated: the budget is too small; says what would do.
     """
 
@@ -175,8 +176,8 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
             As stock.
 
         Raises:
-            ConfigError: Constraints name a table that the model does not have, which stock would pass over; or no sharder takes
-                the tables.
+            ConfigError: Constraints name a table that the model does not have, which stock would pass over; or no
+                sharder takes the tables.
             PlannerError: No plan fits; with the smallest budget, and what would fit instead.
         """
         _check_names(self._constraints or {}, module, sharders)
@@ -398,8 +399,9 @@ def _check_names(
     if unknown:
         hints = "".join(dict.fromkeys(did_you_mean(name, known) for name in unknown))
         raise ConfigError(
-            f"constraints name {'a table' if len(unknown) == 1 else 'tables'} {few(unknown)}, the model has {few(known)}.{hints} Constraints go by the names of tables; stock "
-            "would pass over these. Rename them or leave them out."
+            f"constraints name {'a table' if len(unknown) == 1 else 'tables'} {few(unknown)}, the model has "
+            f"{few(known)}.{hints} Constraints go by the names of tables; stock would pass over these. Rename them or "
+            "leave them out."
         )
 
 
@@ -431,8 +433,8 @@ def _batch_size_of(working_sets: WorkingSets, batch_size: int | None) -> int:
         logger.warning("working_sets do not say of which batch size they are; it is taken to be %s", batch_size)
     elif batch_size is not None and batch_size != measured:
         raise MeasurementError(
-            f"working_sets are of batches of {measured:,} samples a rank, batch_size is {batch_size:,}. Measure batches of "
-            "that size, or set batch_size to that of the measurement."
+            f"working_sets are of batches of {measured:,} samples a rank, batch_size is {batch_size:,}. Measure "
+            "batches of that size, or set batch_size to that of the measurement."
         )
     return batch_size or measured or 0
 
@@ -442,8 +444,8 @@ def _check_choice(name: str, constraint: ParameterConstraints) -> None:
     load_factor = constraint.cache_params.load_factor if constraint.cache_params is not None else None
     if SCRATCHPAD in kernels and sharding_types == [ShardingType.DATA_PARALLEL.value]:
         raise ConfigError(
-            f"table {name}: constraints ask for {SCRATCHPAD} and for data_parallel sharding, which keeps whole tables on every "
-            "rank. Leave one of them out."
+            f"table {name}: constraints ask for {SCRATCHPAD} and for data_parallel sharding, which keeps whole tables "
+            "on every rank. Leave one of them out."
         )
     if (
         load_factor is not None
@@ -451,8 +453,8 @@ def _check_choice(name: str, constraint: ParameterConstraints) -> None:
         and not any("caching" in kernel or "key_value" in kernel for kernel in kernels)
     ):
         raise ConfigError(
-            f"table {name}: constraints give load_factor {load_factor} and only the kernels {', '.join(kernels)}, which have "
-            f"no cache. Add {SCRATCHPAD} to compute_kernels, or leave load_factor out."
+            f"table {name}: constraints give load_factor {load_factor} and only the kernels {', '.join(kernels)}, "
+            f"which have no cache. Add {SCRATCHPAD} to compute_kernels, or leave load_factor out."
         )
 
 

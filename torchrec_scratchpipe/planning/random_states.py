@@ -23,9 +23,10 @@ MAX_PARTS = 64  # of a list that may hold generators
 def random_states_kept(source: Any) -> Iterator[None]:
     """Put back, at the end or on an error, what iterating changes.
 
-    A DataLoader draws the seed of its workers from torch's generator, or from its own, and samplers draw the order. Kept are the
-    global generators of torch (CPU, and CUDA once it is in use), NumPy and Python, and those that the source or its
-    samplers and datasets hold. Workers that a loader would keep for its next pass are let go: they have drawn their seed.
+    A DataLoader draws the seed of its workers from torch's generator, or from its own, and samplers draw the order.
+    Kept are the global generators of torch (CPU, and CUDA once it is in use), NumPy and Python, and those that the
+    source or its samplers and datasets hold. Workers that a loader would keep for its next pass are let go: they have
+    drawn their seed.
 
     Args:
         source: What is iterated, such as a DataLoader.

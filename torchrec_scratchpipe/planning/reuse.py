@@ -4,16 +4,16 @@
 Shapes: ``I`` ids, ``U`` unique rows, ``N`` batches, ``B`` bins of successive batches, ``P`` pressures, ``G`` gaps.
 
 A full scratchpad keeps the rows above some level of its eviction order and lets the others go; call that level the
-pressure. Given the pressure, each row's fate can be told by itself: how long it stays after a use, and whether it is still
-there at the next one. So one pass over the batches counts the rows kept and the uses missed for all pressures at once.
-What presses on a scratchpad is then looked up: the pressure at which the rows of all its tables together just fill its
-slots. It is looked up for each bin of batches, because it rises while the scratchpad fills.
+pressure. Given the pressure, each row's fate can be told by itself: how long it stays after a use, and whether it is
+still there at the next one. So one pass over the batches counts the rows kept and the uses missed for all pressures at
+once. What presses on a scratchpad is then looked up: the pressure at which the rows of all its tables together just
+fill its slots. It is looked up for each bin of batches, because it rises while the scratchpad fills.
 
 A gap is the number of batches from one use of a row to the next. Pressures are
 
-* for the least recently used order, and for the optimum, gaps: the former keeps a row for so many batches after a use, the latter
-  keeps it only if it will be used again within so many. (This optimum may use more slots now and fewer then; Belady's, for a
-  fixed number of slots, misses a little more.)
+* for the least recently used order, and for the optimum, gaps: the former keeps a row for so many batches after a use,
+  the latter keeps it only if it will be used again within so many. (This optimum may use more slots now and fewer then;
+  Belady's, for a fixed number of slots, misses a little more.)
 * for our order, first the frequency, aged to the moment, below which rows that no batch seen ahead will use
   must leave; and when all of those have left, the gap beyond which even the others must.
 """
@@ -137,8 +137,8 @@ class Reuse:
 class ReuseMeter:
     """Counts the reuse of one table's rows while batches stream by.
 
-    Memory grows with distinct rows, 16 to 32 bytes each, and with batches, about 3 KB each; of 4 bytes per row of the table,
-    only the pages in which a row was used are touched.
+    Memory grows with distinct rows, 16 to 32 bytes each, and with batches, about 3 KB each; of 4 bytes per row of the
+    table, only the pages in which a row was used are touched.
 
     Args:
         num_rows: Rows of the table.

@@ -3,8 +3,8 @@
 
 Shapes: ``W`` ranks.
 
-Every table starts with the rows of the batches in flight. What is left of the budget goes, step by step, to where a byte saves
-most misses; the last step of a table is to be kept whole, which costs no map and no second copy.
+Every table starts with the rows of the batches in flight. What is left of the budget goes, step by step, to where a
+byte saves most misses; the last step of a table is to be kept whole, which costs no map and no second copy.
 """
 
 import itertools
@@ -111,7 +111,10 @@ def size_tables(tables: Sequence[TableToSize], free_bytes: Floats) -> tuple[list
 def _drop_plans(
     tables: Sequence[TableToSize], costs: Sequence[_Costs], num_slots: Sequence[float], left: Floats
 ) -> bool:
-    """Where a group has whole tables alone, nothing is planned; changes `costs` and `left`, and tells whether it did."""
+    """Where a group has whole tables alone, nothing is planned.
+
+    Changes `costs` and `left`, and tells whether it did.
+    """
     has_scratchpads: dict[Hashable, np.ndarray] = {}
     for table, cost, slots in zip(tables, costs, num_slots, strict=True):
         if slots > 0:

@@ -130,8 +130,8 @@ class WorkingSets(Mapping[str, WorkingSet]):
         for other in self._sets.values():
             if _what_must_agree(other.reuse) != _what_must_agree(first.reuse):
                 raise MeasurementError(
-                    f"table {other.table_name} was not measured together with table {first.table_name}: lookahead, batches "
-                    "seen ahead or number of batches differ. Measure all tables at once."
+                    f"table {other.table_name} was not measured together with table {first.table_name}: lookahead, "
+                    "batches seen ahead or number of batches differ. Measure all tables at once."
                 )
         reuse = first.reuse
         self.lookahead = reuse.lookahead
@@ -227,21 +227,21 @@ def measure_working_set(
 ) -> WorkingSets:
     """Read batches once and count what each table's rows are used for.
 
-    Nothing trains, no GPU and no process group is needed. Memory grows with the distinct ids, not with lookups. Every random
-    number generator is where it was afterwards, a data loader's own too. An iterator has moved on, and making
+    Nothing trains, no GPU and no process group is needed. Memory grows with the distinct ids, not with lookups. Every
+    random number generator is where it was afterwards, a data loader's own too. An iterator has moved on, and making
     one has drawn a seed: give the loader and `max_batches`, never `itertools.islice(loader, n)`.
 
     Args:
         batches: As the data loader of one rank gives them. Ids are found by the names of features, in all
-            KeyedJaggedTensors of a batch: the batch itself, its attributes, fields, lists, tuples and dictionaries, nested in
-            any way.
+            KeyedJaggedTensors of a batch: the batch itself, its attributes, fields, lists, tuples and dictionaries,
+            nested in any way.
         module_or_tables: A model with embedding collections that are not sharded, or their tables' configs.
         lookahead: As the pipeline will have it.
         num_batches_seen_ahead: As the pipeline will have it.
         world_size: Ranks of the job: so many batches are taken for what they train in one step.
         max_batches: Of these steps; reading ends there.
-        get_features: For batches without KeyedJaggedTensors, or with several that have the same feature: takes a batch and
-            returns the KeyedJaggedTensor that the model looks up, or several.
+        get_features: For batches without KeyedJaggedTensors, or with several that have the same feature: takes a batch
+            and returns the KeyedJaggedTensor that the model looks up, or several.
 
     Returns:
         By table.
@@ -268,7 +268,10 @@ def _count(
     world_size: int,
     max_batches: int,
 ) -> int | None:
-    """Read as many steps as there are, or `max_batches`; returns the samples of a batch, where its tensors agree in them."""
+    """Read as many steps as there are, or `max_batches`.
+
+    Returns the samples of a batch, where its tensors agree in them.
+    """
     names = {name for config in configs for name in config.feature_names}
     step: list[dict[str, KeyedJaggedTensor]] = []
     num_steps, batch_sizes, is_known = 0, {0}, True
@@ -285,8 +288,8 @@ def _count(
                 break
     if num_steps == 0:
         raise MeasurementError(
-            f"{len(step)} batches were given, {world_size} make one step. Give at least as many; 100 steps or more tell "
-            "what happens once a scratchpad is full."
+            f"{len(step)} batches were given, {world_size} make one step. Give at least as many; 100 steps or more "
+            "tell what happens once a scratchpad is full."
         )
     return max(batch_sizes) if is_known else None  # the last batch may have fewer
 
@@ -326,8 +329,8 @@ def zipf_working_sets(
     for table in table_configs(tables):
         if table.name not in ids_per_batch:
             raise ConfigError(
-                f"table {table.name}: ids_per_batch does not name it, it names {', '.join(ids_per_batch) or 'none'}. Say how "
-                "many of its rows are looked up per batch."
+                f"table {table.name}: ids_per_batch does not name it, it names {', '.join(ids_per_batch) or 'none'}. "
+                "Say how many of its rows are looked up per batch."
             )
         num_ids = check_number(f"table {table.name}: ids_per_batch", ids_per_batch[table.name])
         reuse = zipf_reuse(table.num_embeddings, num_ids * world_size, exponent, lookahead, num_batches_seen_ahead)
@@ -409,8 +412,8 @@ def table_configs(module_or_tables: nn.Module | Sequence[BaseEmbeddingConfig]) -
     for place, config in placed:
         if config.name in places:
             raise MeasurementError(
-                f"table {config.name} is in {places[config.name]} and in {place}, and measurements, constraints and plans "
-                "are kept by table name. Rename one of them."
+                f"table {config.name} is in {places[config.name]} and in {place}, and measurements, constraints and "
+                "plans are kept by table name. Rename one of them."
             )
         places[config.name] = place
     return [config for _, config in placed]
@@ -458,8 +461,8 @@ def _add_step(
                 if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < config.num_embeddings:
                     bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
                     raise IdOutOfRangeError(
-                        f"table {config.name}, feature {name}: id {bad} is not in [0, {config.num_embeddings}). Give the "
-                        "ids that the model looks up, hashed as it hashes them."
+                        f"table {config.name}, feature {name}: id {bad} is not in [0, {config.num_embeddings}). Give "
+                        "the ids that the model looks up, hashed as it hashes them."
                     )
                 ids_of_table.append(ids.astype(np.int64, copy=False))
         meters[config.name].add(np.concatenate(ids_of_table))
@@ -468,9 +471,9 @@ def _add_step(
 def _without_feature(table_name: str, name: str, tensors: Mapping[str, KeyedJaggedTensor]) -> MeasurementError:
     features = [key for tensor in tensors.values() for key in tensor.keys()]  # noqa: SIM118 - no mapping
     return MeasurementError(
-        f"table {table_name}: a batch has no feature {name}, it has {few(features)} in {few(tensors)}."
-        f"{did_you_mean(name, features)} Give batches as the model takes them, or get_features, which takes a batch and "
-        "returns the KeyedJaggedTensor that the model looks up."
+        f"table {table_name}: a batch has no feature {name}, it has {few(features)} in "
+        f"{few(tensors)}.{did_you_mean(name, features)} Give batches as the model takes them, or get_features, which "
+        "takes a batch and returns the KeyedJaggedTensor that the model looks up."
     )
 
 

@@ -3,8 +3,8 @@
 
 Shapes: ``C`` classes of rows that are used equally often, ``P`` pressures, ``G`` gaps.
 
-Every lookup draws a row, independently of all others: so a row that is used `rate` times per batch stays unused for `n` batches
-with probability ``exp(-rate * n)``, and all counts of a :class:`Reuse` are sums over rows.
+Every lookup draws a row, independently of all others: so a row that is used `rate` times per batch stays unused for `n`
+batches with probability ``exp(-rate * n)``, and all counts of a :class:`Reuse` are sums over rows.
 """
 
 import numpy as np

@@ -50,12 +50,13 @@ def find_tensors(batch: Any, get_features: Callable[[Any], Any] | None = None) -
     _collect("batch" if get_features is None else "get_features(batch)", looked_at, found, seen, 0)
     if not found and get_features is None:
         raise MeasurementError(
-            f"a batch is a {type(batch).__name__} without a KeyedJaggedTensor in its attributes, lists or dictionaries. Give "
-            "get_features, which takes a batch and returns its KeyedJaggedTensor."
+            f"a batch is a {type(batch).__name__} without a KeyedJaggedTensor in its attributes, lists or "
+            "dictionaries. Give get_features, which takes a batch and returns its KeyedJaggedTensor."
         )
     if not found:
         raise MeasurementError(
-            f"get_features gave a {type(looked_at).__name__}. Have it return the KeyedJaggedTensor of a batch, or several."
+            f"get_features gave a {type(looked_at).__name__}. Have it return the KeyedJaggedTensor of a batch, "
+            "or several."
         )
     return dict(found.values())
 
@@ -81,8 +82,9 @@ def ids_of_features(tensors: Mapping[str, KeyedJaggedTensor], names: Set[str]) -
         for name in wanted:
             if name in ids:
                 raise MeasurementError(
-                    f"feature {name} is in {place_of[name]} and in {place}, which are two KeyedJaggedTensors: which of them "
-                    "the model looks up cannot be told. Give get_features, which takes a batch and returns the right one."
+                    f"feature {name} is in {place_of[name]} and in {place}, which are two KeyedJaggedTensors: which of "
+                    "them the model looks up cannot be told. Give get_features, which takes a batch and returns the "
+                    "right one."
                 )
             ids[name], place_of[name] = parts[name].values(), place
     return ids

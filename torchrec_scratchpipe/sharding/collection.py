@@ -194,9 +194,9 @@ class ScratchpadCollection:
     def _check_ids(self, ctx: Any, features: Any) -> Any:
         """Find ids out of range that Plan does not see; on a CPU only.
 
-        Those of tables that are kept whole, and those that stock's row-wise distribution would wrap onto rows of other ids. It is an
-        error before anything is exchanged with other ranks. In a pipeline, batches in flight are good, so that the error waits until it
-        is this one's turn; until then row 0 stands for such ids, on every rank.
+        Those of tables that are kept whole, and those that stock's row-wise distribution would wrap onto rows of other
+        ids. It is an error before anything is exchanged with other ranks. In a pipeline, batches in flight are good, so
+        that the error waits until it is this one's turn; until then row 0 stands for such ids, on every rank.
 
         Args:
             ctx: The batch's context.
@@ -264,8 +264,8 @@ class ScratchpadCollection:
         if is_waiting and not self._has_said_on_the_spot:
             self._has_said_on_the_spot = True
             logger.warning(
-                "rows of tables %s are fetched on the spot, while the training step waits: right, but slow. ScratchPipeTrainPipeline "
-                "brings them ahead of time.",
+                "rows of tables %s are fetched on the spot, while the training step waits: right, but slow. "
+                "ScratchPipeTrainPipeline brings them ahead of time.",
                 ", ".join(self._options.load_factors),
             )
 
@@ -349,7 +349,7 @@ def deferring_id_errors(collections: Sequence[ScratchpadCollection]) -> Iterator
 
 
 def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
-    """Say which tables were meant to have a scratchpad and have none, and whether more batches are planned ahead than was planned for.
+    """Say which tables were meant to have a scratchpad and have none, and whether the plan has room for the lookahead.
 
     Args:
         module: A sharded model.
@@ -360,8 +360,9 @@ def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
             planned = part._options.lookahead
             if planned is not None and lookahead > planned:
                 logger.warning(
-                    "collection %s: lookahead is %d, the sharding plan was made for %d. Its scratchpads may be too small: Plan will wait "
-                    "for Train, and evaluation beside it will make them grow. Set lookahead=planner.lookahead, or plan for more.",
+                    "collection %s: lookahead is %d, the sharding plan was made for %d. Its scratchpads may be too "
+                    "small: Plan will wait for Train, and evaluation beside it will make them grow. Set "
+                    "lookahead=planner.lookahead, or plan for more.",
                     name,
                     lookahead,
                     planned,
@@ -383,9 +384,9 @@ def warn_of_stock_sharder(table_names: Sequence[str], where: str) -> None:
     """
     if table_names:
         logger.warning(
-            "%s: tables %s are planned as %s, and no scratchpad serves them: another sharder than ScratchPipe's takes their collection. "
-            "Of several sharders for one type of module the last in the list counts. Put ours last, or leave TorchRec's (such as those "
-            "of get_default_sharders()) out.",
+            "%s: tables %s are planned as %s, and no scratchpad serves them: another sharder than ScratchPipe's takes "
+            "their collection. Of several sharders for one type of module the last in the list counts. Put ours last, "
+            "or leave TorchRec's (such as those of get_default_sharders()) out.",
             where,
             ", ".join(table_names),
             SCRATCHPAD_KERNEL.value,

@@ -64,10 +64,10 @@ logger: logging.Logger = logging.getLogger(__name__)
 class ScratchpadKernel(FusedOptimizerModule):
     """What pooled and unpooled lookups of a group with scratchpad tables share; mixed into TorchRec's fused kernels.
 
-    The tables of a kernel group share data type, pooling and optimizer, and are grouped as TorchRec groups them if all are `fused`.
-    Scratchpad tables of equal row width form one pool. A table of the group that is kept whole has a block of device memory with
-    a place for every row. Parameters and optimizer states are shown under stock names; those of scratchpad tables are
-    :class:`TableView`.
+    The tables of a kernel group share data type, pooling and optimizer, and are grouped as TorchRec groups them if all
+    are `fused`. Scratchpad tables of equal row width form one pool. A table of the group that is kept whole has a block
+    of device memory with a place for every row. Parameters and optimizer states are shown under stock names; those of
+    scratchpad tables are :class:`TableView`.
     """
 
     # From TorchRec's kernels.
@@ -114,7 +114,8 @@ class ScratchpadKernel(FusedOptimizerModule):
             self._scratchpad_device.type == "cpu"
         ):  # as stock, draw for draw; elsewhere the collection's reset_parameters() is enough
             self.init_parameters()
-        runner.wait_for_device()  # the stages' streams are not ordered after the caller's, which all of this was made on
+        # The stages' streams are not ordered after the caller's, which all of this was made on
+        runner.wait_for_device()
 
     def make_batch(self, features: KeyedJaggedTensor) -> Batch:
         """What this group's pools know of one batch.
@@ -130,7 +131,10 @@ class ScratchpadKernel(FusedOptimizerModule):
         return Batch(self.pools, self._features, ids, self._rows_of_features, self._runner.release)
 
     def _within_tables(self, ids: Tensor, bounds: Tensor) -> Tensor:
-        """Do to ids that are out of range what FBGEMM does to them, if the user wants that; its own check sees slots only."""
+        """Do to ids that are out of range what FBGEMM does to them, if the user wants that.
+
+        Its own check sees slots only.
+        """
         if self._bounds_check is None or ids.numel() == 0:
             return ids
         ids = ids.clone()
@@ -196,8 +200,8 @@ class ScratchpadKernel(FusedOptimizerModule):
     def flush(self) -> None:
         """Bring every table up to date with its scratchpad (hazard 5); waits for the worker and the device.
 
-        TorchRec calls this when somebody takes a state_dict. What is done to that by PyTorch's operations is noticed; for the sake
-        of what goes round them, resident rows are read anew before the next batch.
+        TorchRec calls this when somebody takes a state_dict. What is done to that by PyTorch's operations is noticed;
+        for the sake of what goes round them, resident rows are read anew before the next batch.
         """
         self._runner.wait_until_idle()
         with self._runner.between_batches():
@@ -217,7 +221,10 @@ class ScratchpadKernel(FusedOptimizerModule):
                 pool.purge()
 
     def split_embedding_weights(self) -> list[Tensor]:
-        """[local_rows, local_cols] of each table: views of the host's, or of the device's memory if it is kept whole."""
+        """[local_rows, local_cols] of each table.
+
+        Views of the host's, or of the device's memory if it is kept whole.
+        """
         return [parts[0] for parts in self._show_tables()]
 
     def split_optimizer_states(self) -> list[dict[str, Tensor]]:
@@ -297,7 +304,10 @@ class ScratchpadKernel(FusedOptimizerModule):
         return [TableView(part, self._owners[pool_index]) for part in parts]
 
     def _place_tables(self, options: ScratchpadOptions) -> None:
-        """Say which pool has which table, and which block of device memory: those of the pools first, then whole tables."""
+        """Say which pool has which table, and which block of device memory.
+
+        Those of the pools first, then whole tables.
+        """
         tables = self._config.embedding_tables
         whole = [index for index, table in enumerate(tables) if table.name not in options.load_factors]
         self._pool_tables = tables_by_width(self._config, set(whole))
@@ -371,7 +381,10 @@ class ScratchpadKernel(FusedOptimizerModule):
         return pool
 
     def _enlarge(self, pool_index: int, budget: ScratchpadBudget, num_slots: int) -> str:
-        """Give a pool's scratchpad so many slots; why not, or nothing. Between the stages of two batches; Train waits for one of them."""
+        """Give a pool's scratchpad so many slots.
+
+        Why not, or nothing. Between the stages of two batches; Train waits for one of them.
+        """
         scratchpad = self._memory.scratchpads[pool_index]
         is_moved = num_slots > self._memory.capacities[pool_index]
         if is_moved and len(self._memory.scratchpads) > len(self.pools):
@@ -397,8 +410,8 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._point_tbe_at_memory()
         if budget.bytes_beyond_plan:
             logger.warning(
-                "scratchpads have grown by %s bytes beyond the budget of the sharding plan. Give the planner a larger one, or "
-                "measure batches as large as this one; max_scratchpad_bytes of the sharder sets a limit.",
+                "scratchpads have grown by %s bytes beyond the budget of the sharding plan. Give the planner a larger "
+                "one, or measure batches as large as this one; max_scratchpad_bytes of the sharder sets a limit.",
                 f"{budget.bytes_beyond_plan:,}",
             )
         return ""
@@ -453,8 +466,9 @@ class _PoolOwner:
         if not self._has_warned:
             self._has_warned = True
             logger.info(
-                "%s: memory of its tables has left PyTorch (NumPy, DLPack, a storage). As long as somebody keeps it, all resident rows "
-                "are read before and written after every batch, which is right and slow. Copy what you need, and let go of it.",
+                "%s: memory of its tables has left PyTorch (NumPy, DLPack, a storage). As long as somebody keeps it, "
+                "all resident rows are read before and written after every batch, which is right and slow. Copy what "
+                "you need, and let go of it.",
                 self._pool.name,
             )
 

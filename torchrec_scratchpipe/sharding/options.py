@@ -176,9 +176,10 @@ class ScratchpadOptions:
     Args:
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        host_access: How a CUDA device reaches tables in RAM: ``"direct"``, its kernels read and write page-locked tables in
-            place; or ``"staged"``, rows are gathered on the host and copied.
-        on_full: What happens if one batch alone needs more slots than there are: ``"grow"``, its pool gets more; or ``"error"``.
+        host_access: How a CUDA device reaches tables in RAM: ``"direct"``, its kernels read and write page-locked
+            tables in place; or ``"staged"``, rows are gathered on the host and copied.
+        on_full: What happens if one batch alone needs more slots than there are: ``"grow"``, its pool gets more; or
+            ``"error"``.
         budget: What scratchpads may take when they grow.
         half_life: After so many batches a use counts half, when victims are chosen.
         out_of_range_ids: ``"error"``, or ``"fbgemm"`` for what FBGEMM does, by its `bounds_check_mode`.
@@ -301,8 +302,8 @@ def optimizer_states(
     _check_optimizer(names, optimizer, is_cpu=is_cpu)
     if fused_params.get("use_rowwise_bias_correction"):
         raise ConfigError(
-            f"tables {names}: use_rowwise_bias_correction keeps a counter per row that cannot travel with it yet. Leave "
-            f"it out{or_fused}."
+            f"tables {names}: use_rowwise_bias_correction keeps a counter per row that cannot travel with it yet. "
+            f"Leave it out{or_fused}."
         )
     decay_mode = fused_params.get("weight_decay_mode", WeightDecayMode.NONE)
     if decay_mode not in (WeightDecayMode.NONE, WeightDecayMode.L2, WeightDecayMode.DECOUPLE):
@@ -323,9 +324,10 @@ def _check_optimizer(table_names: str, optimizer: EmbOptimType, *, is_cpu: bool)
         return
     has_kernel = not is_cpu or optimizer in STOCK_CPU_OPTIMIZERS
     reason = "keeps state that cannot travel" if has_kernel else "has no kernel on a CPU, scratchpad or not"
+    kinds = ", ".join(sorted(kind.name for kind in supported))
     raise ConfigError(
-        f"tables {table_names}: optimizer {optimizer} {reason}. Use one of {', '.join(sorted(kind.name for kind in supported))}"
-        f"{', or compute kernel fused' if has_kernel else ', or a GPU'}."
+        f"tables {table_names}: optimizer {optimizer} {reason}. Use one of {kinds}, or "
+        f"{'compute kernel fused' if has_kernel else 'a GPU'}."
     )
 
 

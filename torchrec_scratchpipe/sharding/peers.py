@@ -86,7 +86,10 @@ class PeerNotice:
 
 @functools.cache
 def _watched(kind: Any) -> type[Any]:
-    """A subclass of an awaitable's class, for :meth:`PeerNotice.watch`; of that base alone, or its objects could not change over."""
+    """A subclass of an awaitable's class, for :meth:`PeerNotice.watch`.
+
+    Of that base alone, or its objects could not change over.
+    """
 
     def wait_impl(self: Any) -> Any:
         with self._peer_notice.told():
@@ -115,8 +118,8 @@ def _peer_failure(error: BaseException) -> PeerFailedError | None:
         return PeerFailedError(f"another rank has failed. {reason}")
     first_line = str(error).splitlines()[0]
     return PeerFailedError(
-        f"another rank has ended or stands still without a word ({first_line}). Look for how it ended; the job has to be "
-        "started again, from its latest checkpoint."
+        f"another rank has ended or stands still without a word ({first_line}). Look for how it ended; the job has to "
+        "be started again, from its latest checkpoint."
     )
 
 

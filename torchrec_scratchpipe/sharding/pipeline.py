@@ -86,8 +86,8 @@ class _ScratchPipeForward(PipelinedForward):
         """
         if self._context.postproc_fwd_results:
             raise ScratchPipeError(
-                f"module {self._name} is called outside the pipeline, whose pipeline_postproc hands out what it computed "
-                "for the batch in flight. Call the pipeline's detach() first, or have no postprocs pipelined."
+                f"module {self._name} is called outside the pipeline, whose pipeline_postproc hands out what it "
+                "computed for the batch in flight. Call the pipeline's detach() first, or have no postprocs pipelined."
             )
         module = self._module
         module_context = module.create_context()
@@ -115,8 +115,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
     Train                 0: forward, backward, optimizer            default stream
     ====================  =========================================  ==========================================
 
-    Sharded modules without scratchpad tables are pipelined as in TrainPipelineSparseDist. One pipeline may serve training
-    and evaluation in turn, each with a new iterator.
+    Sharded modules without scratchpad tables are pipelined as in TrainPipelineSparseDist. One pipeline may serve
+    training and evaluation in turn, each with a new iterator.
 
     TorchRec has no types, so what :meth:`progress` returns is for the caller to say:
     ``ScratchPipeTrainPipeline[Batch, Tensor](...)``.
@@ -135,15 +135,16 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         enable_inplace_copy_batch: As stock.
         free_features_storage_early: As stock; needs TorchRec 1.8.
         clear_data_dist_inputs: Accepted for the order of stock's arguments; True is refused.
-        async_inplace_copy: As stock; needs TorchRec 1.9.2. Batches are waited for when they are loaded, so that it saves
-            no time here.
+        async_inplace_copy: As stock; needs TorchRec 1.9.2. Batches are waited for when they are loaded, so that it
+            saves no time here.
         lookahead: How many batches are planned ahead of Train, at least 1. What must fit in a scratchpad is the
             unique rows of `lookahead + 1` batches; where they do not fit, Plan waits for Train.
         num_batches_seen_ahead: How many batches beyond those are loaded and distributed, so that rows which they will
             use are not evicted now. Fewer rows travel; the input of these batches takes device memory, no slots.
 
     Raises:
-        ConfigError: `lookahead` is below 1, too many batches are to be seen ahead, or a stock option is asked for that cannot be honoured.
+        ConfigError: `lookahead` is below 1, too many batches are to be seen ahead, or a stock option is asked for that
+            cannot be honoured.
 
     Source:
         torchrec TrainPipelineSparseDist (1.6.1 to 1.9.2, whose arguments differ in number).
@@ -174,8 +175,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
     ) -> None:
         if type(execute_all_batches) is int:
             raise ConfigError(
-                f"execute_all_batches is {execute_all_batches}, it must be True or False. The lookahead is given by name: "
-                f"lookahead={execute_all_batches}."
+                f"execute_all_batches is {execute_all_batches}, it must be True or False. The lookahead is given by "
+                f"name: lookahead={execute_all_batches}."
             )
         _check_distances(lookahead, num_batches_seen_ahead)
         self._lookahead = lookahead
@@ -349,8 +350,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             if is_missed and name not in self._collections_warned_of:
                 self._collections_warned_of.add(name)
                 logger.warning(
-                    "collection %s cannot be planned ahead: %s. Its rows are fetched on the spot: right, but slow. Take "
-                    "its KeyedJaggedTensor from the batch as it is, or give the pipeline pipeline_postproc=True.",
+                    "collection %s cannot be planned ahead: %s. Its rows are fetched on the spot: right, but slow. "
+                    "Take its KeyedJaggedTensor from the batch as it is, or give the pipeline pipeline_postproc=True.",
                     name,
                     reason,
                 )
@@ -436,8 +437,8 @@ def _stock_options(**given: Any) -> dict[str, Any]:
     for name in ("enqueue_batch_after_forward", "clear_data_dist_inputs"):
         if given[name]:
             raise ConfigError(
-                f"{name}={given[name]!r} is not supported by ScratchPipeTrainPipeline, which loads batches before forward "
-                "and keeps their input until they are planned. Leave it out."
+                f"{name}={given[name]!r} is not supported by ScratchPipeTrainPipeline, which loads batches before "
+                "forward and keeps their input until they are planned. Leave it out."
             )
     if given["context_type"] not in (TrainPipelineContext, ScratchPipeTrainPipelineContext):
         raise ConfigError(
@@ -448,8 +449,8 @@ def _stock_options(**given: Any) -> dict[str, Any]:
     for name in given.keys() - known.keys():
         if given[name]:
             raise ConfigError(
-                f"{name}={given[name]!r} needs a newer TorchRec than the installed {version('torchrec')}. Leave it out, or "
-                "install one whose TrainPipelineSparseDist has it."
+                f"{name}={given[name]!r} needs a newer TorchRec than the installed {version('torchrec')}. Leave it "
+                "out, or install one whose TrainPipelineSparseDist has it."
             )
     taken = {name: value for name, value in given.items() if name in known}
     return taken | {"context_type": ScratchPipeTrainPipelineContext}

@@ -79,8 +79,8 @@ class ScratchPipeEmbeddingCollectionContext(PlannedBatches, EmbeddingCollectionC
 class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbeddingBagCollection):
     """Stock sharded collection whose `fused_uvm_caching` tables live on the host behind a scratchpad.
 
-    Input and output distribution, parameters and state_dict are stock. :meth:`prefetch` sends a batch through
-    Plan, Collect, Exchange and Insert ahead of time; a batch that nobody sent is fetched on the spot. The sharder makes it.
+    Input and output distribution, parameters and state_dict are stock. :meth:`prefetch` sends a batch through Plan,
+    Collect, Exchange and Insert ahead of time; a batch that nobody sent is fetched on the spot. The sharder makes it.
 
     Args:
         module: As stock.
@@ -194,8 +194,8 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
         num_batches = max((pool.slot_map.num_batches_in_flight for pool in self.pools), default=0)
         if num_batches > 0:
             raise BatchesInFlightError(
-                f"update_shards(): {num_batches} batches in flight were planned for the present sharding. Let the pipeline "
-                "train them, or call its reset(), first."
+                f"update_shards(): {num_batches} batches in flight were planned for the present sharding. Let the "
+                "pipeline train them, or call its reset(), first."
             )
         configs = [config for config in self._embedding_bag_configs if config.name in changed_sharding_params]
         served, load_factors = _serve_tables(configs, changed_sharding_params, EMBEDDING_BAG_SHARDING_TYPES, {})
@@ -323,16 +323,18 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         sharded_module_order_overwrite: As stock.
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
-            place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
-        on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
-            gets a quarter more than the batch needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
-        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is. (Beyond
-            the budget of the sharding plan, if it has one, a warning says by how much.)
+        host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked
+            tables in place. ``"staged"``: rows are gathered on the host and copied, as they always are for
+            memory-mapped tables.
+        on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of.
+            ``"grow"``: its pool gets a quarter more than the batch needs, with a warning, counted as `num_growths`.
+            ``"error"``: :class:`ScratchpadFullError`.
+        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much
+            as there is. (Beyond the budget of the sharding plan, if it has one, a warning says by how much.)
         half_life: After so many batches a use counts half, when victims are chosen.
-        out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that is kept whole too
-            (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its `bounds_check_mode`; by default it warns
-            and takes row 0.
+        out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that
+            is kept whole too (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its
+            `bounds_check_mode`; by default it warns and takes row 0.
     """
 
     def __init__(
@@ -406,16 +408,18 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         use_index_dedup: As stock.
         table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
         overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked tables in
-            place. ``"staged"``: rows are gathered on the host and copied, as they always are for memory-mapped tables.
-        on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of. ``"grow"``: its pool
-            gets a quarter more than the batch needs, with a warning, counted as `num_growths`. ``"error"``: :class:`ScratchpadFullError`.
-        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much as there is. (Beyond
-            the budget of the sharding plan, if it has one, a warning says by how much.)
+        host_access: How a CUDA device reaches tables in RAM. ``"direct"``: its kernels read and write page-locked
+            tables in place. ``"staged"``: rows are gathered on the host and copied, as they always are for
+            memory-mapped tables.
+        on_full: What happens if one batch alone needs more slots than there are, or than others will ever let go of.
+            ``"grow"``: its pool gets a quarter more than the batch needs, with a warning, counted as `num_growths`.
+            ``"error"``: :class:`ScratchpadFullError`.
+        max_scratchpad_bytes: What all scratchpads of this sharder may take on a rank when they grow; None for as much
+            as there is. (Beyond the budget of the sharding plan, if it has one, a warning says by how much.)
         half_life: After so many batches a use counts half, when victims are chosen.
-        out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that is kept whole too
-            (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its `bounds_check_mode`; by default it warns
-            and takes row 0.
+        out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that
+            is kept whole too (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its
+            `bounds_check_mode`; by default it warns and takes row 0.
     """
 
     def __init__(
@@ -501,7 +505,7 @@ def _serve(
     options: ScratchpadOptions,
     fused_params: Mapping[str, Any],
 ) -> tuple[dict[str, ParameterSharding], ScratchpadOptions]:
-    """A collection's plan as the stock code needs to see it, once it is known that it can be served, and its scratchpads."""
+    """A collection's plan as stock needs to see it, once it is known that it can be served, and its scratchpads."""
     tables = [config for config in configs if config.name in params and _is_scratchpad_table(params[config.name])]
     if not tables:
         logger.warning(
@@ -515,8 +519,8 @@ def _serve(
         return params, options
     if isinstance(env, ShardingEnv2D):
         raise ConfigError(
-            f"{module_name}: DMPCollection (2D parallelism) averages tables between replicas without telling them, which "
-            "a scratchpad would not notice. Use DistributedModelParallel, or compute kernel fused."
+            f"{module_name}: DMPCollection (2D parallelism) averages tables between replicas without telling them, "
+            "which a scratchpad would not notice. Use DistributedModelParallel, or compute kernel fused."
         )
     served, load_factors = _serve_tables(tables, params, sharding_types, fused_params)
     if device is not None and device.type == "meta":
@@ -537,9 +541,10 @@ def _serve_tables(
     sharding_types: tuple[ShardingType, ...],
     fused_params: Mapping[str, Any],
 ) -> tuple[dict[str, ParameterSharding], dict[str, float]]:
-    """A plan in which scratchpad tables look like stock's `fused` ones, whose tables stay on the host; and their load factors.
+    """A plan in which scratchpad tables look like stock's `fused` ones on the host; and their load factors.
 
-    TorchRec groups tables by kernel and cache settings, and orders columns and optimizers by group. So it must see no difference.
+    TorchRec groups tables by kernel and cache settings, and orders columns and optimizers by group. So it must see no
+    difference.
     """
     served, load_factors = dict(params), {}
     for config in configs:
@@ -573,14 +578,15 @@ def _check_table(
     supported = [kind.value for kind in sharding_types]
     if sharding.sharding_type not in supported:
         raise ConfigError(
-            f"table {config.name}: sharding type {sharding.sharding_type} is not supported with a scratchpad. Constrain "
-            f"the table to one of {supported}, or to compute kernel fused."
+            f"table {config.name}: sharding type {sharding.sharding_type} is not supported with a scratchpad. "
+            f"Constrain the table to one of {supported}, or to compute kernel fused."
         )
     is_mean = isinstance(config, EmbeddingBagConfig) and config.pooling is PoolingType.MEAN
     if is_mean and sharding.sharding_type == ShardingType.GRID_SHARD.value:
         raise ConfigError(
             f"table {config.name}: TorchRec computes SUM where grid_shard is asked for MEAN pooling (its grid sharding "
-            "never divides by the length of the bag, up to 1.9.2 at least). Use table_row_wise or another sharding type."
+            "never divides by the length of the bag, up to 1.9.2 at least). Use table_row_wise or another "
+            "sharding type."
         )
     if getattr(config, "enable_embedding_update", False) or getattr(config, "use_virtual_table", False):
         raise ConfigError(

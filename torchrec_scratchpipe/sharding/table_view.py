@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Tensors that show host tables to everybody outside: as if every row were always in its table.
 
-Rows that have trained are newer in the scratchpad than in their table, and rows in the scratchpad do not see what is written to the
-table. So no plain tensor of a host table leaves this package. What leaves is a view of a class of its own. PyTorch asks that class
-before it runs any operation on the view, and the class asks the table's :class:`TableOwner`:
+Rows that have trained are newer in the scratchpad than in their table, and rows in the scratchpad do not see what is
+written to the table. So no plain tensor of a host table leaves this package. What leaves is a view of a class of its
+own. PyTorch asks that class before it runs any operation on the view, and the class asks the table's
+:class:`TableOwner`:
 
 * before an operation that reads: bring the table up to date;
 * before an operation that writes: that too, and have resident rows read anew before they are used again;
-* where memory is handed out for which PyTorch is not asked any more (NumPy, DLPack, storages): the same, and once more before
-  and after every batch, as long as somebody has that memory.
+* where memory is handed out for which PyTorch is not asked any more (NumPy, DLPack, storages): the same, and once more
+  before and after every batch, as long as somebody has that memory.
 
-A view of a view is such a view, so that ``state_dict()``, ``parameter.data``, a slice and what was kept from last week behave alike.
+A view of a view is such a view, so that ``state_dict()``, ``parameter.data``, a slice and what was kept from last week
+behave alike.
 """
 
 from typing import Any, NoReturn, Protocol, Self, cast
@@ -40,7 +42,10 @@ class TableOwner(Protocol):
         """The table is read now: bring it up to date."""
 
     def prepare_write(self) -> None:
-        """The table is written now, and perhaps until the next batch: bring it up to date, and read resident rows anew then."""
+        """The table is written now, and perhaps until the next batch.
+
+        Bring it up to date, and read resident rows anew then.
+        """
 
     def note_lent(self, memory: "LentMemory") -> None:
         """The table may be read and written, unseen, as long as this memory is in somebody's hands."""
@@ -156,8 +161,8 @@ class _ShowsTable:
             ConfigError: Always.
         """
         raise ConfigError(
-            "share_memory_() of a table behind a scratchpad: tables cannot be moved to shared memory. Give other processes a copy "
-            "(clone()), or files (CheckpointManager, to_stock())."
+            "share_memory_() of a table behind a scratchpad: tables cannot be moved to shared memory. Give other "
+            "processes a copy (clone()), or files (CheckpointManager, to_stock())."
         )
 
     def tolist(self) -> Any:

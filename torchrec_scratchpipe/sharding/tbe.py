@@ -22,11 +22,13 @@ __all__ = ["ScratchpadTbe"]
 class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
     """A TBE of T tables whose weights and optimizer states are slots of scratchpads.
 
-    Made of T one-row tables, because FBGEMM allocates what it is told, and T tables of S slots would be T times too much. Their
-    offsets are then pointed at scratchpads. Whoever finds this module in a model, and asks it for its tables, gets the tables.
+    Made of T one-row tables, because FBGEMM allocates what it is told, and T tables of S slots would be T times too
+    much. Their offsets are then pointed at scratchpads. Whoever finds this module in a model, and asks it for its
+    tables, gets the tables.
 
     Args:
-        show_tables: Gives each table's weights [R, D], then its optimizer states [R, D] or [R], up to date whenever they are read.
+        show_tables: Gives each table's weights [R, D], then its optimizer states [R, D] or [R], up to date whenever
+            they are read.
         buffers: FBGEMM's names of the parts of a row, ``"weights"`` first.
         embedding_specs: As stock, with one row per table.
         **kwargs: As stock.
@@ -91,8 +93,8 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
             ConfigError: Always.
         """
         raise ConfigError(
-            f"get_optimizer_buffer({state!r}): optimizer states of scratchpad tables lie with their tables, not in one buffer. Use "
-            "split_optimizer_states() or get_optimizer_state()."
+            f"get_optimizer_buffer({state!r}): optimizer states of scratchpad tables lie with their tables, not in one "
+            "buffer. Use split_optimizer_states() or get_optimizer_state()."
         )
 
     def reset_embedding_weight_momentum(self, *args: Any, **kwargs: Any) -> None:
@@ -106,8 +108,8 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
             ConfigError: Always.
         """
         raise ConfigError(
-            f"tables {', '.join(self.table_names)}: rows of scratchpad tables cannot be reset by managed collision or in-training "
-            "pruning. Use compute kernel fused for these tables, or a collection without them."
+            f"tables {', '.join(self.table_names)}: rows of scratchpad tables cannot be reset by managed collision or "
+            "in-training pruning. Use compute kernel fused for these tables, or a collection without them."
         )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -136,8 +138,9 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
 
     def _slots_error(self, what: str) -> ConfigError:
         return ConfigError(
-            f"{what} of the lookup of tables {', '.join(self.table_names)}: its own buffers are slots of a scratchpad, not rows. Use "
-            "that of the model or of the collection, or split_embedding_weights() and split_optimizer_states()."
+            f"{what} of the lookup of tables {', '.join(self.table_names)}: its own buffers are slots of a scratchpad, "
+            "not rows. Use that of the model or of the collection, or split_embedding_weights() and "
+            "split_optimizer_states()."
         )
 
     def _set_per_feature(self, name: str, values_of_tables: Sequence[int], *last: int) -> None:
