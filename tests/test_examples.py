@@ -3,6 +3,7 @@
 
 import gzip
 import json
+import os
 import random
 import shutil
 import signal
@@ -467,3 +468,13 @@ def test_checkpoint_flags_need_a_directory() -> None:
     )
     assert result.returncode == 2
     assert "need --save_dir" in result.stderr
+
+
+def test_host_cost_is_within_what_a_step_can_bear() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = str(EXAMPLES / "benchmark" / "host_cost.py")
+    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    figures = {line[:16].strip(): float(line[16:].split()[0]) for line in result.stdout.splitlines()}
+    assert figures.keys() == {"one by one", "recorded", "training thread", "worker"}
+    assert figures["recorded"] < figures["one by one"] / 3
