@@ -721,3 +721,30 @@ def test_lookahead_by_position_is_named() -> None:
     for given in (1, 3):
         with pytest.raises(ConfigError, match=rf"execute_all_batches is {given}.* lookahead={given}"):
             ScratchPipeTrainPipeline(ours.model, ours.optimizer, CPU, given)
+
+
+@pytest.mark.parametrize("execute_all_batches", [True, False])
+@pytest.mark.parametrize("num_in_copy", [0, 1])
+def test_on_a_device_a_batch_is_distributed_a_step_after_its_copy_has_begun(
+    num_in_copy: int, execute_all_batches: bool
+) -> None:
+    stock, ours = twins()
+    ours.copy_from(stock)
+    batches = make_batches(SETTING)
+    pipeline = ours.pipeline(lookahead=2, execute_all_batches=execute_all_batches)
+    pipeline._num_batches_in_copy = num_in_copy  # as on CUDA
+    iterator, outputs, waiting = iter(batches), [], []
+    while True:
+        try:
+            outputs.append(pipeline.progress(iterator))
+        except StopIteration:
+            break
+        waiting.append([context.index for context in pipeline.contexts if not context.is_distributed])
+    # From the first step to when the data ends, the newest batch waits for its copy.
+    num_full = len(batches) - 2 - 2 - num_in_copy - 1
+    newest = [[step + 2 + 2 + num_in_copy] if num_in_copy else [] for step in range(num_full)]
+    assert waiting[:num_full] == newest
+    num_trained = len(batches) if execute_all_batches else len(batches) - 2
+    assert len(outputs) == num_trained
+    assert_same_outputs(stock.train_plain(batches[:num_trained]), outputs)
+    assert_same_bits(stock, ours)

@@ -30,7 +30,10 @@ ID_BYTES_OF_ORDER = 2 * (
 )  # rows and slots that move, in either direction; per pool, on a device that reaches the tables itself
 ID_BYTES_OF_INPUT = 8  # a KeyedJaggedTensor's values
 BAG_BYTES_OF_INPUT = 4 + 8  # its lengths and offsets
-NUM_BATCHES_IN_DIST = 2  # that TorchRec's input distribution is at work on
+NUM_BATCHES_IN_DIST = (
+    2  # that TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors
+)
+NUM_BATCHES_IN_COPY = 1  # on their way to a device, beyond those
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class PoolDemand:
     @property
     def _bytes_of_inputs(self) -> float:
         num_batches = self.lookahead + 1 + self.num_batches_seen_ahead + NUM_BATCHES_IN_DIST
+        num_batches += 0 if self.is_cpu else NUM_BATCHES_IN_COPY
         return num_batches * (self.num_ids * ID_BYTES_OF_INPUT + self.num_bags * BAG_BYTES_OF_INPUT)
 
     @property

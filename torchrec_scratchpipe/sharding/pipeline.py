@@ -19,6 +19,7 @@ from torchrec.distributed.types import Awaitable
 from torchrec.streamable import Pipelineable
 from typing_extensions import TypeVar
 
+from torchrec_scratchpipe.core.memory import NUM_BATCHES_IN_COPY, NUM_BATCHES_IN_DIST
 from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.sharding.collection import (
@@ -39,8 +40,6 @@ logger: logging.Logger = logging.getLogger(__name__)
 In = TypeVar("In", bound=Pipelineable, default=Any)
 Out = TypeVar("Out", default=Any)
 
-# Batches that TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors.
-NUM_BATCHES_IN_DIST = 2
 # TrainPipelineSparseDist(execute_all_batches=False) leaves this many batches untrained when the data ends.
 NUM_BATCHES_LEFT_BY_STOCK = 2
 
@@ -50,6 +49,7 @@ class ScratchPipeTrainPipelineContext(TrainPipelineContext):
     """TorchRec's context of one batch; `planned_inputs` holds distributed features of planned batches, by module."""
 
     planned_inputs: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    is_distributed: bool = field(default=False, kw_only=True)  # or on its way
     is_seen: bool = field(default=False, kw_only=True)
     is_planned: bool = field(default=False, kw_only=True)
     is_started: bool = field(default=False, kw_only=True)
@@ -108,7 +108,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
     stage                 batches (0 trains, L is `lookahead`, F     where
                           is L + `num_batches_seen_ahead`)
     ====================  =========================================  ==========================================
-    Load                  F + 2: copy to device, start input dist    memcpy and data_dist streams of TorchRec
+    Load                  F + 3, only on CUDA: copy to device        memcpy stream of TorchRec
+    Load                  F + 2: start input dist                    data_dist stream of TorchRec
     Load                  F + 1: input dist exchanges its tensors    data_dist stream
     (seen)                L + 1 .. F: their ids guide evictions      worker thread, on CUDA its own stream
     Plan ... Insert       1 .. L, one after another                  worker thread, on CUDA its own stream
@@ -181,6 +182,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         _check_distances(lookahead, num_batches_seen_ahead)
         self._lookahead = lookahead
         self._num_batches_known = lookahead + num_batches_seen_ahead
+        # A dist waits for the copy of its batch; of one that was begun a step ago, it need not wait.
+        self._num_batches_in_copy = NUM_BATCHES_IN_COPY if device.type == "cuda" else 0
         self._is_traced_in_vain = False
         self._failed_to_load: TrainPipelineContext | None = None
         self._collections_warned_of: set[str] = set()
@@ -283,11 +286,16 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         """
         # A batch is planned as soon as it is distributed, so that the worker starts while the next one is loaded; the
         # loop below catches up with the last batches when the data has ended.
-        while len(self.batches) <= self._num_batches_known + NUM_BATCHES_IN_DIST:
+        num_unplanned = NUM_BATCHES_IN_DIST + self._num_batches_in_copy
+        while len(self.batches) <= self._num_batches_known + num_unplanned:
+            if self._num_batches_in_copy:  # before the next copy begins: a dist waits for all copies that have begun
+                self._start_dists()
             if not self._load(dataloader_iter):
                 break
-            if len(self.batches) > NUM_BATCHES_IN_DIST:
-                self._bring_forward(len(self.batches) - 1 - NUM_BATCHES_IN_DIST)
+            if not self._num_batches_in_copy:
+                self._start_dists()
+            if len(self.batches) > num_unplanned:
+                self._bring_forward(len(self.batches) - 1 - num_unplanned)
         for position in range(min(self._num_batches_known + 1, len(self.batches))):
             self._bring_forward(position)
         if len(self.batches) > self._num_batches_known + 1:
@@ -360,17 +368,23 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         if self._dataloader_exhausted and dataloader_iter is self._dataloader_iter:
             return False
         try:
-            if not self.enqueue_batch(dataloader_iter):
-                return False
+            return bool(self.enqueue_batch(dataloader_iter))
         except StopIteration:  # the data has ended and execute_all_batches is False
             return False
-        try:
-            with deferring_id_errors(self._collections):
-                self._init_pipelined_modules(self.batches[-1], self.contexts[-1], self._pipelined_forward_type)
-        except BaseException:
-            self._failed_to_load = self.contexts[-1]  # some of its modules may be distributed, others not
-            raise
-        return True
+
+    def _start_dists(self) -> None:
+        """Start the input dist of every batch that was loaded since."""
+        for batch, some_context in zip(self.batches, self.contexts, strict=True):
+            context = cast(ScratchPipeTrainPipelineContext, some_context)
+            if context.is_distributed:
+                continue
+            context.is_distributed = True
+            try:
+                with deferring_id_errors(self._collections):
+                    self._init_pipelined_modules(batch, context, self._pipelined_forward_type)
+            except BaseException:
+                self._failed_to_load = context  # some of its modules may be distributed, others not
+                raise
 
     def _failed_error(self, context: TrainPipelineContext) -> ScratchPipeError:
         return ScratchPipeError(
