@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from torchrec_scratchpipe.core.slot_map import SlotMap
 from torchrec_scratchpipe.core.slot_ops import FeatureIds, SlotOps
 from torchrec_scratchpipe.core.storage import PageLockedStorage
 from torchrec_scratchpipe.core.streams import StageStreams
-from torchrec_scratchpipe.core.triton_ops import TritonOps
+from torchrec_scratchpipe.core.triton_ops import TritonOps, record_cuda_graph
 
 pytestmark = [
     pytest.mark.gpu,
@@ -399,3 +400,31 @@ def _train_on_rank(rank: int, setting: Setting) -> None:
     torch.cuda.set_device(rank)
     helpers.DEVICE = torch.device("cuda", rank)
     check_as_equal_as_stock(setting)
+
+
+def test_recordings_disturb_no_stream_of_anybody_else() -> None:
+    """torch hands out 32 streams of a priority in turn.
+
+    Another thread may be at any of them while launches are recorded.
+    """
+    streams = [torch.cuda.Stream() for _ in range(64)] + [torch.cuda.Stream(priority=-1) for _ in range(64)]
+    values, is_done = torch.zeros(1000, device=CUDA), threading.Event()
+
+    def enqueue_everywhere() -> None:
+        torch.cuda.set_device(CUDA)
+        while not is_done.is_set():
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    torch.ones(1000, device=CUDA)
+
+    thread = threading.Thread(target=enqueue_everywhere)
+    thread.start()
+    try:
+        for _ in range(200):
+            replay = record_cuda_graph(lambda: values.add_(1.0))
+            replay()
+    finally:
+        is_done.set()
+        thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(values, torch.full_like(values, 200.0))

@@ -9,6 +9,7 @@ read on the device, so that nothing waits for the host. No sort: who is the firs
 
 import logging
 import struct
+import threading
 from collections.abc import Callable, Hashable
 from weakref import WeakKeyDictionary
 
@@ -102,6 +103,12 @@ _FIRST_NOTE_LONG_PAST = tl.constexpr(MAX_OCTAVES * NOTES_PER_OCTAVE)
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
+# Recordings are made on streams that nobody else enqueues on: torch hands out its streams in turn, of each priority 32.
+_RECORDING_PRIORITY = -3
+_recording_streams: dict[int, torch.cuda.Stream] = {}
+_recording = threading.Lock()  # a stream records for one thread at a time
+
+
 def record_cuda_graph(operations: Callable[[], None]) -> Callable[[], None]:
     """Record what would be enqueued, and enqueue nothing.
 
@@ -111,13 +118,17 @@ def record_cuda_graph(operations: Callable[[], None]) -> Callable[[], None]:
     Returns:
         What enqueues all of it on the then current stream.
     """
+    device = torch.cuda.current_device()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be recorded
-        graph.capture_begin(capture_error_mode="thread_local")  # other threads go on allocating
-        try:
-            operations()
-        finally:
-            graph.capture_end()
+    with _recording:
+        if device not in _recording_streams:
+            _recording_streams[device] = torch.cuda.Stream(device, priority=_RECORDING_PRIORITY)
+        with torch.cuda.stream(_recording_streams[device]):
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads go on allocating
+            try:
+                operations()
+            finally:
+                graph.capture_end()
     replay: Callable[[], None] = graph.replay
     return replay
 
