@@ -10,7 +10,7 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO_ARGS := --batch_size 256 --limit_train_batches 400 --limit_val_batches 40 --max_num_embeddings 100000 \
              --embedding_dim 32 --load_factor 0.02 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
 
-.PHONY: setup demo test test-oldest test-newest test-device-path benchmark conformance conformance-newest faults fuzz soak check format clean
+.PHONY: setup demo test test-quick test-oldest test-newest test-device-path benchmark conformance conformance-newest faults fuzz soak check format clean
 
 setup: $(STAMP)
 
@@ -26,8 +26,17 @@ $(STAMP): pyproject.toml requirements-cpu.txt requirements-dev.txt
 demo: setup
 	$(RUN) examples/criteo_dlrm/main.py $(DEMO_ARGS) $(ARGS)
 
+# As many tests at a time; each takes one core.
+WORKERS ?= 2
+PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist worksteal
+
 test: setup
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# What one wants to know while one writes: the rules of the core, and the same bits as stock; a minute and a half
+test-quick: setup
+	$(PYTEST) tests/test_imports.py tests/test_slot_map.py tests/test_stages.py tests/test_triton_ops.py tests/test_host_table.py \
+		tests/test_snapshot.py tests/test_errors.py tests/test_device_batch.py tests/test_equivalence.py $(ARGS)
 
 # The oldest and the newest TorchRec that are supported, with the same torch and FBGEMM.
 test-oldest: TORCHREC := 1.6.1
@@ -40,11 +49,11 @@ endef
 
 test-oldest test-newest: setup
 	$(set-up-other)
-	PYTHONPATH=$(OTHER) $(RUN) -m pytest $(ARGS)
+	PYTHONPATH=$(OTHER) $(PYTEST) $(ARGS)
 
 # Scratchpads on the CPU planned and filled as a GPU's are; what is about the host's own way is left out.
 test-device-path: setup
-	TEST_DEVICE_PATH=torch $(RUN) -m pytest $(ARGS)
+	TEST_DEVICE_PATH=torch $(PYTEST) $(ARGS)
 
 # Every way to hold the tables that this device has, side by side; results in benchmark_out
 benchmark: setup

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrec_scratchpipe.planning.report import GIB, MIB, PlanReport, in_second_half
+from torchrec_scratchpipe.planning.report import GIB, MIB, PlanReport
 from torchrec_scratchpipe.planning.reuse import misses_of_pool
 
 __all__ = ["draw_plan", "plot_plan"]
@@ -82,7 +82,7 @@ def _draw_miss_rates(figure: Any, report: PlanReport, num_tables: int) -> None:
     for table in sorted(with_slots, key=lambda table: -table.bus_bytes)[:num_tables]:
         reuse = table.sized.table.reuse
         slots = np.geomspace(max(1.0, reuse.window(1).mean), reuse.num_rows, 40)
-        rates = [in_second_half(reuse, misses_of_pool([reuse], n)[0]) / table.num_unique for n in slots]
+        rates = [reuse.in_second_half(misses_of_pool([reuse], n)[0]) / table.num_unique for n in slots]
         (line,) = axes.plot(slots / reuse.num_rows, rates, linewidth=1, label=table.name)
         axes.plot(table.load_factor, table.num_misses / table.num_unique, "o", color=line.get_color())
     axes.set(xlabel="load factor (slots per row)", ylabel="misses per unique id", title="Miss rates")

@@ -4,9 +4,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from torchrec_scratchpipe.planning.reuse import Floats, Reuse, misses_of_pool
+from torchrec_scratchpipe.planning.reuse import misses_of_pool
 from torchrec_scratchpipe.planning.sizing import ShardToSize, SizedTable
 from torchrec_scratchpipe.planning.spelling import few
 
@@ -18,7 +16,6 @@ __all__ = [
     "TableReport",
     "as_size",
     "device_bytes_of",
-    "in_second_half",
     "table_reports",
 ]
 
@@ -206,9 +203,7 @@ def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableR
             known[key] = _misses_of(members)
         for (sized, shard), missed in zip(members, known[key], strict=True):
             misses[sized.table.name] += missed
-            first_uses[sized.table.name] += (
-                in_second_half(sized.table.reuse, sized.table.reuse.first_uses) * shard.share
-            )
+            first_uses[sized.table.name] += sized.table.reuse.in_second_half(sized.table.reuse.first_uses) * shard.share
             moved = (
                 2 * missed * shard.demand.row_bytes
             )  # once the scratchpad is full, a victim goes for each row that comes
@@ -263,21 +258,7 @@ def _misses_of(members: Sequence[tuple[SizedTable, ShardToSize]]) -> list[float]
     num_slots = sum(sized.num_slots * shard.share for sized, shard in members)
     reuses = [sized.table.reuse.scaled(share=shard.share) for sized, shard in members]
     per_bin = misses_of_pool(reuses, num_slots)
-    return [in_second_half(reuse, misses) for reuse, misses in zip(reuses, per_bin, strict=True)]
-
-
-def in_second_half(reuse: Reuse, per_bin: Floats) -> float:
-    """Mean over the later half of the batches, when the scratchpad has filled.
-
-    Args:
-        reuse: Of the table.
-        per_bin: [B].
-
-    Returns:
-        Per step.
-    """
-    half = len(per_bin) // 2
-    return float(np.average(per_bin[half:], weights=reuse.bin_sizes[half:]))
+    return [reuse.in_second_half(misses) for reuse, misses in zip(reuses, per_bin, strict=True)]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -92,6 +92,18 @@ class Reuse:
         values = [self._on_power_law(sizes, [window[i] for window in self.windows], num_batches) for i in (1, 2, 3)]
         return Window(int(np.ceil(num_batches)), *(min(float(self.num_rows), value) for value in values))
 
+    def in_second_half(self, per_bin: Floats) -> float:
+        """Mean over the later half of the batches, when the scratchpad has filled.
+
+        Args:
+            per_bin: [B].
+
+        Returns:
+            Per batch.
+        """
+        half = len(per_bin) // 2
+        return float(np.average(per_bin[half:], weights=self.bin_sizes[half:]))
+
     def scaled(self, num_steps: float = 1.0, share: float = 1.0) -> "Reuse":
         """The same data in other batches.
 
@@ -137,6 +149,21 @@ class Reuse:
 class ReuseMeter:
     """Counts the reuse of one table's rows while batches stream by.
 
+    What becomes of a row between two uses, with lookahead L = 2 and W = 3 batches seen ahead::
+
+        batch       1     2     3     4     5     6     7     8     9    10
+        used        x                                                     x
+        held        |-----------|                                           by batches in flight: L + 1 batches
+        exposed                       |-----------|                         may leave, if its level is low
+        seen                                            |-----------|       stays, because its use is known
+
+    A use is a miss if the row left while it was exposed, which lasts from L + 1 batches after the last use to W + 1
+    batches before the next. If the gap is at most L + W + 1 batches, the row is never exposed.
+
+    The *level* of a row is the logarithm of its frequency. The rows that stay are those above some level. So the meter
+    counts by level: rows that are there to stay (what a scratchpad must hold), and exposed rows that are used again
+    (what it misses if it holds only rows above the level). Both together are a curve: slots against misses.
+
     Memory grows with distinct rows, 16 to 32 bytes each, and with batches, about 3 KB each; of 4 bytes per row of the
     table, only the pages in which a row was used are touched.
 
@@ -160,9 +187,8 @@ class ReuseMeter:
         self._window_sizes: list[Ints] = []
         self._gaps = _CountsByBatch(GAPS.size + 1)
         self._begun_gaps = _CountsByBatch(GAPS.size + 1)
-        self._exposed = _CountsByBatch(
-            LEVELS.size + 1
-        )  # uses of rows that could have left, by level before they were seen
+        # Uses of rows that could have left, by their level before they were seen.
+        self._exposed = _CountsByBatch(LEVELS.size + 1)
         self._begun_unexposed = _CountsByBatch(LEVELS.size + 1)
         self._ended_unexposed = _CountsByBatch(LEVELS.size + 1)
         self._checked_at: list[int] = []
@@ -283,13 +309,17 @@ class ReuseMeter:
     def _ours(self, windows: Ints) -> tuple[Floats, Floats]:
         num_batches = self.num_batches
         batches = np.arange(num_batches)
+        # What a scratchpad must hold to keep all rows above a level: those of batches in flight, at any level; ...
         held = windows[:, min(self._held, GAPS.size - 1)].astype(np.float64)[:, None]  # GAPS[held] == held + 1
+        # ... those above the level; ...
         rows = np.stack(self._rows_at_level)
         above = np.cumsum(rows[:, ::-1], axis=1)[:, ::-1]  # [C, 1 + LEVELS]: at or above each level; first, all
         by_level = np.stack([np.interp(batches, self._checked_at, column) for column in above.T], axis=1)
+        # ... and those below it that are seen to be used before they could leave.
         unexposed = np.cumsum(self._begun_unexposed.stack(num_batches) - self._ended_unexposed.stack(), axis=0)
         below = np.concatenate([np.zeros((num_batches, 1)), np.cumsum(unexposed, axis=1)[:, :-1]], axis=1)
         kept = held + by_level + below
+        # What it misses: uses of rows that were exposed while they were below the level.
         exposed = self._exposed.stack()
         missed = np.concatenate([np.zeros((num_batches, 1)), np.cumsum(exposed, axis=1)[:, :-1]], axis=1)
         # Beyond all levels: rows that are neither held nor seen have left. Then those seen to be used late leave too.

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -161,6 +162,14 @@ def _grow(
         is_finished[step.table_index] = step.num_slots == 0 or num_slots[step.table_index] != step.num_slots
 
 
+class _Point(NamedTuple):
+    """What a table takes, and what it misses."""
+
+    num_bytes: float
+    misses: float
+    num_slots: float  # 0: the whole table
+
+
 @dataclass(frozen=True)
 class _Step:
     table_index: int
@@ -183,32 +192,31 @@ def _steps(index: int, table: TableToSize, cost: _Costs, least: float, may_stay_
     num_rows = table.reuse.num_rows
     num_steps = math.ceil(math.log(max(1.0, num_rows / least)) / math.log(GROWTH))
     slots = [float(n) for n in np.geomspace(least, num_rows, num_steps + 1)] if num_steps else [least]
-    points = [(cost.of(n).sum(), _misses(table.reuse, n), n) for n in slots]
+    points = [_Point(cost.of(n).sum(), _misses(table.reuse, n), n) for n in slots]
     if may_stay_whole:
         # the whole table takes less than as many slots as rows, and never misses
         whole = cost.of(0).sum()
-        points = [point for point in points if point[0] < whole] + [(whole, 0.0, 0.0)]
-    hull: list[tuple[float, float, float]] = []
+        points = [point for point in points if point.num_bytes < whole] + [_Point(whole, 0.0, 0.0)]
+    hull: list[_Point] = []
     for point in points:
-        while hull and hull[-1][1] <= point[1]:  # no better for more bytes
-            break
-        else:
-            while len(hull) >= 2 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
-                hull.pop()
-            hull.append(point)
-    return [_Step(index, after[2], _slope(before, after)) for before, after in itertools.pairwise(hull)]
+        if hull and hull[-1].misses <= point.misses:  # no better for more bytes
+            continue
+        # A corner that lies above the line from the one before it to the new point is none.
+        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [_Step(index, after.num_slots, _slope(before, after)) for before, after in itertools.pairwise(hull)]
 
 
-def _slope(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+def _slope(before: _Point, after: _Point) -> float:
     """Misses saved per byte."""
-    return (before[1] - after[1]) / max(after[0] - before[0], 1e-9)
+    return (before.misses - after.misses) / max(after.num_bytes - before.num_bytes, 1e-9)
 
 
 def _misses(reuse: Reuse, num_slots: float) -> float:
     """Per batch, in the second half, when the scratchpad is full."""
     (misses,) = misses_of_pool([reuse], num_slots)
-    half = len(misses) // 2
-    return float(np.average(misses[half:], weights=reuse.bin_sizes[half:]))
+    return reuse.in_second_half(misses)
 
 
 def _sized(tables: Sequence[TableToSize], costs: Sequence[_Costs], num_slots: Sequence[float]) -> list[SizedTable]:

@@ -103,9 +103,7 @@ class WorkingSet(CacheStatistics):
         Returns:
             Per batch.
         """
-        sizes = self.reuse.bin_sizes
-        half = len(sizes) // 2
-        return float(np.average(per_bin[half:], weights=sizes[half:]))
+        return self.reuse.in_second_half(per_bin)
 
 
 class WorkingSets(Mapping[str, WorkingSet]):

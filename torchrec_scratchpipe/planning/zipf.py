@@ -70,8 +70,8 @@ def zipf_reuse(
         num_ids=ids_per_batch,
         num_distinct=num_rows,
         windows=tuple(
-            Window(int(gap), float(mean), *2 * (float(min(num_rows, mean + 3 * deviation)),))
-            for gap, mean, deviation in zip(GAPS, windows, spread, strict=True)
+            Window(int(gap), float(mean), p99=float(at_most), max=float(at_most))
+            for gap, mean, at_most in zip(GAPS, windows, np.minimum(num_rows, windows + 3 * spread), strict=True)
         ),
         bin_sizes=np.ones(1),
         first_uses=np.zeros(1),
