@@ -49,7 +49,8 @@ from torchrec_scratchpipe import (
 )
 from torchrec_scratchpipe.core import slot_map
 from torchrec_scratchpipe.core.memory import PoolDemand
-from torchrec_scratchpipe.planning import planner as sharding_planner
+from torchrec_scratchpipe.core.torch_ops import TorchOps
+from torchrec_scratchpipe.planning import placement
 from torchrec_scratchpipe.planning.report import device_bytes_of
 from torchrec_scratchpipe.planning.sizing import ShardToSize, SizedTable, TableToSize, size_tables
 from torchrec_scratchpipe.planning.working_set import table_configs
@@ -137,8 +138,10 @@ def test_what_is_charged_is_allocated(
     def demand(**kwargs: Any) -> PoolDemand:
         return PoolDemand(**{**kwargs, "is_cpu": num_bags == 0, "num_bags": num_bags})
 
-    monkeypatch.setattr(sharding_planner, "PoolDemand", demand)
+    monkeypatch.setattr(placement, "PoolDemand", demand)
+    monkeypatch.setattr(TorchOps, "orders_moves", num_bags > 0)  # as the kernels of a GPU do
     monkeypatch.setattr(slot_map, "SMALLEST_CAPACITY", 1)
+    monkeypatch.setattr(slot_map, "NUM_ORDER_BINS", 16)  # 32 KB a pool, which show beside tables as small as these
     with device_path("torch") if num_bags else nullcontext():
         check_charges(table_sizes, optimizer, ahead, num_bags)
 
@@ -184,15 +187,17 @@ def check_charges(
     )
     drain(pipeline, batches)
     assert sum(stats.num_victims for stats in scratchpad_stats(sharded)) > 100
-    in_dist = sum(2 * 8 * working_set.reuse.num_ids for working_set in working_sets.values())  # cannot be reached
+    num_in_dist = 3 if num_bags else 2  # on a GPU one is copied, too; those cannot be reached
+    in_dist = sum(num_in_dist * 8 * working_set.reuse.num_ids for working_set in working_sets.values())
     whole = [table for table in planner.report.tables if table.sized.is_whole]
     if num_bags:  # lengths and offsets, which a CPU does not keep
-        num_batches = planner.lookahead + 1 + ahead + 2
+        num_batches = planner.lookahead + 1 + ahead + num_in_dist
         in_dist += num_bags * len(planner.report.tables) * 12 * num_batches
     charged = (
         sum(table.device_bytes for table in [*sized, *whole]) - sum(table.table_bytes for table in whole) - in_dist
     )
-    assert charged == pytest.approx(max(sums), rel=0.02)
+    # 16 kB: what does not grow, as the histogram of a scan
+    assert charged == pytest.approx(max(sums), rel=0.02, abs=16_000)
     host = [tensor for pool in sharded.module.ebc.pools for tensor in pool.host_table.parts]
     assert sum(table.table_bytes for table in sized) == sum(part.numel() * part.element_size() for part in host)
 
