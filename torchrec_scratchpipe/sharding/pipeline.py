@@ -374,14 +374,14 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
 
     def _start_dists(self) -> None:
         """Start the input dist of every batch that was loaded since."""
-        for batch, some_context in zip(self.batches, self.contexts, strict=True):
+        for position, some_context in enumerate(self.contexts):
             context = cast(ScratchPipeTrainPipelineContext, some_context)
             if context.is_distributed:
                 continue
             context.is_distributed = True
             try:
-                with deferring_id_errors(self._collections):
-                    self._init_pipelined_modules(batch, context, self._pipelined_forward_type)
+                with deferring_id_errors(self._collections):  # indexed: another thread may still be copying the batch
+                    self._init_pipelined_modules(self.batches[position], context, self._pipelined_forward_type)
             except BaseException:
                 self._failed_to_load = context  # some of its modules may be distributed, others not
                 raise
