@@ -260,7 +260,8 @@ class ScratchpadCollection:
 
     def _say_on_the_spot(self) -> None:
         """Once, when a training step has to wait for rows because nobody has planned it."""
-        is_waiting = bool(self._options.load_factors) and torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]
+        is_training = torch.is_grad_enabled() and self.training  # type: ignore[attr-defined]
+        is_waiting = is_training and bool(self._options.load_factors)
         if is_waiting and not self._has_said_on_the_spot:
             self._has_said_on_the_spot = True
             logger.warning(
