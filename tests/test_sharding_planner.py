@@ -187,11 +187,10 @@ def check_charges(
     )
     drain(pipeline, batches)
     assert sum(stats.num_victims for stats in scratchpad_stats(sharded)) > 100
-    num_in_dist = 3 if num_bags else 2  # on a GPU one is copied, too; those cannot be reached
-    in_dist = sum(num_in_dist * 8 * working_set.reuse.num_ids for working_set in working_sets.values())
+    in_dist = sum(2 * 8 * working_set.reuse.num_ids for working_set in working_sets.values())  # cannot be reached
     whole = [table for table in planner.report.tables if table.sized.is_whole]
     if num_bags:  # lengths and offsets, which a CPU does not keep
-        num_batches = planner.lookahead + 1 + ahead + num_in_dist
+        num_batches = planner.lookahead + 1 + ahead + 2
         in_dist += num_bags * len(planner.report.tables) * 12 * num_batches
     charged = (
         sum(table.device_bytes for table in [*sized, *whole]) - sum(table.table_bytes for table in whole) - in_dist

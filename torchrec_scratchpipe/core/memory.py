@@ -33,7 +33,6 @@ BAG_BYTES_OF_INPUT = 4 + 8  # its lengths and offsets
 NUM_BATCHES_IN_DIST = (
     2  # that TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors
 )
-NUM_BATCHES_IN_COPY = 1  # on their way to a device, beyond those
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,6 @@ class PoolDemand:
     @property
     def _bytes_of_inputs(self) -> float:
         num_batches = self.lookahead + 1 + self.num_batches_seen_ahead + NUM_BATCHES_IN_DIST
-        num_batches += 0 if self.is_cpu else NUM_BATCHES_IN_COPY
         return num_batches * (self.num_ids * ID_BYTES_OF_INPUT + self.num_bags * BAG_BYTES_OF_INPUT)
 
     @property

@@ -19,7 +19,7 @@ from torchrec.distributed.types import Awaitable
 from torchrec.streamable import Pipelineable
 from typing_extensions import TypeVar
 
-from torchrec_scratchpipe.core.memory import NUM_BATCHES_IN_COPY, NUM_BATCHES_IN_DIST
+from torchrec_scratchpipe.core.memory import NUM_BATCHES_IN_DIST
 from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.sharding.collection import (
@@ -40,6 +40,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 In = TypeVar("In", bound=Pipelineable, default=Any)
 Out = TypeVar("Out", default=Any)
 
+# Batches on their way to a device, beyond those that are being distributed; as large as the rank's own share of a batch.
+NUM_BATCHES_IN_COPY = 1
 # TrainPipelineSparseDist(execute_all_batches=False) leaves this many batches untrained when the data ends.
 NUM_BATCHES_LEFT_BY_STOCK = 2
 
