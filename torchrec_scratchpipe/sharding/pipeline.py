@@ -40,7 +40,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 In = TypeVar("In", bound=Pipelineable, default=Any)
 Out = TypeVar("Out", default=Any)
 
-# Batches on their way to a device, beyond those that are being distributed; as large as the rank's own share of a batch.
+# Batches on their way to a device, beyond those that are being distributed; no larger than the rank's own share.
 NUM_BATCHES_IN_COPY = 1
 # TrainPipelineSparseDist(execute_all_batches=False) leaves this many batches untrained when the data ends.
 NUM_BATCHES_LEFT_BY_STOCK = 2
