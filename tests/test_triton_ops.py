@@ -484,3 +484,14 @@ def test_where_nothing_can_be_recorded_launches_go_one_by_one(caplog: pytest.Log
         ops.enqueue(buffers, "key", lambda: num_runs.append(1))
     assert len(num_runs) == 4
     assert caplog.text.count("launches cannot be recorded") == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (0,)])
+def test_move_of_a_table_without_rows(shape: tuple[int, ...]) -> None:
+    """A rank may have no row of a table that is shorter than the number of ranks; its pool has a slot all the same."""
+    table, slots = torch.zeros(shape, device=DEVICE), torch.ones(1, *shape[1:], device=DEVICE)
+    counts = torch.zeros(len(Count), dtype=torch.int64, device=DEVICE)
+    index = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    TritonOps().move(table, index, slots, index.int(), counts, Count.FILLS)
+    TritonOps().move(slots, index.int(), table, index, counts, Count.WRITEBACKS)
+    assert bool((slots == 1.0).all())

@@ -118,11 +118,13 @@ def _lock_pages(tensor: Tensor) -> str:
 
 
 def _unlock(locked: list[Tensor]) -> None:
-    if locked:
-        torch.cuda.synchronize()  # kernels of batches that were dropped may still be at these tables
-    for tensor in locked:
-        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-    locked.clear()
+    try:
+        if locked:
+            torch.cuda.synchronize()  # kernels of batches that were dropped may still be at these tables
+    finally:
+        for tensor in locked:
+            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+        locked.clear()
 
 
 class MappedStorage:

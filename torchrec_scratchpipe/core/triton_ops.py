@@ -8,6 +8,7 @@ read on the device, so that nothing waits for the host. No sort: who is the firs
 """
 
 import logging
+import math
 import struct
 import threading
 from collections.abc import Callable, Hashable
@@ -354,7 +355,7 @@ class TritonOps(CommonOps):
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
     ) -> None:
         """See :class:`SlotOps`; `source` and `target` may lie in page-locked host memory."""
-        row_bytes = source[:1].nbytes
+        row_bytes = math.prod(source.shape[1:]) * source.itemsize  # also where a rank has no rows of a table
         word = torch.int32 if row_bytes % 4 == 0 else torch.int16
         num_words = row_bytes // word.itemsize
         words_per_block = min(triton.next_power_of_2(num_words), 1024)
