@@ -21,8 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "torchrec_scratchpipe"
+from test_imports import PACKAGE, module_of, own_imports, reached
+
 LONGEST_LINE, LONG_FUNCTION = 120, 30
 
 
@@ -117,32 +117,12 @@ class Walk:
     def files(self) -> set[str]:
         return {Path(name).stem for call in self.calls for name in call if name}
 
-    def climbs(self, imports: dict[str, set[str]]) -> Counter[str]:
+    def climbs(self) -> Counter[str]:
         found: Counter[str] = Counter()
         for (caller, callee), count in self.calls.items():
-            if caller and caller in reached(callee, imports):
+            if caller and module_of(caller) in reached(own_imports(Path(callee))):
                 found[f"{Path(caller).stem} -> {Path(callee).stem}"] += count
         return found
-
-
-def reached(start: str, imports: dict[str, set[str]]) -> set[str]:
-    seen: set[str] = set()
-    new = {start}
-    while new:
-        seen |= new
-        new = {other for name in new for other in imports.get(name, ())} - seen
-    return seen - {start}
-
-
-def import_graph(package: Path) -> dict[str, set[str]]:
-    graph: dict[str, set[str]] = {}
-    for path in package.rglob("*.py"):
-        if path.name == "__init__.py":
-            continue
-        names = (node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
-        inside = (name.split(".")[1:] for name in names if name and name.startswith("torchrec_scratchpipe."))
-        graph[str(path)] = {str(package.joinpath(*parts).with_suffix(".py")) for parts in inside}
-    return graph
 
 
 def walk_of_one_batch(kind: str | None) -> Walk:
@@ -181,7 +161,7 @@ def main() -> None:
     print_table(figures_of(args.package).items())
     for way, kind in (("staged", None), ("in place", "torch")) if not args.no_walk else ():
         walk = walk_of_one_batch(kind)
-        climbs = walk.climbs(import_graph(PACKAGE))
+        climbs = walk.climbs()
         print_table(
             [(f"{way}: files that one batch enters", len(walk.files)), (f"{way}: calls that climb", climbs.total())]
         )

@@ -62,8 +62,8 @@ class Device:
     """
 
     def __init__(self, seed: int, slow: Sequence[str] = ()) -> None:
-        self.streams = [Stream(self, name) for name in ("train", "plan", "writeback", "fill")]
-        self.train = self.streams[0]
+        self.streams = [Stream(self, name) for name in ("train", "plan", "writeback", "fill", "load")]
+        self.train, self.load = self.streams[0], self.streams[-1]
         self.current = self.train
         self._random = random.Random(seed)
         self._slow = slow
@@ -100,7 +100,7 @@ class SimulatedStreams(StageStreams):
         super().__init__(CPU, is_overlapped=False)
         self._device = device
         self._missing_edges = missing_edges
-        _, self.plan, self.writeback, self.fill = device.streams  # type: ignore[assignment]
+        self.plan, self.writeback, self.fill = device.streams[1:4]  # type: ignore[assignment]
 
     def current(self) -> Any:
         return self._device.current
@@ -128,7 +128,7 @@ class SimulatedStreams(StageStreams):
         pass
 
     def synchronize(self) -> None:
-        self._device.run_until(lambda: not any(stream.work for stream in self._device.streams[1:]))
+        self._device.run_until(lambda: not any(stream.work for stream in self._device.streams[1:4]))
 
 
 class DeferredOps(WrappedOps):

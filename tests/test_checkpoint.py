@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checkpoints.
-
-The same bits back, from and to stock, under other shardings, while training goes on; damage is named.
-"""
+"""Checkpoints bring the same bits back, from and to stock, under other shardings, in mid-run; damage is named."""
 
 import json
 import pickle
@@ -588,8 +585,8 @@ def check_refused(manager: CheckpointManager, message: str, step: int | None = N
         ({"data_type": DataType.FP16}, r"t0.weight is torch.float32 there and torch.float16 here"),
         ({"num_rows": (200, 150), "dims": (8, 8)}, r"has .*t2.*, which is not there here|has shape"),
         ({"num_rows": (200, 150, 3, 9), "dims": (8, 8, 8, 8)}, r"has no model.ebc.embedding_bags.t3.weight|has shape"),
-        ({"optimizer": torch.optim.SGD, "optimizer_kwargs": (("lr", 0.1),)}, r"momentum1, which is not there "
-                                                                             r"here. It was saved w"),
+        ({"optimizer": torch.optim.SGD, "optimizer_kwargs": (("lr", 0.1),)},
+         r"momentum1, which is not there here. It was saved w"),
         ({"optimizer": RowWiseAdagrad}, r"momentum1 has shape .*It was saved with another optimizer"),
     ],
 )  # fmt: skip

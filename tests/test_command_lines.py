@@ -43,6 +43,7 @@ OPTIONS: dict[str, str] = {
         --keep_last --resume --validation_freq_within_epoch --print_lr --print_sharding_plan --verify --evaluate_stock
         --profile_trace --json --plot
     """,
+    "torchrec_scratchpipe/__main__.py": "",  # those of the command that it runs
     "torchrec_scratchpipe/plan.py": """
         --tables --batches --working_sets --zipf --batch_size --max_batches --save_working_sets --world_size
         --local_world_size --hbm_gb --scratchpad_gb --ddr_gb --lookahead --num_batches_seen_ahead --optimizer --plot
@@ -71,13 +72,14 @@ def options_of(command: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+def takes_options(text: str) -> bool:
+    return "argparse" in text or "planning.command import main" in text
+
+
 def commands() -> list[str]:
     paths = [*ROOT.glob("examples/**/*.py"), *ROOT.glob("torchrec_scratchpipe/*.py")]
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
-    is_command = {
-        name: "__main__" in text and ("argparse" in text or "command" in text) for name, text in texts.items()
-    }
-    return sorted(name for name in texts if is_command[name] and name != "torchrec_scratchpipe/__main__.py")
+    return sorted(name for name, text in texts.items() if '__name__ == "__main__"' in text and takes_options(text))
 
 
 def test_every_command_is_listed() -> None:

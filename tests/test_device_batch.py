@@ -107,7 +107,8 @@ def simulate(
         while remaining and len(in_flight) <= lookahead:
             rows = remaining.popleft()
             batch = planned(pool, rows, runner)
-            runner.submit(batch)
+            with runner.streams.on(device.load):  # as a pipeline's, which is not ordered after Train
+                runner.submit(batch)
             in_flight.append((batch, rows))
             device.run_some()
         num_rounds += 1
@@ -360,3 +361,35 @@ def test_how_a_device_is_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert "Triton cannot be imported" in caplog.text
     with pytest.raises(ConfigError, match="host_access is 'magic', it must be one of direct, staged"):
         ScratchpadOptions(host_access="magic")
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_numbers_of_a_dropped_batch_are_not_overwritten_before_its_plan_has_copied_them(
+    is_guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host writes them at once, and the device copies them when it gets to the plan."""
+    device = Device(0)
+    streams = SimulatedStreams(device)
+    pool = make_pool_in_place(DeferredOps(TritonOps(), device), num_slots=30, streams=streams)
+    runner = InlineRunner(CPU, streams)
+    maps = pool.slot_map
+    maps._is_certain = lambda num_ids: True
+    if not is_guarded:
+        monkeypatch.setattr(SlotMap, "_recycle", _recycle_at_once)
+    planned_of_each = []
+    for index in range(4):
+        batch = planned(pool, torch.arange(5) + 5 * index, runner)
+        maps.take_in_releases()
+        with streams.on(streams.plan):
+            plan = maps.plan(batch.pool_ids[0])
+        assert maps.confirm(plan)
+        maps.release(plan.batch_index)  # it is dropped, before the device has begun
+        planned_of_each.append(plan.buffers)
+    device.drain()
+    assert len({id(buffers) for buffers in planned_of_each}) < 4  # some were used twice
+    num_resident = maps.count_resident_rows()
+    assert (num_resident == 20) == is_guarded  # else a plan read the numbers of a later one
+
+
+def _recycle_at_once(slot_map: SlotMap, plan: CachePlan) -> None:
+    slot_map._free_buffers.append((plan.buffers, None))

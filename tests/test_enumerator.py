@@ -96,10 +96,7 @@ class Counting(EmbeddingEnumerator):
 
 
 class WithConstraintsOfItsOwn(EmbeddingEnumerator):
-    """As TorchEasyRec's.
-
-    The planner knows nothing of the constraints, and filters take other arguments than stock's.
-    """
+    """As TorchEasyRec's: the planner knows no constraints, and filters take other arguments than stock's."""
 
     def __init__(self, own: dict[str, ParameterConstraints], **kwargs: Any) -> None:
         self.own = own

@@ -19,10 +19,7 @@ LIMIT_S = 30
 
 
 def in_child(do: Callable[[], None]) -> int:
-    """What a forked child ends with.
-
-    0, 1 for a TableStorageError, 2 for another error; a child that hangs fails the test.
-    """
+    """What a forked child ends with: 0, 1 (TableStorageError) or 2 (another error); one that hangs fails the test."""
     pid = os.fork()
     if pid == 0:
         try:

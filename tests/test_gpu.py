@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What only a CUDA device can show.
-
-The same bits as stock there, with kernels that run at any time, and no wait for the host.
-"""
+"""What only a CUDA device shows: stock's bits there, with kernels that run at any time, and no wait for the host."""
 
 import os
 import random
@@ -403,10 +400,7 @@ def _train_on_rank(rank: int, setting: Setting) -> None:
 
 
 def test_recordings_disturb_no_stream_of_anybody_else() -> None:
-    """torch hands out 32 streams of a priority in turn.
-
-    Another thread may be at any of them while launches are recorded.
-    """
+    """Of each priority, torch hands out 32 streams in turn, and another thread may be at any of them."""
     streams = [torch.cuda.Stream() for _ in range(64)] + [torch.cuda.Stream(priority=-1) for _ in range(64)]
     values, is_done = torch.zeros(1000, device=CUDA), threading.Event()
 

@@ -3,6 +3,7 @@
 
 import ast
 import importlib
+from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import pytest
 import torchrec_scratchpipe
 
 PACKAGE = Path(torchrec_scratchpipe.__file__).parent
-MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name != "__init__.py"
-}
+
+
+def module_of(path: str | Path) -> str:
+    """A file's module, without the package's name."""
+    return ".".join(Path(path).relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"}
 # Which rooms a room may look into. What lies in no room: errors and the version, which anybody may import, and
 # commands.
 MAY_IMPORT = {
@@ -41,6 +45,16 @@ def own_imports(path: Path) -> set[str]:
     """The modules of this package that a file imports, without the package's name."""
     names = {name.removeprefix("torchrec_scratchpipe.") for name in imported_modules(path)}
     return names & MODULES.keys()
+
+
+def reached(modules: Iterable[str]) -> set[str]:
+    """These modules, and all that they import, directly or not."""
+    seen: set[str] = set()
+    new = set(modules)
+    while new:
+        seen |= new
+        new = {imported for module in new for imported in own_imports(MODULES[module])} - seen
+    return seen
 
 
 def room_of(module: str) -> str:
@@ -77,11 +91,7 @@ def test_law_3_no_cycle_inside_a_room(room: str) -> None:
 
 def test_law_4_planning_and_checkpoint_never_meet() -> None:
     for room, other in (("planning", "checkpoint"), ("checkpoint", "planning")):
-        reached, new = set(), set(in_room(room))
-        while new:
-            reached |= new
-            new = {imported for module in new for imported in own_imports(MODULES[module])} - reached
-        assert not {module for module in reached if room_of(module) == other}
+        assert not {module for module in reached(in_room(room)) if room_of(module) == other}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One memory budget in, a plan out.
-
-What is charged is allocated, what is asked is honoured, what cannot be is explained.
-"""
+"""One budget in, a plan out: what is charged is allocated, what is asked is honoured, what cannot be is explained."""
 
 import copy
 import inspect

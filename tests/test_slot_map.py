@@ -31,10 +31,7 @@ VICTIMS = [TorchOps, RandomVictims, MostRecentlyUsed, LeastRecentlyUsed]
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
-    """Steps.
-
-    See or plan some rows, release the oldest or the newest batch, undo the plan that was just made, purge, forget, ...
-    """
+    """Steps: see or plan some rows, release the oldest or the newest batch, undo the newest plan, purge, forget, ..."""
     releases = ["release", "release", "release newest", "undo", "purge"]
     kinds = st.sampled_from(["plan", "plan", "see", "see", "plan seen", "plan seen", "forget", *releases])
     rows = st.lists(st.integers(0, NUM_ROWS - 1), max_size=7) | st.lists(st.integers(0, NUM_ROWS - 1), max_size=16)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from device_path import LOCKED, device_path
 from helpers import (
     Setting,
     Trainer,
@@ -29,7 +30,6 @@ from torchrec.distributed.model_tracker.types import DeltaTrackerConfig, Trackin
 from torchrec.optim import RowWiseAdagrad
 
 from torchrec_scratchpipe import CheckpointManager, ConfigError, TableOverwrittenError, to_stock
-from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.sharding import table_view
 from torchrec_scratchpipe.sharding.table_view import TableView, shown
 
@@ -486,31 +486,18 @@ def test_a_save_is_of_what_was_written(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("is_pooled", [True, False])
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise", "column_wise"])
-def test_page_locked_tables_are_sharded_saved_and_trained(
-    sharding_type: str, is_pooled: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_page_locked_tables_are_sharded_saved_and_trained(sharding_type: str, is_pooled: bool, tmp_path: Any) -> None:
     """ShardedTensor refuses a shard that says it is page-locked; on a CUDA device, a registered table does."""
-    locked: list[range] = []
-    allocate = HostTable.__init__
-
-    def allocate_locked(self: HostTable, *args: Any) -> None:
-        allocate(self, *args)
-        locked.extend(range(part.data_ptr(), part.data_ptr() + part.nbytes) for part in self.parts)
-
-    def is_pinned(self: torch.Tensor, device: Any = None) -> bool:
-        return any(self.untyped_storage().data_ptr() in memory for memory in locked)
-
-    monkeypatch.setattr(HostTable, "__init__", allocate_locked)
-    monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
-    setting = Setting(sharding_type=sharding_type, is_pooled=is_pooled, min_partition=4, num_batches=10)
-    stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
-    ours.copy_from(stock)
-    drain(ours.pipeline(), make_batches(setting))
-    stock.train_plain(make_batches(setting))
-    CheckpointManager(tmp_path).save(1, ours.model, ours.optimizer)
-    assert_same_bits(stock, ours)
-    pools = (ours.model.module.ebc if is_pooled else ours.model.module.ec).pools
-    assert all(part.is_pinned() for pool in pools for part in pool.host_table.parts)
+    with device_path(LOCKED):
+        setting = Setting(sharding_type=sharding_type, is_pooled=is_pooled, min_partition=4, num_batches=10)
+        stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
+        ours.copy_from(stock)
+        drain(ours.pipeline(), make_batches(setting))
+        stock.train_plain(make_batches(setting))
+        CheckpointManager(tmp_path).save(1, ours.model, ours.optimizer)
+        assert_same_bits(stock, ours)
+        pools = (ours.model.module.ebc if is_pooled else ours.model.module.ec).pools
+        assert all(part.is_pinned() for pool in pools for part in pool.host_table.parts)
 
 
 @pytest.mark.parametrize("read", ["state_dict", "numpy", "kept"])

@@ -452,8 +452,10 @@ def test_recordings_serve_later_batches_and_are_told_apart() -> None:
         features = FeatureRows(torch.tensor([0]), torch.tensor([200]), torch.tensor([0], dtype=torch.int32))
         generator = torch.Generator().manual_seed(0)
         outcomes = []
-        for index in range(12):
-            num_ids = 5 + 3 * index
+        for index in range(20):
+            if index == 12:
+                slot_map.grow(80)  # a recording of before has the old maps
+            num_ids = 5 + 3 * (index % 12)
             dtype = torch.int32 if index % 4 == 3 else torch.int64
             ids = torch.randint(0, 200, (num_ids,), generator=generator).to(dtype)
             batch = PoolIds(FeatureIds(ids, torch.tensor([0, num_ids])), features)
@@ -471,7 +473,7 @@ def test_recordings_serve_later_batches_and_are_told_apart() -> None:
     by_launches, by_recordings = plans.values()
     assert by_launches == by_recordings
     assert sum(len(victims) for _, _, victims in by_launches) > 50
-    assert len(recorded) == 3  # for ids of 64 and of 32 bits, and the count of misses
+    assert len(recorded) == 6  # for ids of 64 and of 32 bits, and the count of misses; before and after the growth
 
 
 def test_where_nothing_can_be_recorded_launches_go_one_by_one(caplog: pytest.LogCaptureFixture) -> None:

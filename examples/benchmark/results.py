@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,57 +97,42 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def write_results(
-    directory: Path,
-    figures: list[Figures],
-    where: dict[str, Any],
-    command: str,
-    bandwidth: dict[str, Any],
-    notes: list[str],
-) -> None:
-    """Write results.json.
+@dataclass
+class Report:
+    """What a run has measured so far."""
 
-    Args:
-        directory: Made if it is missing.
-        figures: In the order of measurement.
-        where: From :func:`machine`.
-        command: That made them.
-        bandwidth: GB/s of rows and of plain copies.
-        notes: What was left out, and why.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    results = {
-        "machine": where,
-        "command": command,
-        "gb_per_s": bandwidth,
-        "notes": notes,
-        "rows": [dataclasses.asdict(dataclasses.replace(row, scratchpad=None)) for row in figures],
-    }
-    (directory / "results.json").write_text(json.dumps(results, indent=2))
+    where: dict[str, Any]  # from :func:`machine`
+    command: str
+    gb_per_s: dict[str, Any]  # of rows and of plain copies
+    figures: list[Figures] = field(default_factory=list)  # in the order of measurement
+    notes: list[str] = field(default_factory=list)  # what was left out, and why
 
+    def write_results(self, directory: Path) -> None:
+        """Write results.json.
 
-def write_report(
-    directory: Path,
-    figures: list[Figures],
-    where: dict[str, Any],
-    command: str,
-    bandwidth: dict[str, Any],
-    notes: list[str],
-) -> None:
-    """Write results.json, results.md, and a plot per model.
+        Args:
+            directory: Made if it is missing.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        results = {
+            "machine": self.where,
+            "command": self.command,
+            "gb_per_s": self.gb_per_s,
+            "notes": self.notes,
+            "rows": [dataclasses.asdict(dataclasses.replace(row, scratchpad=None)) for row in self.figures],
+        }
+        (directory / "results.json").write_text(json.dumps(results, indent=2))
 
-    Args:
-        directory: Made if it is missing.
-        figures: In the order of measurement.
-        where: From :func:`machine`.
-        command: That made them.
-        bandwidth: GB/s of rows and of plain copies.
-        notes: What was left out, and why.
-    """
-    write_results(directory, figures, where, command, bandwidth, notes)
-    (directory / "results.md").write_text(_markdown(figures, where, command, bandwidth, notes))
-    for name in dict.fromkeys(row.workload["name"] for row in figures):
-        _plot([row for row in figures if row.workload["name"] == name], directory / f"{name}.png")
+    def write(self, directory: Path) -> None:
+        """Write results.json, results.md, and a plot per model.
+
+        Args:
+            directory: Made if it is missing.
+        """
+        self.write_results(directory)
+        (directory / "results.md").write_text(_markdown(self))
+        for name in dict.fromkeys(row.workload["name"] for row in self.figures):
+            _plot([row for row in self.figures if row.workload["name"] == name], directory / f"{name}.png")
 
 
 def write_by_contender(path: Path, figures: list[Figures], args: dict[str, Any]) -> None:
@@ -197,9 +182,8 @@ def _by_contender(rows: list[Figures]) -> dict[str, Any]:
     return result
 
 
-def _markdown(
-    figures: list[Figures], where: dict[str, Any], command: str, bandwidth: dict[str, Any], notes: list[str]
-) -> str:
+def _markdown(report: Report) -> str:
+    figures, where = report.figures, report.where
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     lines = [
         "# Training step",
@@ -207,7 +191,7 @@ def _markdown(
         f"{where['device']}, {where['num_cores']} cores, {where['memory_gb']} GB; {versions}; {where['date']}.",
         "",
         "```",
-        command,
+        report.command,
         "```",
         "",
         "Median of blocks of steps, P10 and P90; contenders interleaved in one process, all caches with the same "
@@ -230,9 +214,9 @@ def _markdown(
         lines += [_markdown_row(row) for row in rows]
         lines += ["", *(line for row in rows for line in _stages_of(row)), ""]
     lines += ["## Bandwidth", "", "| way | GB/s |", "|---|---|"]
-    lines += [f"| {name} | {speed:.1f} |" for name, speed in bandwidth.items()]
-    if notes:
-        lines += ["", "## Left out", "", *(f"* {note}" for note in notes)]
+    lines += [f"| {name} | {speed:.1f} |" for name, speed in report.gb_per_s.items()]
+    if report.notes:
+        lines += ["", "## Left out", "", *(f"* {note}" for note in report.notes)]
     return "\n".join(lines) + "\n"
 
 

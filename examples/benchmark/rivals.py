@@ -217,10 +217,7 @@ class Contender:
                     break
 
     def run(self, num_steps: int) -> None:
-        """Train.
-
-        Returns when it is done, and so are the stages of coming batches as far as there are slots for them.
-        """
+        """Train until it is done, and so are the stages of coming batches as far as there are slots for them."""
         assert self.pipeline is not None
         for _ in range(num_steps):
             self.last_loss = self.pipeline.progress(self.batches)[0]

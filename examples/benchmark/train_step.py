@@ -30,6 +30,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bandwidth import measure_bandwidth
-from results import Figures, machine, write_by_contender, write_report, write_results
+from results import Figures, Report, machine, write_by_contender
 from rivals import CPU_OPTIMIZERS, OPTIMIZERS, RIVALS, Contender, Shape
 from torch._C._profiler import _ExperimentalConfig
 from tqdm import tqdm
@@ -74,67 +75,86 @@ QUICK_ON_GPU = [
 class Course:
     """How far a run is, and what has gone wrong."""
 
+    report: Report
     seconds: float
-    notes: list[str] = field(default_factory=list)
     has_failures: bool = False
     start_s: float = field(default_factory=time.perf_counter)
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing new should begin."""
-        return time.perf_counter() - self.start_s > self.seconds
+    def num_seconds(self) -> float:
+        """Since the run began."""
+        return time.perf_counter() - self.start_s
 
     def note(self, text: str) -> None:
         """Say it now, and in the report."""
         print(f"NOTE {text}", flush=True)
-        self.notes.append(text)
+        self.report.notes.append(text)
+
+    @contextmanager
+    def noting_failures(self, what: str) -> Iterator[None]:
+        """While entered, an exception is noted, and goes no further."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.has_failures = True
+            self.note(f"{what}: {type(error).__name__}: {str(error)[:300]}")
 
 
-def run_grid(
-    args: argparse.Namespace, device: torch.device, bandwidth: dict[str, Any], course: Course
-) -> Iterator[list[Figures]]:
+def run_grid(args: argparse.Namespace, device: torch.device, course: Course) -> Iterator[list[Figures]]:
     """Measure every point of the grid; contenders are built once per optimizer and load factor."""
     workload = workload_of(args)
     caches = args.caches or [name for name, rival in RIVALS.items() if device.type == "cuda" or not rival.is_cuda_only]
-    num_batches = NUM_WARMUP_STEPS + args.steps + PIPELINE_DEPTH + (NUM_PROFILED_STEPS if args.profile_trace else 0)
     for optimizer, load_factor in itertools.product(args.optimizer, args.load_factor):
         shape = Shape(workload, optimizer, load_factor, max(args.lookahead))
         check_host_memory(shape, caches, device, args.host_memory_gb)
-        contenders = []
-        for name in caches:
-            start_s = time.perf_counter()
-            try:
-                contender = Contender(name, shape, device, args.table_dir, args.seed, not args.no_overlap)
-                contender.fill(args.zipf[0], args.seed)
-                contenders.append(contender)
-                print(f"  {name}: built and filled in {time.perf_counter() - start_s:.1f} s", flush=True)
-            except Exception as error:
-                _note_failure(course, f"{workload.name}, {optimizer}: {name} cannot be built", error)
+        contenders = build(caches, shape, device, args, course)
         for point, (exponent, lookahead) in enumerate(itertools.product(args.zipf, args.lookahead)):
             where = f"{workload.name}, {optimizer}, {load_factor:.0%}, Zipf {exponent:g}, lookahead {lookahead}"
-            if course.is_over:
+            if course.num_seconds > course.seconds:
                 course.note(f"{where}: left out, {course.seconds:.0f} seconds are over")
                 continue
-            for contender in list(contenders):
-                try:
-                    contender.start(exponent, lookahead, args.seed + 1 + point, num_batches)
-                    contender.run(NUM_WARMUP_STEPS)
-                except Exception as error:
-                    _note_failure(course, f"{where}: {contender.name} cannot train", error)
-                    contenders.remove(contender)
+            contenders = start(contenders, exponent, lookahead, args.seed + 1 + point, args, course, where)
             if contenders:
-                yield measure(contenders, exponent, lookahead, bandwidth, args)
-        for contender in contenders:
-            contender.finish()
-        contender = None  # type: ignore[assignment]  # the last one's tables would stay
-        contenders.clear()
+                yield measure(contenders, exponent, lookahead, course.report.gb_per_s, args)
+        while contenders:  # each lets go of its tables
+            contenders.pop().finish()
         gc.collect()
 
 
-def _note_failure(course: Course, what: str, error: Exception) -> None:
-    traceback.print_exc()
-    course.has_failures = True
-    course.note(f"{what}: {type(error).__name__}: {str(error)[:300]}")
+def build(
+    caches: Sequence[str], shape: Shape, device: torch.device, args: argparse.Namespace, course: Course
+) -> list[Contender]:
+    """The contenders, filled; without those that cannot be built."""
+    contenders = []
+    for name in caches:
+        start_s = time.perf_counter()
+        with course.noting_failures(f"{shape.workload.name}, {shape.optimizer}: {name} cannot be built"):
+            contender = Contender(name, shape, device, args.table_dir, args.seed, not args.no_overlap)
+            contender.fill(args.zipf[0], args.seed)
+            contenders.append(contender)
+            print(f"  {name}: built and filled in {time.perf_counter() - start_s:.1f} s", flush=True)
+    return contenders
+
+
+def start(
+    contenders: Sequence[Contender],
+    exponent: float,
+    lookahead: int,
+    seed: int,
+    args: argparse.Namespace,
+    course: Course,
+    where: str,
+) -> list[Contender]:
+    """Those that have trained their first steps at a point of the grid."""
+    num_batches = NUM_WARMUP_STEPS + args.steps + PIPELINE_DEPTH + (NUM_PROFILED_STEPS if args.profile_trace else 0)
+    started = []
+    for contender in contenders:
+        with course.noting_failures(f"{where}: {contender.name} cannot train"):
+            contender.start(exponent, lookahead, seed, num_batches)
+            contender.run(NUM_WARMUP_STEPS)
+            started.append(contender)
+    return started
 
 
 def check_host_memory(shape: Shape, caches: Sequence[str], device: torch.device, memory_gb: float | None) -> None:
@@ -357,30 +377,27 @@ def main() -> None:
     command = shlex.join(["python", "examples/benchmark/train_step.py", *sys.argv[1:]])
     # Each contender has five streams of its own; those that share a hardware queue wait for each other.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    course = Course(args.seconds)
-    figures: list[Figures] = []
-    where = machine(device)
-    bandwidth = measure_bandwidth(device, 128, 100_000, 1_000_000)
+    report = Report(machine(device), command, measure_bandwidth(device, 128, 100_000, 1_000_000))
+    course = Course(report, args.seconds)
     with tempfile.TemporaryDirectory() as directory:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{directory}/store", rank=0, world_size=1
         )
         for grid in grids:
             grid.block_steps = grid.block_steps or BLOCK_STEPS[device.type]
-            for rows in run_grid(grid, device, bandwidth, course):
+            for rows in run_grid(grid, device, course):
                 for row in rows:
                     print(row.line(), flush=True)
-                figures += rows
+                report.figures += rows
                 if args.out:
-                    write_results(Path(args.out), figures, where, command, bandwidth, course.notes)
+                    report.write_results(Path(args.out))
         dist.destroy_process_group()
-    minutes = (time.perf_counter() - course.start_s) / 60
-    print(f"{minutes:.1f} minutes")
+    report.where["minutes"] = round(course.num_seconds / 60, 1)
+    print(f"{report.where['minutes']} minutes")
     if args.json:
-        write_by_contender(Path(args.json), figures, vars(args))
+        write_by_contender(Path(args.json), report.figures, vars(args))
     if args.out:
-        where["minutes"] = round(minutes, 1)
-        write_report(Path(args.out), figures, where, command, bandwidth, course.notes)
+        report.write(Path(args.out))
         print(f"written: {', '.join(sorted(path.name for path in Path(args.out).iterdir()))}")
     sys.exit(course.has_failures)
 

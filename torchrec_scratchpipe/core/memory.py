@@ -25,14 +25,12 @@ SLOT_BYTES_OF_MAPS = (
 # Sizes stay on the device, so that every buffer has room for all ids of a batch.
 ID_BYTES_OF_PLAN = 8 + 8 + 8 + 4 + 8  # rows, slots, miss_rows, miss_slots, victim_rows; per batch planned
 ID_BYTES_OF_SCRATCH = 4 * 4 + 8  # hits and misses as they were, victims as they were; listed victims; per pool
-ID_BYTES_OF_ORDER = 2 * (
-    8 + 4
-)  # rows and slots that move, in either direction; per pool, on a device that reaches the tables itself
+# Rows and slots that move, in either direction; per pool, on a device that reaches the tables itself.
+ID_BYTES_OF_ORDER = 2 * (8 + 4)
 ID_BYTES_OF_INPUT = 8  # a KeyedJaggedTensor's values
 BAG_BYTES_OF_INPUT = 4 + 8  # its lengths and offsets
-NUM_BATCHES_IN_DIST = (
-    2  # that TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors
-)
+# That TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors.
+NUM_BATCHES_IN_DIST = 2
 
 
 @dataclass(frozen=True)

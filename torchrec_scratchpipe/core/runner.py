@@ -520,8 +520,8 @@ class _Queue:
                 if entry.batch() is batch:
                     entry.is_awaited = True
             self._is_paused = False
-            self.note_change()
-            self._changed.notify_all()
+            self._num_changes += 1
+            self._changed.notify_all()  # also while held back
             self._changed.wait_for(lambda: not batch.is_pending)
 
     def advance(self, batch: Batch, state: BatchState) -> None:

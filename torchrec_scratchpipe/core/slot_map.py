@@ -577,11 +577,7 @@ class SlotMap:
         self.ops.clear_victim_list(maps)
 
     def _entries_of_absent(self, slots: Tensor) -> Tensor:
-        """[N] int32.
-
-        What `row_to_slot` says of the rows in these slots once they have left; it does not say how often they were
-        used.
-        """
+        """[N] int32: what `row_to_slot` says of the rows in these slots once they have left; no note of their uses."""
         return -1 - self.maps.uses_ahead.index_select(0, slots)
 
     def _make_room(self, num_ids: int) -> None:

@@ -91,10 +91,7 @@ NUM_ORDER_BINS = 4096  # into which rows are put before they move, by where they
 
 
 class Number(enum.IntEnum):
-    """Positions in :attr:`PlanBuffers.numbers`.
-
-    What changes from batch to batch, for kernels that are launched as recorded.
-    """
+    """Positions in :attr:`PlanBuffers.numbers`: what changes from batch to batch, for launches that are recorded."""
 
     NUM_IDS = 0
     IDS = 1  # an address, as are the next and the one after the stride

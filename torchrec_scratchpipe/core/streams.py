@@ -32,9 +32,8 @@ class StageStreams:
         if self._module is not None and device.index is None:
             device = torch.device(device.type, self._module.current_device())
         self.device = device
-        self._trains: deque[torch.Event] = (
-            deque()
-        )  # whose slots were released, and which Plan has not been ordered after
+        # Of batches whose slots were released, and which Plan has not been ordered after.
+        self._trains: deque[torch.Event] = deque()
         if self._module is not None and is_overlapped:
             # Before Train's: its kernels fill the device, and these are small.
             self.plan, self.writeback, self.fill = (self._module.Stream(device, priority=-1) for _ in range(3))

@@ -204,9 +204,8 @@ def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableR
         for (sized, shard), missed in zip(members, known[key], strict=True):
             misses[sized.table.name] += missed
             first_uses[sized.table.name] += sized.table.reuse.in_second_half(sized.table.reuse.first_uses) * shard.share
-            moved = (
-                2 * missed * shard.demand.row_bytes
-            )  # once the scratchpad is full, a victim goes for each row that comes
+            # Once the scratchpad is full, a victim goes for each row that comes.
+            moved = 2 * missed * shard.demand.row_bytes
             bus_bytes[sized.table.name] += moved
             bus_bytes_of_rank[rank] = bus_bytes_of_rank.get(rank, 0.0) + moved
     reports = []

@@ -112,10 +112,7 @@ def size_tables(tables: Sequence[TableToSize], free_bytes: Floats) -> tuple[list
 def _drop_plans(
     tables: Sequence[TableToSize], costs: Sequence[_Costs], num_slots: Sequence[float], left: Floats
 ) -> bool:
-    """Where a group has whole tables alone, nothing is planned.
-
-    Changes `costs` and `left`, and tells whether it did.
-    """
+    """Charge no plans where a group has whole tables alone; changes `costs` and `left`, and tells whether it did."""
     has_scratchpads: dict[Hashable, np.ndarray] = {}
     for table, cost, slots in zip(tables, costs, num_slots, strict=True):
         if slots > 0:

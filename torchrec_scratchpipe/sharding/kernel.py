@@ -221,10 +221,7 @@ class ScratchpadKernel(FusedOptimizerModule):
                 pool.purge()
 
     def split_embedding_weights(self) -> list[Tensor]:
-        """[local_rows, local_cols] of each table.
-
-        Views of the host's, or of the device's memory if it is kept whole.
-        """
+        """[local_rows, local_cols] of each table: a view of the host's memory, or of the device's if kept whole."""
         return [parts[0] for parts in self._show_tables()]
 
     def split_optimizer_states(self) -> list[dict[str, Tensor]]:

@@ -42,6 +42,12 @@ class ScratchpadLookup:
     _emb_modules: nn.ModuleList
     _feature_splits: list[int]
 
+    def __init__(self, *args: Any, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
+        # The base constructor makes the kernels, so what they need must be there before it.
+        self._options = options
+        self._runner = runner
+        super().__init__(*args, **kwargs)
+
     @property
     def pools(self) -> list[Pool]:
         """All pools of this lookup."""
@@ -116,12 +122,6 @@ class ScratchPipePooledLookup(ScratchpadLookup, GroupedPooledEmbeddingsLookup):
         torchrec GroupedPooledEmbeddingsLookup (1.8.0).
     """
 
-    def __init__(self, *args: Any, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
-        # The base constructor makes the kernels, so what they need must be there before it.
-        self._options = options
-        self._runner = runner
-        super().__init__(*args, **kwargs)
-
     def _create_embedding_kernel(
         self,
         config: GroupedEmbeddingConfig,
@@ -151,12 +151,6 @@ class ScratchPipeSequenceLookup(ScratchpadLookup, GroupedEmbeddingsLookup):
     Source:
         torchrec GroupedEmbeddingsLookup (1.8.0).
     """
-
-    def __init__(self, *args: Any, options: ScratchpadOptions, runner: StageRunner, **kwargs: Any) -> None:
-        # The base constructor makes the kernels, so what they need must be there before it.
-        self._options = options
-        self._runner = runner
-        super().__init__(*args, **kwargs)
 
     def _create_embedding_kernel(
         self,

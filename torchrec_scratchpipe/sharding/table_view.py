@@ -34,9 +34,8 @@ NUM_DRAWN_TOGETHER = 1 << 24  # values: 64 MB of float32 on the device
 class TableOwner(Protocol):
     """Who knows whether a host table is up to date."""
 
-    drawing_device: (
-        torch.device | None
-    )  # draws random numbers for the host, which draws them one after another; None if there is none
+    # Draws random numbers for the host, which draws them one after another; None if there is none.
+    drawing_device: torch.device | None
 
     def prepare_read(self) -> None:
         """The table is read now: bring it up to date."""
