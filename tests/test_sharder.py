@@ -460,8 +460,8 @@ def test_statistics_per_pool_and_table() -> None:
         assert pool.num_unique_misses == pool.num_victims + pool.num_resident_rows
         assert pool.num_misses_at_train == 0
         assert pool.num_ids == sum(table.num_ids for table in pool.tables)
-    # Nobody planned ahead; pools of one kernel group wait together.
-    assert sum(pool.num_stalls for pool in pools.values()) == len(batches)
+    # Pools of one kernel group wait together. A quick worker may leave nothing to wait for.
+    assert sum(pool.num_stalls for pool in pools.values()) <= len(batches)
     spans = stage_spans(ours.model)
     stages_of_batch = [span.stage.value for span in spans[0] if span.batch_index == 3]
     assert stages_of_batch == ["plan", "collect", "exchange", "insert", "train"]

@@ -114,7 +114,7 @@ def test_hazard_4_train_waits_for_insert(monkeypatch: pytest.MonkeyPatch) -> Non
     promised = pool.slot_map.maps.row_to_slot[rows].long()
     assert int((promised >= 0).sum()) == 6
     assert max_diff([pool.scratchpad.parts[0][promised]], [pool.host_table.parts[0][rows]]) > 1e-3
-    may_insert.set()
+    threading.Timer(0.5, may_insert.set).start()  # when Train has begun to wait
     slots = runner.wait(batch)
     assert torch.equal(pool.scratchpad.parts[0][slots], pool.host_table.parts[0][rows])
     assert pool.stats().num_stalls == 1
