@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import device_path  # noqa: F401  acts when imported, in processes that tests start too
+import processes  # noqa: F401  what the fork server is to import
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -383,4 +384,5 @@ def run_ranks(world_size: int, function: Callable[..., None], *args: Any, local_
     """
     with tempfile.TemporaryDirectory() as directory:
         store = os.path.join(directory, "store")
-        mp.spawn(run_rank, (world_size, local_size or world_size, store, function, args), nprocs=world_size)
+        args_of_ranks = (world_size, local_size or world_size, store, function, args)
+        mp.start_processes(run_rank, args_of_ranks, nprocs=world_size, start_method="forkserver")

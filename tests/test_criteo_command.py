@@ -2,22 +2,23 @@
 """The Criteo example's command: what it refuses, what it says, how it counts, how it ends."""
 
 import json
-import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES / "criteo_dlrm"))
 sys.path.insert(0, str(EXAMPLES / "benchmark"))
 
-from test_examples import read_figures, restore_sigint, run_example, small_run, tsv, write_tsv  # noqa: E402, F401
+from test_examples import read_figures, run_example, small_run, tsv, write_tsv  # noqa: E402, F401
 
 from torchrec_scratchpipe import PoolStats, Stage, StageSpan  # noqa: E402
 
@@ -152,19 +153,15 @@ def test_output_is_short_and_outputs_get_their_directories(tmp_path: Path) -> No
 
 
 def test_ctrl_c_without_a_save_dir_is_one_line_and_130() -> None:
-    command = [sys.executable, str(MAIN), *SHORT, "--limit_train_batches", "100000"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=restore_sigint) as job:
-        assert job.stderr is not None
-        said = b""
-        while b"1/100000" not in said:  # the progress bar
-            piece = os.read(job.stderr.fileno(), 4096)
-            assert piece, said
-            said += piece
-        job.send_signal(signal.SIGINT)
-        said = job.communicate(timeout=60)[1]
-    assert job.returncode == 130
-    assert said.decode().splitlines()[-1] == "interrupted: nothing was saved"
-    assert b"Traceback" not in said
+    job = Script(str(MAIN), *SHORT, "--limit_train_batches", "100000")
+    while "1/100000" not in job.error():  # the progress bar
+        assert job.is_running, job.error()
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    result = job.end()
+    assert result.returncode == 130
+    assert result.stderr.splitlines()[-1] == "interrupted: nothing was saved"
+    assert "Traceback" not in result.stderr
 
 
 def test_a_finished_run_that_is_resumed_says_so(tsv: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import Script, run_script, run_script_on_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
@@ -41,15 +42,10 @@ def write_tsv(path: Path, num_lines: int) -> Path:
     return path
 
 
-def run_example(*args: str, launcher: tuple[str, ...] = (sys.executable,)) -> str:
-    result = subprocess.run([*launcher, *args], capture_output=True, text=True, timeout=300, check=False)
+def run_example(*args: str, num_ranks: int = 1) -> str:
+    result = run_script(*args) if num_ranks == 1 else run_script_on_ranks(num_ranks, *args)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
-
-
-def restore_sigint() -> None:
-    """For a child, which ignores SIGINT where its parents do, as in a CI step in the background."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read_figures(path: Path) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def test_criteo_dlrm_within_a_budget_on_two_ranks(tmp_path: Path) -> None:
         "--batch_size", "32", "--embedding_dim", "16", "--max_num_embeddings", "3000",
         "--scratchpad_budget_gb", "0.001",
         "--verify", "--json", str(tmp_path / "out.json"),
-        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        num_ranks=2,
     )  # fmt: skip
     figures = read_figures(tmp_path / "out.json")
     assert figures["verify"]["max_abs_diff"] == 0.0
@@ -131,12 +127,13 @@ def test_orders_of_the_miss_rate_benchmark() -> None:
 
 @pytest.mark.dist
 def test_criteo_dlrm_on_two_ranks(tmp_path: Path) -> None:
-    run_example(
+    command = [
+        "torch.distributed.run", "--nproc_per_node", "2",
         str(EXAMPLES / "criteo_dlrm" / "main.py"), "--limit_train_batches", "30", "--limit_val_batches", "3",
         "--batch_size", "64", "--embedding_dim", "16", "--max_num_embeddings", "3000", "--load_factor", "0.2",
         "--verify", "--json", str(tmp_path / "out.json"),
-        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-    )  # fmt: skip
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-m", *command], capture_output=True, timeout=300, check=True)
     figures = read_figures(tmp_path / "out.json")
     assert figures["verify"]["max_abs_diff"] == 0.0
     assert figures["scratchpad"][0]["num_victims"] > 0
@@ -218,8 +215,7 @@ def test_train_step_benchmark_tries_its_outputs_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for flag in ("--json", "--out"):
         path = str(tmp_path / "file" / "result")
-        command = [sys.executable, str(EXAMPLES / "benchmark" / "train_step.py"), flag, path]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        result = run_script(str(EXAMPLES / "benchmark" / "train_step.py"), flag, path)
         assert result.returncode == 2
         assert "cannot be written" in result.stderr.splitlines()[-1]
 
@@ -231,7 +227,7 @@ def test_train_step_benchmark_names_what_a_cpu_has_not() -> None:
         (["--optimizer", "adam"], "adam has no kernel on a CPU; choose from sgd, rowwise_adagrad, adagrad"),
         (["--caches", "fusd"], "fusd: choose from fused, fused_uvm"),
     ):
-        result = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=120)
+        result = run_script(script, *flags)
         assert result.returncode == 2
         assert message in result.stderr
 
@@ -414,13 +410,7 @@ def test_criteo_dlrm_is_resumed_in_mid_epoch(tsv: Path, tmp_path: Path) -> None:
         str(tmp_path / "out.json"),
     )
     assert f"resumed from {part}/step_000000000025: epoch 1 of 2, batch 26 of 40 is next" in out.splitlines()
-    again = subprocess.run(
-        [sys.executable, *small_run(tsv, "--save_dir", str(part))],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    again = run_script(*small_run(tsv, "--save_dir", str(part)))
     assert again.returncode == 1
     assert "has checkpoints of another run; give --resume" in again.stderr
     figures = read_figures(tmp_path / "out.json")
@@ -435,17 +425,14 @@ def test_criteo_dlrm_is_resumed_in_mid_epoch(tsv: Path, tmp_path: Path) -> None:
 def test_a_signal_saves_and_ends_the_run(number: signal.Signals, status: int, tsv: Path, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     run_example(*small_run(tsv, "--save_dir", str(whole), "--epochs", "30"))
-    command = [sys.executable, *small_run(tsv, "--save_dir", str(part), "--save_every", "7", "--epochs", "30")]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=restore_sigint
-    ) as job:
-        while not list(part.glob("step_*")):
-            assert job.poll() is None
-            time.sleep(0.01)
-        job.send_signal(number)
-        out, _ = job.communicate(timeout=60)
-    assert job.returncode == status
-    assert f"{number.name}: all is saved in {part}; go on with --resume" in out.splitlines()
+    job = Script(*small_run(tsv, "--save_dir", str(part), "--save_every", "7", "--epochs", "30"))
+    while not list(part.glob("step_*")):
+        assert job.is_running
+        time.sleep(0.01)
+    job.send_signal(number)
+    result = job.end()
+    assert result.returncode == status
+    assert f"{number.name}: all is saved in {part}; go on with --resume" in result.stdout.splitlines()
     step = max(int(path.name[5:]) for path in part.glob("step_*"))
     assert 7 <= step < 1200
     run_example(*small_run(tsv, "--save_dir", str(part), "--resume", "--epochs", "30"))
@@ -454,18 +441,15 @@ def test_a_signal_saves_and_ends_the_run(number: signal.Signals, status: int, ts
 
 @pytest.mark.dist
 def test_criteo_dlrm_is_resumed_on_two_ranks(tsv: Path, tmp_path: Path) -> None:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
     whole, part = tmp_path / "whole", tmp_path / "part"
-    run_example(*small_run(tsv, "--save_dir", str(whole)), launcher=launcher)
-    run_example(*small_run(tsv, "--save_dir", str(part), "--limit_train_batches", "8"), launcher=launcher)
-    run_example(*small_run(tsv, "--save_dir", str(part), "--resume"), launcher=launcher)
+    run_example(*small_run(tsv, "--save_dir", str(whole)), num_ranks=2)
+    run_example(*small_run(tsv, "--save_dir", str(part), "--limit_train_batches", "8"), num_ranks=2)
+    run_example(*small_run(tsv, "--save_dir", str(part), "--resume"), num_ranks=2)
     assert_same_checkpoints(whole, part, 19)
 
 
 def test_checkpoint_flags_need_a_directory() -> None:
-    result = subprocess.run(
-        [sys.executable, *small_run(Path("x"), "--resume")], capture_output=True, text=True, timeout=60, check=False
-    )
+    result = run_script(*small_run(Path("x"), "--resume"))
     assert result.returncode == 2
     assert "need --save_dir" in result.stderr
 

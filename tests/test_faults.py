@@ -4,7 +4,6 @@
 `make faults` runs these and every other test marked `fault`, kills 50 times, and prints a table.
 """
 
-import multiprocessing as mp
 import os
 import random
 import time
@@ -15,38 +14,17 @@ from typing import Any
 import fault_jobs
 import pytest
 import torch
+from processes import end, start
 
 pytestmark = pytest.mark.dist
 
 NUM_KILLS = int(os.environ.get("SCRATCHPIPE_FAULT_TRIES", "3"))
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    """Starts processes that have imported everything, and hold no thread of this one."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["fault_jobs"])
-    return context
-
-
-def start(server: Any, job: Callable[..., None], *args: Any) -> Any:
-    process = server.Process(target=job, args=args)
-    process.start()
-    return process
-
-
-def end(process: Any, timeout_s: float = 120) -> int:
-    process.join(timeout_s)
-    if process.exitcode is None:
-        process.kill()
-        raise AssertionError("the process hangs")
-    return int(process.exitcode)
-
-
 @pytest.mark.fault("kill -9 at a random moment, then resume")
 @pytest.mark.parametrize("is_mapped", [False, True])
 def test_killed_jobs_resume_to_the_same_bits(
-    is_mapped: bool, server: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+    is_mapped: bool, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     directories = [tmp_path / str(index) for index in range(NUM_KILLS + 1)]
     for directory in directories:
@@ -54,7 +32,7 @@ def test_killed_jobs_resume_to_the_same_bits(
 
     def run(directory: Path) -> Any:
         table_dir = directory / "tables" if is_mapped else None
-        return start(server, fault_jobs.train_and_save, directory, table_dir, 5)
+        return start(fault_jobs.train_and_save, directory, table_dir, 5)
 
     whole = run(directories[0])
     began_s = fault_jobs.wait_for(directories[0] / "began_at_0")
@@ -85,39 +63,39 @@ def test_killed_jobs_resume_to_the_same_bits(
 @pytest.mark.fault("disk full during save, at four points of the files")
 @pytest.mark.parametrize("is_async", [False, True])
 def test_full_disk_loses_that_save_alone(
-    is_async: bool, server: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+    is_async: bool, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("tries", 4)
-    assert end(start(server, fault_jobs.fill_the_disk, tmp_path, is_async)) == 0
+    assert end(start(fault_jobs.fill_the_disk, tmp_path, is_async)) == 0
 
 
 @pytest.mark.fault("disk full when memory-mapped tables are made")
-def test_no_room_for_tables(server: Any, tmp_path: Path) -> None:
-    assert end(start(server, fault_jobs.run_out_of_table_space, tmp_path)) == 0
+def test_no_room_for_tables(tmp_path: Path) -> None:
+    assert end(start(fault_jobs.run_out_of_table_space, tmp_path)) == 0
     assert "cannot hold weights of" in os.readlink(tmp_path / "said")
     assert [path.name for path in tmp_path.iterdir() if "scratchpipe" in path.name] == []
 
 
 @pytest.mark.fault("Ctrl-C while the pipeline fills, in mid-run, while it drains")
 @pytest.mark.parametrize("moment", ["fill", "mid-run", "drain"])
-def test_interrupt_leaves_nothing_behind(moment: str, server: Any, tmp_path: Path) -> None:
+def test_interrupt_leaves_nothing_behind(moment: str, tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
-    assert end(start(server, fault_jobs.be_interrupted, tmp_path, moment)) == 0
+    assert end(start(fault_jobs.be_interrupted, tmp_path, moment)) == 0
     assert (tmp_path / "was_interrupted").exists()
     assert (tmp_path / "ended").exists()
     assert list((tmp_path / "tables").iterdir()) == []
 
 
-def test_interrupt_is_noticed_where_the_parent_ignores_it(server: Any, tmp_path: Path) -> None:
+def test_interrupt_is_noticed_where_the_parent_ignores_it(tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
-    assert end(start(server, fault_jobs.be_interrupted_below_nohup, tmp_path, "mid-run")) == 0
+    assert end(start(fault_jobs.be_interrupted_below_nohup, tmp_path, "mid-run")) == 0
     assert (tmp_path / "was_interrupted").exists()
 
 
 @pytest.mark.fault("one rank of two dies, raises, or stands still")
 @pytest.mark.parametrize("how", ["dies", "raises", "raises and lives on", "stands still"])
-def test_the_other_rank_ends_with_the_reason(how: str, server: Any, tmp_path: Path) -> None:
-    ranks = [start(server, fault_jobs.lose_a_rank, tmp_path, rank, how) for rank in range(2)]
+def test_the_other_rank_ends_with_the_reason(how: str, tmp_path: Path) -> None:
+    ranks = [start(fault_jobs.lose_a_rank, tmp_path, rank, how) for rank in range(2)]
     end(ranks[0], timeout_s=60)
     ranks[1].kill()
     ranks[1].join()
@@ -140,26 +118,24 @@ def test_the_other_rank_ends_with_the_reason(how: str, server: Any, tmp_path: Pa
         ("table_wise", "lives on"),
     ],
 )
-def test_the_other_rank_ends_with_the_reason_outside_the_pipeline(
-    sharding_type: str, how: str, server: Any, tmp_path: Path
-) -> None:
+def test_the_other_rank_ends_with_the_reason_outside_the_pipeline(sharding_type: str, how: str, tmp_path: Path) -> None:
     job = fault_jobs.lose_a_rank_outside_the_pipeline
-    ranks = [start(server, job, tmp_path, rank, sharding_type, how) for rank in range(2)]
+    ranks = [start(job, tmp_path, rank, sharding_type, how) for rank in range(2)]
     assert [end(each, timeout_s=60) for each in ranks] == [0, 0]
     reason = (tmp_path / "rank_0").read_text()
     assert reason.startswith("another rank has failed. rank 1: IdOutOfRangeError: ")
     assert "10000" in reason
 
 
-def test_a_rank_that_goes_on_takes_its_word_back(server: Any, tmp_path: Path) -> None:
+def test_a_rank_that_goes_on_takes_its_word_back(tmp_path: Path) -> None:
     job = fault_jobs.lose_a_rank_outside_the_pipeline
-    ranks = [start(server, job, tmp_path, rank, "row_wise", "goes on") for rank in range(2)]
+    ranks = [start(job, tmp_path, rank, "row_wise", "goes on") for rank in range(2)]
     assert [end(each, timeout_s=60) for each in ranks] == [0, 0]
     assert "ended or stands still without a word" in (tmp_path / "rank_0").read_text()
 
 
 @pytest.mark.fault("a memory-mapped table left by a crash")
-def test_crash_leaves_no_table_to_be_mistaken(server: Any, tmp_path: Path) -> None:
+def test_crash_leaves_no_table_to_be_mistaken(tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
-    assert end(start(server, fault_jobs.leave_a_table, tmp_path)) == -9
+    assert end(start(fault_jobs.leave_a_table, tmp_path)) == -9
     assert list((tmp_path / "tables").iterdir()) == []

@@ -323,7 +323,7 @@ class Ranks:
 
     def _start(self) -> None:
         self._directory = tempfile.TemporaryDirectory()
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
         self._requests = [context.Queue() for _ in range(self._num_ranks)]
         self._answers = context.Queue()
         store = os.path.join(self._directory.name, "store")
