@@ -7,7 +7,7 @@ interpreted kernels, which plan too; with ``locked``, by torch operations, in me
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,26 +78,39 @@ class WrappedOps:
 class OneAtATime(WrappedOps):
     """Operations of which no two run at once: Triton's interpreter changes its own module while a kernel runs."""
 
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
     def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
-        self._ops.enqueue(buffers, key, operations)
+        with self._lock:
+            self._ops.enqueue(buffers, key, operations)
 
     def _run(self, name: str, args: tuple[Any, ...]) -> None:
         with self._lock:
             super()._run(name, args)
 
 
-def replay_as_first_asked(operations: Callable[[], None]) -> Callable[[], None]:
-    """A recorder for a CPU: what was enqueued for an earlier batch is enqueued again, whatever that batch was."""
-    return operations
+class LaunchList:
+    """A recorder for a CPU: what was launched for an earlier batch is launched again, with the same parameters."""
+
+    def __init__(self) -> None:
+        self._launches: list[Callable[[], None]] = []
+
+    def add(self, kernel: Any, num_programs: int, args: Sequence[Tensor | int], options: Mapping[str, Any]) -> None:
+        self._launches.append(lambda: kernel[(num_programs,)](*args, **options))
+
+    def finish(self) -> Callable[[], None]:
+        def replay() -> None:
+            for launch in self._launches:
+                launch()
+
+        return replay
 
 
 def make_ops(kind: str) -> SlotOps:
     if kind == "triton":
         from torchrec_scratchpipe.core.triton_ops import TritonOps
 
-        return OneAtATime(TritonOps(replay_as_first_asked))
+        return OneAtATime(TritonOps(LaunchList))
     return TorchOps()
 
 

@@ -185,6 +185,25 @@ def test_control_without_one_event_rows_are_lost(missing_edge: tuple[str, str], 
     assert num_wrong >= 4
 
 
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_whoever_stands_between_batches_comes_after_train_whatever_stream_it_is_on(is_guarded: bool) -> None:
+    num_wrong = 0
+    for seed in range(8):
+        pool, device, runner = make_simulation(seed, slow=("train",))
+        batch = planned(pool, torch.arange(6), runner)
+        runner.submit(batch)
+        device.train.work.append(partial(train, pool.scratchpad.parts, runner.wait(batch)))
+        expected = expected_parts(pool, [torch.arange(6)])
+        runner.release(batch, is_updated=True)
+        if not is_guarded:
+            runner.streams._trains.clear()
+        with runner.streams.on(device.load), runner.between_batches():
+            pool.flush()
+        device.drain()
+        num_wrong += max_diff(expected, pool.host_table.parts) > 0.0
+    assert (num_wrong == 0) == is_guarded
+
+
 @pytest.mark.parametrize("missing_edges", [(), [("fill", "plan")]], ids=["guarded", "unguarded"])
 def test_buffers_of_a_dropped_batch_are_used_again_when_its_rows_have_moved(
     missing_edges: Sequence[tuple[str, str]],

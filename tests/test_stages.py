@@ -453,8 +453,9 @@ class RunnerOfADevice(OverlappedStageRunner):
 
 
 @pytest.mark.parametrize("make_runner", [RunnerOfADevice, lambda: OverlappedStageRunner(CPU)], ids=["device", "cpu"])
-def test_a_worker_that_only_enqueues_waits_until_forward_is_issued(
-    make_runner: Callable[[], OverlappedStageRunner],
+@pytest.mark.parametrize("is_waited_for", [False, True])
+def test_a_worker_that_only_enqueues_waits_until_forward_is_issued_or_somebody_waits_for_it(
+    is_waited_for: bool, make_runner: Callable[[], OverlappedStageRunner]
 ) -> None:
     runner = make_runner()
     is_device = runner.streams.plan is not None
@@ -463,10 +464,16 @@ def test_a_worker_that_only_enqueues_waits_until_forward_is_issued(
     with runner.holding_back():
         for batch in batches:
             runner.submit(batch)
-        runner.wait_until_idle()  # held back, it has nothing to do
+        if is_device:
+            assert runner._queue._find_work() is None
+        else:
+            runner.wait_until_idle()
         assert [batch.is_pending for batch in batches] == [is_device] * 3
         runner.wait(batches[0])  # Train goes ahead
         assert [batch.is_pending for batch in batches] == [False, is_device, is_device]
+        if is_waited_for:
+            runner.wait_until_idle()
+            assert [batch.is_pending for batch in batches] == [False] * 3
     runner.wait_until_idle()
     assert [batch.is_pending for batch in batches] == [False] * 3
     for batch in batches[1:]:

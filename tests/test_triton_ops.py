@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+from device_path import LaunchList
 from torch import Tensor
 
 from torchrec_scratchpipe.core import triton_ops
@@ -403,18 +406,25 @@ def test_count_misses() -> None:
             outcome.maps.slot_to_row[outcome.buffers.slots[0]] = -1
 
 
-def test_kernels_compile_for_a_gpu_and_move_rows_16_bytes_at_a_time() -> None:
+def test_kernels_compile_for_gpus_and_move_rows_16_bytes_at_a_time() -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_kernels.py"
     result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    instructions = json.loads(result.stdout)
     kernels = {name for name in vars(triton_ops) if name.endswith("_kernel")}
-    assert instructions.keys() == kernels
-    for of_wide_rows in instructions["_move_kernel"][:2]:
-        assert of_wide_rows["ld.global.v4.b32"] == of_wide_rows["st.global.v4.b32"] == 4
-    for found in (found for variants in instructions.values() for found in variants):
-        assert not any("acq_rel" in name for name in found), found
+    by_capability = json.loads(result.stdout)
+    assert by_capability.keys() == {"80", "89", "90"}
+    for figures in by_capability.values():
+        assert figures.keys() == kernels
+        for of_wide_rows in figures["_move_kernel"][:2]:
+            assert of_wide_rows["ld.global.v4.b32"] == of_wide_rows["st.global.v4.b32"] == 4
+        for found in (found for variants in figures.values() for found in variants):
+            assert not any("acq_rel" in name for name in found), found
+            assert found["spilled_bytes"] == 0
+        # Each thread adds what its program has counted of a bin or of a table, instead of one for each slot or row.
+        for kernel, most in (("_histogram_kernel", NUM_BINS // 128), ("_commit_kernel", 3)):
+            for found in figures[kernel]:
+                assert sum(count for name, count in found.items() if name.startswith(("atom", "red"))) <= most
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 4096, 4097, 10_000_000])
@@ -440,14 +450,14 @@ def test_order_puts_neighbours_beside_each_other(num_rows: int) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted beside a GPU")
 def test_recordings_serve_later_batches_and_are_told_apart() -> None:
     """What is recorded depends on nothing but the numbers that :meth:`prepare` writes, and on the key."""
-    recorded: list[Callable[[], None]] = []
+    recorded: list[LaunchList] = []
 
-    def record(operations: Callable[[], None]) -> Callable[[], None]:
-        recorded.append(operations)
-        return operations  # enqueues what it was first asked for
+    def make_graph() -> LaunchList:
+        recorded.append(LaunchList())
+        return recorded[-1]
 
     plans = {}
-    for ops in (TritonOps(), TritonOps(record)):
+    for ops in (TritonOps(), TritonOps(make_graph)):
         slot_map = SlotMap(200, 60, [0, 200], ops, CPU)
         features = FeatureRows(torch.tensor([0]), torch.tensor([200]), torch.tensor([0], dtype=torch.int32))
         generator = torch.Generator().manual_seed(0)
@@ -477,8 +487,8 @@ def test_recordings_serve_later_batches_and_are_told_apart() -> None:
 
 
 def test_where_nothing_can_be_recorded_launches_go_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(operations: Callable[[], None]) -> Callable[[], None]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def refuse() -> LaunchList:
+        raise OSError("libcuda.so.1: cannot open shared object file")
 
     ops, num_runs = TritonOps(refuse), []
     buffers = _make_buffers(CAPACITY, CPU)
@@ -486,6 +496,31 @@ def test_where_nothing_can_be_recorded_launches_go_one_by_one(caplog: pytest.Log
         ops.enqueue(buffers, "key", lambda: num_runs.append(1))
     assert len(num_runs) == 4
     assert caplog.text.count("launches cannot be recorded") == 1
+
+
+def test_graphs_reach_the_driver_as_they_were_asked_for(tmp_path: Path) -> None:
+    """Names, types and structs are checked by the C compiler, addresses and numbers by the driver's stub."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path / "libcuda_stub.so"
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    source = Path(__file__).parent / "cuda_stub.c"
+    subprocess.run(
+        [compiler, "-Wall", "-Werror", "-shared", "-fPIC", f"-I{headers}", "-o", library, source], check=True
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "graph_nodes.py"
+    result = subprocess.run([sys.executable, script, library], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    asked = [line for line in lines if "kernel" in line]
+    added = [line for line in lines if "kernel" not in line and "grid" in line]
+    assert [{name: value for name, value in line.items() if name != "kernel"} for line in asked] == added
+    names = [line["kernel"] for line in asked]
+    assert names[:2] == ["_begin_kernel", "_find_kernel"]
+    assert {"_take_kernel", "_commit_kernel", "_report_kernel", "_move_kernel", "_count_misses_kernel"} <= set(names)
+    assert [line for line in lines if "launched_on" in line] == [{"launched_on": 1234}] * 4  # plan, moves, count
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (0,)])

@@ -365,6 +365,7 @@ class OverlappedStageRunner(StageRunner):
         """While entered, no stage runs, and the caller's device work comes after all stages and before the next."""
         with self._lock:
             self.streams.wait(self.streams.plan, self.streams.record(None))
+            self.streams.order_after_trains()  # the caller may be on another stream than Train
             self.streams.synchronize()  # kernels may be writing tables that the caller is about to read
             with self.streams.on(self.streams.plan):
                 yield
@@ -575,6 +576,7 @@ class _Queue:
 
     def wait_until_idle(self) -> None:
         with self._changed:
+            self.go_on()  # whoever waits for the worker does not want it to be held back
             self._changed.wait_for(lambda: self.is_closed or not (self._is_working or self._find_work() is not None))
 
     def pause(self) -> None:

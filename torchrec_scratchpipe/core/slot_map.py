@@ -454,6 +454,7 @@ class SlotMap:
         self.maps.state[State.NUM_FREE] = num_free + new.numel()
         for tensor in vars(self.maps).values():
             self._streams.record_use(tensor)
+        self._free_buffers.clear()  # what is recorded for them is about the old maps
         self.num_remakes += 1
 
     def resident_since(self, batch_index: int) -> tuple[Tensor, Tensor]:

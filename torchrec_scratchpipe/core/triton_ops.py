@@ -11,7 +11,8 @@ import logging
 import math
 import struct
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,7 +47,7 @@ from torchrec_scratchpipe.core.slot_ops import (
     TableCounts,
 )
 
-__all__ = ["TritonOps", "record_cuda_graph"]
+__all__ = ["LaunchGraph", "TritonOps"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ WARPS_OF_MOVE = 8
 # warps 23.4; no moves 21.8.
 NUM_MOVE_PROGRAMS = {Count.FILLS: 4, Count.WRITEBACKS: 4}
 
+_SMALL = tl.constexpr(16)  # a power of two that numbers and counts fit into
 _BEING_PLACED = tl.constexpr(BEING_PLACED)
 _HITS = tl.constexpr(int(Count.HITS))
 _MISSES = tl.constexpr(int(Count.MISSES))
@@ -101,37 +103,14 @@ _NOTES_PER_OCTAVE = tl.constexpr(NOTES_PER_OCTAVE)
 _FIRST_NOTE_LONG_PAST = tl.constexpr(MAX_OCTAVES * NOTES_PER_OCTAVE)
 
 
-Record = Callable[[Callable[[], None]], Callable[[], None]]
+class LaunchGraph(Protocol):
+    """Launches that are enqueued by one call; :class:`~torchrec_scratchpipe.core.cuda_graph.CudaGraph` is one."""
 
+    def add(self, kernel: Any, num_programs: int, args: Sequence[Tensor | int], options: Mapping[str, Any]) -> None:
+        """Add the launch that ``kernel[(num_programs,)](*args, **options)`` would be."""
 
-# Recordings are made on streams that nobody else enqueues on: torch hands out its streams in turn, of each priority 32.
-_RECORDING_PRIORITY = -3
-_recording_streams: dict[int, torch.cuda.Stream] = {}
-_recording = threading.Lock()  # a stream records for one thread at a time
-
-
-def record_cuda_graph(operations: Callable[[], None]) -> Callable[[], None]:
-    """Record what would be enqueued, and enqueue nothing.
-
-    Args:
-        operations: Launch kernels that have been compiled, and copy; allocate nothing, and wait for nothing.
-
-    Returns:
-        What enqueues all of it on the then current stream.
-    """
-    device = torch.cuda.current_device()
-    graph = torch.cuda.CUDAGraph()
-    with _recording:
-        if device not in _recording_streams:
-            _recording_streams[device] = torch.cuda.Stream(device, priority=_RECORDING_PRIORITY)
-        with torch.cuda.stream(_recording_streams[device]):
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads go on allocating
-            try:
-                operations()
-            finally:
-                graph.capture_end()
-    replay: Callable[[], None] = graph.replay
-    return replay
+    def finish(self) -> Callable[[], None]:
+        """What enqueues all of them, in their order, on the then current stream."""
 
 
 class TritonOps(CommonOps):
@@ -141,23 +120,26 @@ class TritonOps(CommonOps):
     replayed as one.
 
     Args:
-        record: What records launches; None launches them one by one.
+        make_graph: What launches are recorded into; None launches them one by one.
     """
 
     orders_moves = True
 
-    def __init__(self, record: Record | None = None) -> None:
-        self._record = record
+    def __init__(self, make_graph: Callable[[], LaunchGraph] | None = None) -> None:
+        self._make_graph = make_graph
         # By buffers, then by key: None after the first time, which compiles kernels and records nothing.
         self._recordings: WeakKeyDictionary[PlanBuffers, dict[Hashable, Callable[[], None] | None]] = (
             WeakKeyDictionary()
         )
+        self._of_thread = threading.local()  # `graph`, while this thread records
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
         """See :class:`SlotOps`."""
         num_ids, num_features = ids.ids.numel(), features.table.numel()
         if num_ids:
-            _mark_kernel[(triton.cdiv(num_ids, IDS_PER_PROGRAM),)](
+            self._launch(
+                _mark_kernel,
+                triton.cdiv(num_ids, IDS_PER_PROGRAM),
                 ids.ids,
                 ids.bounds,
                 *features,
@@ -191,7 +173,7 @@ class TritonOps(CommonOps):
 
     def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
         """See :class:`SlotOps`; recorded the second time."""
-        if self._record is None:
+        if self._make_graph is None:
             operations()
             return
         recordings = self._recordings.setdefault(buffers, {})
@@ -202,20 +184,44 @@ class TritonOps(CommonOps):
         recording = recordings[key]
         if recording is None:
             try:
-                recording = recordings[key] = self._record(operations)
-            except RuntimeError as error:
+                recording = recordings[key] = self._record(self._make_graph(), operations)
+            except (OSError, AttributeError, RuntimeError) as error:  # no driver, an older one, one that refuses
                 logger.warning("launches cannot be recorded, and cost more of the host's time (%s)", error)
-                self._record = None
+                self._make_graph = None
                 operations()
                 return
         recording()
 
+    def _record(self, graph: LaunchGraph, operations: Callable[[], None]) -> Callable[[], None]:
+        self._of_thread.graph = graph
+        try:
+            operations()
+        finally:
+            del self._of_thread.graph
+        return graph.finish()
+
+    def _launch(self, kernel: Any, num_programs: int, *args: Tensor | int, **options: Any) -> None:
+        graph: LaunchGraph | None = getattr(self._of_thread, "graph", None)
+        if graph is None:
+            kernel[(num_programs,)](*args, **options)
+        else:
+            graph.add(kernel, num_programs, args, options)
+
     def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
         """See :class:`SlotOps`."""
-        buffers.numbers.copy_(buffers.host_numbers, non_blocking=True)
-        buffers.counts.zero_()
+        self._launch(
+            _begin_kernel,
+            1,
+            buffers.host_numbers,
+            buffers.numbers,
+            buffers.counts,
+            NUM_NUMBERS=len(Number),
+            NUM_COUNTS=len(Count),
+        )
         num_features = request.features.table.numel()
-        _find_kernel[_grid(buffers)](
+        self._launch(
+            _find_kernel,
+            _num_programs(buffers),
             buffers.numbers,
             *request.features,
             maps.row_to_slot,
@@ -242,7 +248,9 @@ class TritonOps(CommonOps):
         skips_used_ahead: bool,
     ) -> None:
         """See :class:`SlotOps`."""
-        _take_kernel[(1,)](
+        self._launch(
+            _take_kernel,
+            1,
             buffers.numbers,
             buffers.counts,
             maps.state,
@@ -260,17 +268,28 @@ class TritonOps(CommonOps):
     def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
         """See :class:`SlotOps`."""
         num_slots = maps.last_use.numel()
-        grid = (triton.cdiv(num_slots, SLOTS_PER_PROGRAM),)
+        num_programs = triton.cdiv(num_slots, SLOTS_PER_PROGRAM)
         slots = (maps.last_use, maps.uses_ahead, maps.frequency, num_slots)
-        _histogram_kernel[grid](buffers.numbers, buffers.counts, maps.histogram, *slots, BLOCK=SLOTS_PER_PROGRAM)
-        _threshold_kernel[(1,)](buffers.counts, maps.state, maps.histogram, num_wanted, maps.listed.numel())
-        _list_kernel[grid](
+        self._launch(
+            _histogram_kernel,
+            num_programs,
+            buffers.numbers,
+            buffers.counts,
+            maps.histogram,
+            *slots,
+            BLOCK=SLOTS_PER_PROGRAM,
+        )
+        num_listed = maps.listed.numel()
+        self._launch(_threshold_kernel, 1, buffers.counts, maps.state, maps.histogram, num_wanted, num_listed)
+        self._launch(
+            _list_kernel,
+            num_programs,
             buffers.numbers,
             buffers.counts,
             maps.state,
             maps.listed,
             maps.listed_last_use,
-            maps.listed.numel(),
+            num_listed,
             *slots,
             BLOCK=SLOTS_PER_PROGRAM,
         )
@@ -281,7 +300,9 @@ class TritonOps(CommonOps):
         """See :class:`SlotOps`."""
         num_tables = tables.num_unique.numel()
         # As many programs as the unique rows can need, of which there are no more than a buffer has room for.
-        _commit_kernel[_grid(buffers)](
+        self._launch(
+            _commit_kernel,
+            _num_programs(buffers),
             buffers.numbers,
             buffers.counts,
             maps.state,
@@ -311,7 +332,9 @@ class TritonOps(CommonOps):
     def translate(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts) -> None:
         """See :class:`SlotOps`."""
         num_tables = tables.num_ids.numel()
-        _translate_kernel[_grid(buffers)](
+        self._launch(
+            _translate_kernel,
+            _num_programs(buffers),
             buffers.numbers,
             buffers.counts,
             maps.state,
@@ -325,6 +348,10 @@ class TritonOps(CommonOps):
             BLOCK=IDS_PER_PROGRAM,
         )
 
+    def report(self, buffers: PlanBuffers) -> None:
+        """See :class:`SlotOps`."""
+        self._launch(_report_kernel, 1, buffers.counts, buffers.host_counts, NUM_COUNTS=len(Count))
+
     def order(
         self, rows: Tensor, slots: Tensor, counts: Tensor, count: Count, num_rows: int, buffers: OrderBuffers
     ) -> tuple[Tensor, Tensor]:
@@ -334,11 +361,14 @@ class TritonOps(CommonOps):
         one's page.
         """
         shift = max(0, (max(1, num_rows) - 1).bit_length() - (NUM_ORDER_BINS - 1).bit_length())
-        grid = (triton.cdiv(max(1, rows.numel()), IDS_PER_PROGRAM),)
-        buffers.bins.zero_()
-        _count_bins_kernel[grid](rows, buffers.bins, counts, shift, COUNT=int(count), BLOCK=IDS_PER_PROGRAM)
-        _first_of_bins_kernel[(1,)](buffers.bins, num_warps=16)
-        _put_in_bins_kernel[grid](
+        num_programs = triton.cdiv(max(1, rows.numel()), IDS_PER_PROGRAM)
+        common = {"COUNT": int(count), "BLOCK": IDS_PER_PROGRAM}
+        self._launch(_clear_bins_kernel, 1, buffers.bins, num_warps=16)
+        self._launch(_count_bins_kernel, num_programs, rows, buffers.bins, counts, shift, **common)
+        self._launch(_first_of_bins_kernel, 1, buffers.bins, num_warps=16)
+        self._launch(
+            _put_in_bins_kernel,
+            num_programs,
             rows,
             slots,
             buffers.rows,
@@ -346,8 +376,7 @@ class TritonOps(CommonOps):
             buffers.bins,
             counts,
             shift,
-            COUNT=int(count),
-            BLOCK=IDS_PER_PROGRAM,
+            **common,
         )
         return buffers.rows, buffers.slots
 
@@ -359,7 +388,9 @@ class TritonOps(CommonOps):
         word = torch.int32 if row_bytes % 4 == 0 else torch.int16
         num_words = row_bytes // word.itemsize
         words_per_block = min(triton.next_power_of_2(num_words), 1024)
-        _move_kernel[(NUM_MOVE_PROGRAMS[count],)](
+        self._launch(
+            _move_kernel,
+            NUM_MOVE_PROGRAMS[count],
             source.view(word),
             source_index,
             target.view(word),
@@ -374,14 +405,20 @@ class TritonOps(CommonOps):
 
     def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
         """See :class:`SlotOps`."""
-        _count_misses_kernel[_grid(buffers)](
-            buffers.numbers, maps.slot_to_row, buffers.rows, num_misses, BLOCK=IDS_PER_PROGRAM
+        self._launch(
+            _count_misses_kernel,
+            _num_programs(buffers),
+            buffers.numbers,
+            maps.slot_to_row,
+            buffers.rows,
+            num_misses,
+            BLOCK=IDS_PER_PROGRAM,
         )
 
 
-def _grid(buffers: PlanBuffers) -> tuple[int]:
+def _num_programs(buffers: PlanBuffers) -> int:
     """For all ids that the buffers have room for; programs beyond the last id do nothing."""
-    return (triton.cdiv(buffers.rows.numel(), IDS_PER_PROGRAM),)
+    return int(triton.cdiv(buffers.rows.numel(), IDS_PER_PROGRAM))
 
 
 def _table_bins(num_tables: int) -> int:
@@ -517,6 +554,15 @@ def _mark_kernel(
     # A repeated row is written more than once, with the same value.
     tl.store(uses_ahead_ptr + slots, uses, mask=is_present)
     tl.store(row_to_slot_ptr + rows, -1 - uses, mask=inside & (slots < 0))
+
+
+@triton.jit
+def _begin_kernel(host_numbers_ptr, numbers_ptr, counts_ptr, NUM_NUMBERS: tl.constexpr, NUM_COUNTS: tl.constexpr):
+    """The host's numbers come to the device once, and counting begins."""
+    positions = tl.arange(0, _SMALL)
+    inside = positions < NUM_NUMBERS
+    tl.store(numbers_ptr + positions, tl.load(host_numbers_ptr + positions, mask=inside, other=0), mask=inside)
+    tl.store(counts_ptr + positions, tl.zeros([_SMALL], tl.int64), mask=positions < NUM_COUNTS)
 
 
 @triton.jit(do_not_specialize=["num_features"])
@@ -840,6 +886,18 @@ def _translate_kernel(
             tl.store(state_ptr + _NUM_FREE, tl.load(state_ptr + _NUM_FREE) - from_free)
             tl.store(counts_ptr + _FILLS, tl.load(counts_ptr + _MISSES))
             tl.store(counts_ptr + _WRITEBACKS, tl.load(counts_ptr + _VICTIMS))
+
+
+@triton.jit
+def _report_kernel(counts_ptr, host_counts_ptr, NUM_COUNTS: tl.constexpr):
+    positions = tl.arange(0, _SMALL)
+    inside = positions < NUM_COUNTS
+    tl.store(host_counts_ptr + positions, tl.load(counts_ptr + positions, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def _clear_bins_kernel(bins_ptr):
+    tl.store(bins_ptr + tl.arange(0, _NUM_ORDER_BINS), tl.zeros([_NUM_ORDER_BINS], tl.int32))
 
 
 @triton.jit(do_not_specialize=["shift"])

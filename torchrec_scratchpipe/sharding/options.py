@@ -237,11 +237,13 @@ class ScratchpadOptions:
         if device.type == "cpu":
             return TorchOps()
         try:
-            triton_ops = importlib.import_module("torchrec_scratchpipe.core.triton_ops")
+            triton_ops, cuda_graph = (
+                importlib.import_module(f"torchrec_scratchpipe.core.{name}") for name in ("triton_ops", "cuda_graph")
+            )
         except ImportError as error:
             logger.warning("Triton cannot be imported (%s): Plan waits for the device, and rows are staged", error)
             return TorchOps()
-        ops: SlotOps = triton_ops.TritonOps(triton_ops.record_cuda_graph)
+        ops: SlotOps = triton_ops.TritonOps(cuda_graph.CudaGraph)
         return ops
 
 
