@@ -77,17 +77,7 @@ class Manifest(NamedTuple):
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
-        """From the directory of a checkpoint.
-
-        Args:
-            directory: Of one checkpoint.
-
-        Returns:
-            As it was written.
-
-        Raises:
-            CheckpointMismatchError: It is missing, damaged, or of a later version of this package.
-        """
+        """From the directory of a checkpoint. Raises CheckpointMismatchError."""
         path = directory / MANIFEST_FILE
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
@@ -109,11 +99,6 @@ class RowBlockSavePlanner(DefaultSavePlanner):
     """Saves large tensors in blocks of rows, so that no more than a few blocks are copied at once.
 
     Blocks of tables and of their optimizer states take turns, rows ascending.
-
-    Args:
-        locate: The pool, part and first row that a tensor shows, if it is a view of a host table.
-        read: Copies some rows of such a tensor: pool, part, first row, and where to.
-        row_bytes: Of a row of each pool, optimizer states included.
     """
 
     def __init__(
@@ -123,6 +108,8 @@ class RowBlockSavePlanner(DefaultSavePlanner):
         row_bytes: Sequence[int],
     ) -> None:
         super().__init__()
+        # `locate` finds the pool, part and first row that a tensor shows, if it is a view of a host table. `read`
+        # copies some of its rows.
         self._locate = locate
         self._read = read
         self._row_bytes = row_bytes
@@ -131,11 +118,7 @@ class RowBlockSavePlanner(DefaultSavePlanner):
         self._buffers: dict[tuple[torch.Size, torch.dtype], Tensor] = {}  # memory that is new costs more than the copy
 
     def detach(self, state_dict: dict[str, Any]) -> None:
-        """Copy everything that is no view of a host table; what is saved later is as it is now.
-
-        Args:
-            state_dict: What will be saved.
-        """
+        """Copy everything that is no view of a host table; what is saved later is as it is now."""
         self.set_up_planner(state_dict, None, False)
         for item in self.create_local_plan().items:
             if item.type == WriteItemType.BYTE_IO or self._blocks[item.index].place is None:
@@ -151,22 +134,18 @@ class RowBlockSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """See stock's.
-
-        Args:
-            write_item: Of the plan.
-
-        Returns:
-            A tensor, valid until the next call, or bytes.
-        """
+        """The data of one block, valid until the next call."""
+        # 1. What was copied when the state was taken.
         if write_item.index in self._detached:
             data = self._detached[write_item.index]
             return io.BytesIO(data.getvalue()) if isinstance(data, io.BytesIO) else data
+        # 2. Values that are no tensors. Better to fail now than when somebody loads them.
         block = self._blocks.get(write_item.index)
         if block is None:
             data = cast(io.BytesIO, super().resolve_data(write_item))
             load_plain(io.BytesIO(data.getvalue()), write_item.index.fqn)
             return data
+        # 3. Rows of a host table, as they were when the state was taken.
         if block.place is not None:
             pool, part, first_row = block.place
             assert write_item.tensor_data is not None
@@ -177,6 +156,7 @@ class RowBlockSavePlanner(DefaultSavePlanner):
                 self._buffers[key] = torch.empty(key[0], dtype=key[1])
             self._read(pool, part, first_row, self._buffers[key])
             return self._buffers[key]
+        # 4. Any other tensor.
         tensor = self.lookup_object(block.shard).detach()
         return (tensor.narrow(0, block.first_row, block.num_rows) if tensor.dim() else tensor).cpu()
 
@@ -208,6 +188,7 @@ class RowBlockSavePlanner(DefaultSavePlanner):
         block = self._blocks.get(item.index)
         if block is None or block.place is None:
             return (-1, 0, 0)
+        # Rows ascending, and all parts of them together: a snapshot need not keep rows that all parts have read.
         pool, part, first_row = block.place
         return (pool, first_row, part)
 
@@ -220,26 +201,14 @@ class _Block(NamedTuple):
 
 
 class ChecksummedWriter(FileSystemWriter):
-    """One file per rank, with a checksum of every few megabytes; holds one block at a time.
-
-    Args:
-        path: The checkpoint's directory.
-    """
+    """One file per rank, with a checksum of every few megabytes; holds one block at a time."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.files: dict[str, FileChecksums] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """See stock's, which keeps the last block of each tensor.
-
-        Args:
-            plan: This rank's.
-            planner: Gives the data.
-
-        Returns:
-            Where each item lies; done already.
-        """
+        """See stock's, which keeps the last block of each tensor."""
         name = f"{cast(Any, plan.storage_data).prefix}0.distcp"
         results = []
         with _without_checksums_of_torch(), (Path(self.path) / name).open("wb") as file:
@@ -256,6 +225,7 @@ class ChecksummedWriter(FileSystemWriter):
                 del data
                 length = stream.tell() - first
                 results.append(WriteResult(item.index, length, _StorageInfo(name, first, length)))
+            # On the disk before anybody calls it complete.
             file.flush()
             os.fsync(file.fileno())
         self.files[name] = stream.checksums()
@@ -276,25 +246,10 @@ def _without_checksums_of_torch() -> Iterator[None]:
 
 
 class SafeReader(FileSystemReader):
-    """Reads what any FileSystemWriter wrote; of what a pickle may name, only what such metadata consist of.
-
-    Args:
-        path: The checkpoint's directory.
-    """
+    """Reads what any FileSystemWriter wrote; of what a pickle may name, only what such metadata consist of."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """See stock's, which runs whatever code the file names.
-
-        Args:
-            *args: As stock.
-            **kwargs: As stock.
-
-        Returns:
-            Stock's metadata.
-
-        Raises:
-            CheckpointMismatchError: The file is missing or damaged, or names anything else.
-        """
+        """See stock's, which runs whatever code the file names. Raises CheckpointMismatchError."""
         path = Path(self.path) / METADATA_FILE
         try:
             with path.open("rb") as file:
@@ -326,32 +281,13 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """See stock's.
-
-        Args:
-            read_item: Of the plan.
-            value: What :func:`torch.save` wrote.
-
-        Raises:
-            CheckpointMismatchError: It is not plain data.
-        """
+        """See stock's. Raises CheckpointMismatchError."""
         plain = load_plain(value, read_item.dest_index.fqn)
         super().load_bytes(read_item, _saved(plain))
 
 
 def load_plain(value: io.BytesIO, name: str) -> Any:
-    """Load what torch.save wrote, unless it could run code.
-
-    Args:
-        value: What it wrote.
-        name: For the message.
-
-    Returns:
-        Numbers, strings, tensors, lists and dicts of them.
-
-    Raises:
-        CheckpointMismatchError: It is anything else.
-    """
+    """Load what torch.save wrote, unless it could run code. Raises CheckpointMismatchError."""
     try:
         return torch.load(value, weights_only=True)
     except Exception as error:
@@ -362,16 +298,7 @@ def load_plain(value: io.BytesIO, name: str) -> Any:
 
 
 def check_values(directory: Path, metadata: Metadata, names: Iterable[str]) -> None:
-    """Make sure that values other than tensors can be loaded.
-
-    Args:
-        directory: Of one checkpoint.
-        metadata: Its own.
-        names: Of the values; others, and tensors, are left alone.
-
-    Raises:
-        CheckpointMismatchError: One of them is not plain data.
-    """
+    """Make sure that values other than tensors can be loaded. Raises CheckpointMismatchError."""
     for name in names:
         if isinstance(metadata.state_dict_metadata.get(name), BytesStorageMetadata):
             place = metadata.storage_data[MetadataIndex(name)]
@@ -381,14 +308,7 @@ def check_values(directory: Path, metadata: Metadata, names: Iterable[str]) -> N
 
 
 def checksums_of(path: Path) -> FileChecksums:
-    """Read a file and compute what it is; holds a few megabytes at a time.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its size and checksums.
-    """
+    """Read a file and compute what it is; holds a few megabytes at a time."""
     checksums = []
     with path.open("rb") as file:
         while block := file.read(CHECKSUM_BYTES):

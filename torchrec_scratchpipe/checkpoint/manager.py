@@ -234,6 +234,7 @@ class CheckpointManager:
         step = self._ranks.from_first(lambda: step if step is not None else max(self.steps(), default=None))
         if step is None:
             return None
+        # 1. Everything is looked at before anything is changed: files, names, shapes, values.
         directory = self.path(step)
         make_error = _mismatch_error(f"step {step} cannot be loaded")
         manifest, metadata = self._ranks.each_or_fail(lambda: self._check_files(step, directory), make_error)
@@ -252,6 +253,7 @@ class CheckpointManager:
             if undo is not None:
                 undo()
             raise
+        # 2. Tables are written where they are; load_state_dict takes in the rest.
         _load(directory, state, self._ranks.group)
         model.load_state_dict(state["model"])
         if optimizer is not None:
@@ -264,7 +266,9 @@ class CheckpointManager:
         make_error = _save_error(f"step {step} cannot be saved to {self._directory}")
         writer = ChecksummedWriter(temporary)
         try:
+            # 1. A directory that no load looks at.
             self._ranks.first_or_fail(lambda: self._make_room(temporary, step), make_error)
+            # 2. Tables and states, then what torch.distributed.checkpoint does not know of; every rank its own file.
             try:
                 save(state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
             except CheckpointException as error:
@@ -273,6 +277,7 @@ class CheckpointManager:
             writer.files[extra_name] = self._ranks.each_or_fail(
                 lambda: _write_durably(temporary / extra_name, extra_bytes), make_error
             )
+            # 3. The manifest last: only then is the checkpoint complete, under its name.
             files: dict[str, FileChecksums] = {}
             for some in self._ranks.gather(writer.files):
                 files.update(some)
@@ -297,6 +302,7 @@ class CheckpointManager:
     def _complete(self, temporary: Path, manifest: Manifest) -> None:
         manifest.files[METADATA_FILE] = checksums_of(temporary / METADATA_FILE)
         _write_durably(temporary / MANIFEST_FILE, manifest.to_json().encode())
+        # The files' names must be on the disk before the directory's new one, and this one before older steps go.
         _sync_directory(temporary)
         temporary.rename(self.path(manifest.step))
         _sync_directory(self._directory)

@@ -19,12 +19,6 @@ def wrapper_states(optimizer: torch.optim.Optimizer) -> WrapperStates:
     """States that wrappers keep beside those they wrap, such as how far a WarmupOptimizer is.
 
     A wrapper of a CombinedOptimizer has them in a mapping that no state_dict shows.
-
-    Args:
-        optimizer: Maybe wrapped.
-
-    Returns:
-        By wrapper from the outside, by the name of its parameter.
     """
     found = []
     for wrapper in _wrappers(optimizer):
@@ -36,12 +30,7 @@ def wrapper_states(optimizer: torch.optim.Optimizer) -> WrapperStates:
 
 
 def load_wrapper_states(optimizer: torch.optim.Optimizer, states: WrapperStates) -> None:
-    """Put back what :func:`wrapper_states` gave, after the optimizer's own state was loaded.
-
-    Args:
-        optimizer: Wrapped as it was then.
-        states: What it gave.
-    """
+    """Put back what :func:`wrapper_states` gave, after the optimizer's own state was loaded."""
     for wrapper, own in zip(_wrappers(optimizer), states, strict=False):
         for name, state in own.items():
             parameter = wrapper.params.get(name)
@@ -55,14 +44,8 @@ def fit_states(optimizer: torch.optim.Optimizer, is_saved: Callable[[str], bool]
     """Give an optimizer the states that a checkpoint has, so that they can be loaded.
 
     torch's optimizers make a parameter's states when it first has a gradient, a WarmupOptimizer at its first step.
-    Those that are missing are made, those that were not there when it was saved are dropped; no weight changes.
-
-    Args:
-        optimizer: TorchRec's, combined and wrapped in any way, or torch's own.
-        is_saved: Whether there are states of a parameter, by its name in the optimizer's state_dict.
-
-    Returns:
-        Takes it back.
+    Those that are missing are made, those that were not there when it was saved are dropped; no weight changes. Returns
+    what takes it back.
     """
     undos = []
     for part, names in _parts(optimizer):

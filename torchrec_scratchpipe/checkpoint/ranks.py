@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """Ranks that call the same methods in the same order, in a gloo group of their own.
-
-    Args:
-        process_group: Its ranks; None for all of them.
-    """
+    """Ranks that call the same methods in the same order, in a gloo group of their own."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self.group: dist.ProcessGroup | None = None
@@ -28,14 +24,7 @@ class Ranks:
             self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def gather(self, value: T) -> list[T]:
-        """Exchange values.
-
-        Args:
-            value: This rank's; pickled.
-
-        Returns:
-            Everybody's, by rank.
-        """
+        """Exchange values."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -43,35 +32,15 @@ class Ranks:
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Let rank 0 make something for all.
-
-        Args:
-            make: Called on rank 0.
-
-        Returns:
-            What it made, on all ranks.
-        """
+        """Let rank 0 make something for all."""
         return self.gather(make() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def first_or_fail(self, do: Callable[[], object], make_error: Callable[[str], Exception]) -> None:
-        """As :meth:`each_or_fail`, on rank 0 alone.
-
-        Args:
-            do: Called on rank 0.
-            make_error: Of the reason.
-        """
+        """As :meth:`each_or_fail`, on rank 0 alone."""
         self.each_or_fail(lambda: do() if self.rank == 0 else None, make_error)
 
     def each_or_fail(self, do: Callable[[], T], make_error: Callable[[str], Exception]) -> T:
-        """Do something on every rank; if it fails on any, all raise what the first of them said.
-
-        Args:
-            do: Called on every rank.
-            make_error: Makes what is raised, of the reason.
-
-        Returns:
-            What it returned on this rank.
-        """
+        """Do something on every rank; if it fails on any, all raise what the first of them said."""
         error: Exception | None = None
         try:
             result = do()

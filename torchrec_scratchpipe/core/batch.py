@@ -40,14 +40,9 @@ class FeatureSource(NamedTuple):
 
 
 class Batch:
-    """What a :class:`~torchrec_scratchpipe.core.runner.StageRunner` acts on. It holds its slots until it is released.
+    """One batch, on which a :class:`~torchrec_scratchpipe.core.runner.StageRunner` acts; data, and no actions.
 
-    Args:
-        pools: The pools that the ids may look up.
-        features: Where each feature looks up, in the order of the ids.
-        ids: The ids of all features behind each other, on the device of the scratchpads.
-        rows_of_features: As :func:`feature_rows` gives them.
-        let_go: What releases a batch that nobody owns any more.
+    It holds its slots until it is released. `let_go` releases a batch that nobody owns any more.
     """
 
     def __init__(
@@ -98,14 +93,7 @@ class Batch:
         return self.plans[0].slots[: self.num_ids]
 
     def find_bad_id(self, position: int) -> IdOutOfRangeError | None:
-        """The error for an id that is out of range.
-
-        Args:
-            position: Of the id, counted from 1.
-
-        Returns:
-            The error; None if the id is in range now.
-        """
+        """The error for an id that is out of range."""
         bounds = self.ids.bounds.tolist()
         for feature, first, last in zip(self.features, bounds[:-1], bounds[1:], strict=True):
             if feature.pool_index is not None and first < position <= last:
@@ -124,16 +112,7 @@ class Batch:
 def feature_rows(
     pools: Sequence[Pool], features: Sequence[FeatureSource], device: torch.device
 ) -> tuple[FeatureRows, ...]:
-    """Where each feature of a kernel group looks up, as the device reads it.
-
-    Args:
-        pools: The group's pools.
-        features: In the order of the ids.
-        device: Where Plan runs.
-
-    Returns:
-        One per pool.
-    """
+    """Where each feature of a kernel group looks up, as the device reads it."""
     rows = []
     for pool_index, pool in enumerate(pools):
         table = pool.host_table
@@ -151,17 +130,7 @@ def feature_rows(
 
 
 def check_ids(table_name: str, feature_name: str, ids: Tensor, num_rows: int) -> None:
-    """Refuse ids that point outside a table.
-
-    Args:
-        table_name: For the message.
-        feature_name: For the message.
-        ids: [I] int32 or int64. On a CUDA device this waits for it.
-        num_rows: Ids must lie in ``[0, num_rows)``.
-
-    Raises:
-        IdOutOfRangeError: Names the table, the id and the range.
-    """
+    """Refuse ids that point outside a table. Shapes: `ids` [I] int32. Raises IdOutOfRangeError."""
     if ids.numel() == 0:
         return
     low, high = (int(bound) for bound in ids.aminmax())

@@ -45,11 +45,7 @@ def load_driver() -> Any:
 
 
 class CudaGraph:
-    """Compiled Triton kernels in the order in which they were added, for the current device.
-
-    Args:
-        driver: For tests.
-    """
+    """Compiled Triton kernels in the order in which they were added, for the current device."""
 
     def __init__(self, driver: Any = None) -> None:
         self._driver = driver or load_driver()

@@ -32,12 +32,7 @@ _PREPARED: list[ForkAware] = []
 
 
 def prepare_for_forks(part: ForkAware, *, is_worker: bool) -> None:
-    """Have it told of every fork, as long as it lives.
-
-    Args:
-        part: What has locks or threads.
-        is_worker: Whether it takes locks of others while it holds its own.
-    """
+    """Have it told of every fork, as long as it lives."""
     (_WORKERS if is_worker else _OTHERS).add(part)
 
 

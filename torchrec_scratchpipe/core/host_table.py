@@ -27,11 +27,6 @@ class HostTable:
 
     The rows of one table are contiguous, tables follow each other in the order given. Not thread-safe, but for
     :meth:`read_snapshot` and :meth:`close_snapshot`, which another thread may call.
-
-    Args:
-        tables: The pool's tables.
-        layout: What a row consists of.
-        storage: Where the memory comes from.
     """
 
     def __init__(self, tables: Sequence[TableSpec], layout: RowLayout, storage: TableStorage) -> None:
@@ -73,8 +68,7 @@ class HostTable:
     def check_process(self) -> None:
         """Raise in a forked child whose writes would be its parent's, or whose reads would find no memory.
 
-        Raises:
-            TableStorageError: Says what to do instead.
+        Raises TableStorageError.
         """
         if self._is_of_parent:
             names = ", ".join(table.name for table in self.tables)
@@ -102,11 +96,7 @@ class HostTable:
     def table_parts(self, table_index: int) -> list[Tensor]:
         """One table's weights, then its optimizer states; views, not copies, as of the last :meth:`drain`.
 
-        Args:
-            table_index: Position in `tables`.
-
-        Returns:
-            [num_rows, D] or [num_rows], each contiguous.
+        Shapes: returns [num_rows, D] or [num_rows].
         """
         first, last = self.row_offsets[table_index], self.row_offsets[table_index + 1]
         return [part[first:last] for part in self.parts]
@@ -144,31 +134,14 @@ class HostTable:
             self._own_versions = self._versions()
 
     def locate(self, tensor: Tensor) -> tuple[int, int] | None:
-        """Find a view of this table.
-
-        Args:
-            tensor: Any tensor.
-
-        Returns:
-            The part that it shows, and the row where it begins; None if it shows something else, or nothing.
-        """
+        """The part that a view of this table shows, and the row where it begins; None if it shows something else."""
         for index, part in enumerate(self.parts):
             if tensor.numel() and tensor.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
                 return index, (tensor.data_ptr() - part.data_ptr()) // part[:1].nbytes
         return None
 
     def snapshot(self, storage: SnapshotStorage) -> TableSnapshot:
-        """Keep all rows readable as they are now, until :meth:`close_snapshot`.
-
-        Args:
-            storage: Where old values of rows that are written meanwhile go.
-
-        Returns:
-            To be read by :meth:`read_snapshot`.
-
-        Raises:
-            TableStorageError: There is no room for it.
-        """
+        """Keep all rows readable as they are now, until :meth:`close_snapshot`. Raises TableStorageError."""
         self.drain()
         with self._own_writes():  # writes of others until now belong to the snapshot
             snapshot = TableSnapshot(self.parts, self.layout, storage)
@@ -176,27 +149,13 @@ class HostTable:
         return snapshot
 
     def read_snapshot(self, snapshot: TableSnapshot, part_index: int, first_row: int, out: Tensor) -> None:
-        """See :meth:`TableSnapshot.read`.
-
-        Args:
-            snapshot: From :meth:`snapshot`.
-            part_index: 0 for weights, then the optimizer states.
-            first_row: Of the range.
-            out: [N, D] or [N]; written.
-
-        Raises:
-            TableStorageError: Some rows could not be kept, or the table was overwritten by others.
-        """
+        """See :meth:`TableSnapshot.read`. Shapes: `out` [N, D] or [N]. Raises TableStorageError."""
         with self._snapshots_changed:
             self._lose_snapshots_of_overwritten()
             snapshot.read(part_index, first_row, out)
 
     def close_snapshot(self, snapshot: TableSnapshot) -> None:
-        """Keep no more rows for a snapshot, and free those that were kept.
-
-        Args:
-            snapshot: From :meth:`snapshot`.
-        """
+        """Keep no more rows for a snapshot, and free those that were kept."""
         with self._snapshots_changed:
             self._snapshots = [other for other in self._snapshots if other is not snapshot]
             self._snapshots_changed.notify_all()
@@ -207,23 +166,14 @@ class HostTable:
             self._snapshots_changed.wait_for(lambda: not self._snapshots)
 
     def read(self, rows: Tensor, out: Sequence[Tensor]) -> None:
-        """Copy rows out.
-
-        Args:
-            rows: [N] int64 row ids on the host.
-            out: [N, D] or [N] each, contiguous, on the host; written.
-        """
+        """Copy rows out. Shapes: `rows` [N] int64, `out` [N, D] or [N]."""
+        # The table may be older than what waits to be written into it.
         read_rows(self.parts, rows, out)
         if self._write_buffer is not None:
             self._write_buffer.read_over(rows, out)
 
     def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
-        """Copy rows in.
-
-        Args:
-            rows: [N] int64 row ids on the host, unique.
-            values: [N, D] or [N] each, on the host.
-        """
+        """Copy rows in. Shapes: `rows` [N] int64, `values` [N, D] or [N]."""
         with self._own_writes():
             if self._write_buffer is None:
                 self._overwrite(rows, values)
@@ -242,12 +192,14 @@ class HostTable:
         self._storage.persist()
 
     def _overwrite(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        # Copy on write: the old rows first.
         for snapshot in self._snapshots:
             snapshot.keep(rows)
         write_rows(self.parts, rows, values)
 
     @contextmanager
     def _own_writes(self) -> Iterator[None]:
+        # torch counts every write to a tensor, ours too. What others wrote before must not be lost in our own count.
         with self._snapshots_changed:
             self._lose_snapshots_of_overwritten()
             self._is_overwritten = self._is_overwritten or self._versions() != self._own_versions
@@ -257,6 +209,7 @@ class HostTable:
                 self._own_versions = self._versions()
 
     def _lose_snapshots_of_overwritten(self) -> None:
+        # Others do not keep old rows when they write.
         if self._snapshots and self._versions() != self._own_versions:
             names = ", ".join(table.name for table in self.tables)
             for snapshot in self._snapshots:

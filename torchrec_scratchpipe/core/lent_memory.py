@@ -19,9 +19,6 @@ class LentMemory:
 
     Every alias of a storage keeps the whole storage alive, and the table's own tensors are aliases too. So what is lent
     has a storage of its own, over the same memory, whose end can be seen.
-
-    Args:
-        shown: What to lend, not empty. Its memory lives at least as long as what is made of it.
     """
 
     def __init__(self, shown: Tensor) -> None:
@@ -51,11 +48,7 @@ class LentMemories:
         self._memories: list[LentMemory] = []
 
     def add(self, memory: LentMemory) -> None:
-        """Note one more.
-
-        Args:
-            memory: Not taken yet, or in somebody's hands.
-        """
+        """Note one more."""
         self._memories = [*(other for other in self._memories if other.is_lent), memory]
 
     @property

@@ -35,31 +35,18 @@ NUM_BATCHES_IN_DIST = 2
 
 @dataclass(frozen=True)
 class PoolDemand:
-    """What one table's shard brings to its pool; all terms add up over the shards of a rank.
+    """What one table's shard brings to its pool; all terms add up over the shards of a rank."""
 
-    Args:
-        num_rows: R of the shard.
-        row_bytes: One row with its optimizer state.
-        num_ids: I per batch on this rank.
-        num_unique: U per batch on this rank.
-        lookahead: Batches planned ahead.
-        num_batches_seen_ahead: Batches known beyond those.
-        is_cpu: Device and host are the same memory.
-        output_bytes: What the lookup gives, and its gradient; 0 on a CPU, whose budget is for scratchpads alone.
-        num_bags: Per batch on this rank; 0 on a CPU, which keeps no offsets of batches in flight.
-        num_pools: Row widths of the kernel group, at most; each has a plan of its own.
-    """
-
-    num_rows: int
-    row_bytes: int
-    num_ids: float
-    num_unique: float
+    num_rows: int  # R of the shard
+    row_bytes: int  # with its optimizer state
+    num_ids: float  # I per batch on this rank
+    num_unique: float  # U per batch on this rank
     lookahead: int
     num_batches_seen_ahead: int
-    is_cpu: bool
-    output_bytes: float = 0.0
-    num_bags: float = 0.0
-    num_pools: int = 1
+    is_cpu: bool  # whether device and host are the same memory
+    output_bytes: float = 0.0  # of the lookup, and its gradient; 0 on a CPU, whose budget is for scratchpads alone
+    num_bags: float = 0.0  # per batch on this rank; 0 on a CPU, which keeps no offsets of batches in flight
+    num_pools: int = 1  # row widths of the kernel group, at most; each has a plan of its own
 
     @property
     def slot_bytes(self) -> float:
@@ -115,12 +102,5 @@ class PoolDemand:
         return self.table_bytes
 
     def device_bytes(self, num_slots: float) -> float:
-        """Device memory in all.
-
-        Args:
-            num_slots: That this shard brings to the pool.
-
-        Returns:
-            Bytes.
-        """
+        """Device memory in all."""
         return self.fixed_bytes + num_slots * self.slot_bytes

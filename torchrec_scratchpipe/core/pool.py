@@ -27,14 +27,7 @@ FLUSH_CHUNK_ROWS = 65536  # bounds what a flush needs beyond the tables: 16 MiB 
 
 
 class Pool:
-    """All scratchpad tables of one kernel group that share a row layout, and their scratchpad.
-
-    Args:
-        host_table: Every row.
-        scratchpad: The rows that sit in a slot.
-        slot_map: Which row sits in which slot.
-        enlarge: Gives the scratchpad so many slots, or says why it cannot; None if it never can.
-    """
+    """All scratchpad tables of one kernel group that share a row layout, and their scratchpad."""
 
     def __init__(
         self,
@@ -76,16 +69,13 @@ class Pool:
 
         Only between the stages of two batches.
 
-        Args:
-            held: How many slots the batch needs, and how many are free.
-
-        Raises:
-            ScratchpadFullError: There are no more. Names both numbers and the setting to change.
+        Raises ScratchpadFullError.
         """
         if self._enlarge is None:
             raise self._full_error(held, "")
         num_rows, before = self.host_table.num_rows, self.scratchpad.num_slots
         num_held = before - held.num_available
+        # Enough for this batch beside all that is held, and some more, so that the next one need not grow again.
         num_slots = min(num_rows, max(math.ceil(GROWTH_HEADROOM * held.num_needed), held.num_needed + num_held))
         with record_function("## scratchpipe grow ##"):
             reason = self._enlarge(num_slots)
@@ -130,8 +120,7 @@ class Pool:
 
         Waits for the device. Does nothing when no batch has trained since the last flush.
 
-        Raises:
-            StageFailedError: An earlier stage failed half-way.
+        Raises StageFailedError.
         """
         self.check_usable()
         # Read first: a batch that finishes its Train meanwhile must count as not flushed.
@@ -153,19 +142,13 @@ class Pool:
                 values = [part.index_select(0, some_slots).cpu() for part in self.scratchpad.parts]
                 self.host_table.write(some_rows, values)
             self.host_table.drain()
+        # Slots that no batch has used since `first_held` need not be looked at next time.
         self._num_updates_flushed = num_updates
         self._flushed_below = first_held
         self._num_early_frees_at_flush = num_early_frees
 
     def snapshot(self, storage: SnapshotStorage) -> TableSnapshot:
-        """Flush, and keep all rows readable as they are now; see :meth:`HostTable.snapshot`.
-
-        Args:
-            storage: Where old values of rows that are written meanwhile go.
-
-        Returns:
-            To be read by the host table.
-        """
+        """Flush, and keep all rows readable as they are now; see :meth:`HostTable.snapshot`."""
         self.flush()
         return self.host_table.snapshot(storage)
 
@@ -178,6 +161,7 @@ class Pool:
         if self.is_flushed and self.host_table.is_marked_overwritten and not self.host_table.has_snapshots:
             return
         self.flush()
+        # Rows of batches in flight must keep their slots. They are read anew instead.
         if self.slot_map.num_batches_in_flight == 0:
             self.slot_map.purge()
         self.host_table.wait_for_snapshots()
@@ -189,11 +173,7 @@ class Pool:
         return self.host_table.is_overwritten
 
     def refresh(self) -> None:
-        """Read every resident row anew from its table.
-
-        Raises:
-            TableOverwrittenError: Some of them are newer in the scratchpad, and would be lost.
-        """
+        """Read every resident row anew from its table. Raises TableOverwrittenError."""
         if self._num_updates != self._num_updates_flushed and not self.host_table.is_seen_overwritten:
             # Somebody was given the table in the middle of a step, by another thread or a hook: the step's rows are
             # newer.
@@ -215,9 +195,7 @@ class Pool:
     def check_usable(self) -> None:
         """Raise if an earlier stage failed half-way, or if this process must not touch the tables.
 
-        Raises:
-            StageFailedError: With the first failure.
-            TableStorageError: See :meth:`HostTable.check_process`.
+        Raises StageFailedError or TableStorageError.
         """
         self.host_table.check_process()
         if self.failure is not None:
@@ -227,11 +205,7 @@ class Pool:
     def failing_for_good(self, what: str) -> Iterator[None]:
         """While entered, an exception leaves rows incomplete, so that the pool is not usable any more.
 
-        Args:
-            what: Has failed then.
-
-        Raises:
-            StageFailedError: Names it.
+        Raises StageFailedError.
         """
         try:
             yield

@@ -117,13 +117,7 @@ class StageSpan(NamedTuple):
 
 
 def read_rows(parts: Sequence[Tensor], index: Tensor, out: Sequence[Tensor]) -> None:
-    """Copy rows out of a table or scratchpad.
-
-    Args:
-        parts: [R, D] or [R] each.
-        index: [N] int64, on the device of `parts`.
-        out: [N, D] or [N] each, contiguous, on the device of `parts`.
-    """
+    """Copy rows out of a table or scratchpad. Shapes: `parts` [R, D] or [R], `index` [N] int64, `out` [N, D] or [N]."""
     for part, target in zip(parts, out, strict=True):
         torch.index_select(_wide(part), 0, index, out=_wide(target))
 
@@ -131,10 +125,7 @@ def read_rows(parts: Sequence[Tensor], index: Tensor, out: Sequence[Tensor]) -> 
 def write_rows(parts: Sequence[Tensor], index: Tensor, values: Sequence[Tensor]) -> None:
     """Copy rows into a table or scratchpad.
 
-    Args:
-        parts: [R, D] or [R] each; written.
-        index: [N] int64, unique, on the device of `parts`.
-        values: [N, D] or [N] each, on the device of `parts`.
+    Shapes: `parts` [R, D] or [R], `index` [N] int64, `values` [N, D] or [N].
     """
     for part, source in zip(parts, values, strict=True):
         _wide(part).index_copy_(0, index, _wide(source))

@@ -59,12 +59,7 @@ class _Waiting:
 
 
 class StageRunner:
-    """Runs the stages of one batch after another on the caller's thread: the sequential twin and oracle.
-
-    Args:
-        device: Where the scratchpads are.
-        streams: For tests; by default, the caller's stream alone.
-    """
+    """Runs the stages of one batch after another on the caller's thread: the sequential twin and oracle."""
 
     def __init__(self, device: torch.device, streams: StageStreams | None = None) -> None:
         self.device = device
@@ -75,20 +70,12 @@ class StageRunner:
         self._lock = threading.RLock()  # whoever runs stages, or must not have them run, has it
 
     def see(self, batch: Batch) -> None:
-        """Let a batch's ids guide the choice of victims; it holds no slots, and no row moves.
-
-        Args:
-            batch: A new batch.
-        """
+        """Let a batch's ids guide the choice of victims; it holds no slots, and no row moves."""
         self._admit(batch)
         self._run_waiting()
 
     def submit(self, batch: Batch) -> None:
-        """Run a batch's stages; now, or, while batches in flight hold too many slots, later.
-
-        Args:
-            batch: A new batch, or one that was seen; nothing happens if it was submitted before.
-        """
+        """Run a batch's stages; now, or, while batches in flight hold too many slots, later."""
         if batch.is_pending and not self._queue.has(batch):
             self._admit(batch)
         if self._queue.allow(batch):
@@ -99,14 +86,7 @@ class StageRunner:
 
         Train begins now.
 
-        Args:
-            batch: A batch that was submitted, or seen.
-
-        Returns:
-            [I] int64, the slot of each id.
-
-        Raises:
-            ScratchPipeError: What stopped a stage; no slot stays held.
+        Shapes: returns [I] int64. Raises ScratchPipeError.
         """
         if batch.is_pending:
             start_s = time.perf_counter()
@@ -129,11 +109,7 @@ class StageRunner:
     def refresh(self, batch: Batch) -> None:
         """Read resident rows anew if tables have been overwritten (hazard 6), before Train reads and updates them.
 
-        Args:
-            batch: A batch that trains.
-
-        Raises:
-            TableOverwrittenError: See :meth:`Pool.refresh`.
+        Raises TableOverwrittenError.
         """
         if any(pool.is_overwritten for pool in batch.pools):
             with self.between_batches():
@@ -145,13 +121,11 @@ class StageRunner:
 
         Call it when the batch's backward has run, or when the batch will never train. A batch that nobody owns any more
         is released too.
-
-        Args:
-            batch: A batch, wherever it is.
-            is_updated: Whether Train has changed the rows.
         """
+        # A batch of which nothing is held wakes nobody: to wake the worker costs Train time.
         had_anything = not batch.is_released or bool(batch.held)
         self._queue.advance(batch, BatchState.RELEASED)
+        # Several threads may release one batch, the collector among them. Each takes what is left.
         updated = []
         while batch.held:
             try:
@@ -166,6 +140,7 @@ class StageRunner:
             # The stream that Train ran on: the thread that releases may be on another, or on none.
             self.streams.note_train(batch.train_stream)
             pool.slot_map.release(plan.batch_index)
+        # What the batch was seen to use is not ahead any more.
         for index, ticket in enumerate(batch.tickets):
             if ticket is not None:
                 batch.tickets[index] = None
@@ -202,13 +177,15 @@ class StageRunner:
 
     def _run_waiting(self) -> None:
         with self._lock:
+            # 1. Whatever finds its slots runs, in the order in which it came.
             waiting = self._queue.waiting()
             while waiting and waiting[0].may_plan:
                 batch = waiting[0].batch()
                 if batch is not None and not self._run(batch, is_last_chance=False):
                     break
                 waiting.pop(0)
-            for entry in waiting:  # what cannot be planned yet guides the choice of victims
+            # 2. What cannot be planned yet guides the choice of victims.
+            for entry in waiting:
                 self._see(entry.batch())
 
     def _finish(self, batch: Batch) -> None:
@@ -218,6 +195,7 @@ class StageRunner:
 
     def _run(self, batch: Batch, *, is_last_chance: bool) -> bool:
         """Whether the batch is done, well or badly; else it waits for slots."""
+        # Train may have run on any stream, and whoever looks next may be on any.
         self.wait_for_device()
         is_done = self._try_stages(batch, is_last_chance)
         self.wait_for_device()
@@ -236,23 +214,16 @@ class StageRunner:
             self.release(batch)
 
     def _try_stages(self, batch: Batch, is_last_chance: bool) -> bool:
-        """Run the stages of every pool that has not run them.
-
-        Args:
-            batch: The batch.
-            is_last_chance: No slot will be released before this batch trains, so that waiting would not help.
-
-        Returns:
-            False if batches in flight hold too many slots for now; else the batch is ready, or has failed.
-        """
+        """Run the stages of every pool that has not run them."""
         try:
             while len(batch.plans) < len(batch.pools) and not batch.is_released:
                 pool = batch.pools[len(batch.plans)]
                 pool.check_usable()
-                self._refresh_pool(pool)
+                self._refresh_pool(pool)  # hits must be as their table is (hazard 6)
                 try:
                     run_stages(batch, self.streams)
                 except SlotsHeldError as held:
+                    # Slots come with the next release, unless Train waits for this batch, or it is larger than all.
                     is_hopeless = held.num_needed > pool.scratchpad.num_slots and not pool.can_grow
                     if not is_last_chance and not is_hopeless:
                         return False
@@ -334,10 +305,6 @@ class OverlappedStageRunner(StageRunner):
     Batches run in the order submitted. Where the next one must wait for slots, a batch that Train
     already waits for goes ahead of it. On a CUDA device the worker issues to streams of its own: Plan waits for the
     events of all Trains whose release it has seen (hazards 1 and 3), Train waits for the event of Insert (hazard 4).
-
-    Args:
-        device: Where the scratchpads are.
-        streams: For tests; by default, three of the device's.
     """
 
     def __init__(self, device: torch.device, streams: StageStreams | None = None) -> None:
@@ -424,6 +391,7 @@ class OverlappedStageRunner(StageRunner):
             super()._see(batch)
 
     def _admit(self, batch: Batch) -> None:
+        # The ids are the work of the caller's stream; and its allocator must not give them away while Plan reads them.
         self.streams.wait(self.streams.plan, self.streams.record(None))
         for tensor in batch.ids:
             self.streams.record_use(tensor)
@@ -433,6 +401,7 @@ class OverlappedStageRunner(StageRunner):
         self._refreshed = self.streams.record(self.streams.plan)
 
     def _let_current_stream_wait(self, batch: Batch) -> None:
+        # Hazards 4 and 6; and buffers of the worker's streams are read by Train's.
         self.streams.wait(None, batch.inserted)
         self.streams.wait(None, self._refreshed)
         for plan in batch.plans:
@@ -459,12 +428,7 @@ class _Work(NamedTuple):
 
 
 class _Queue:
-    """Batches whose stages have not run, the states of all batches, and the reasons for a worker to look again.
-
-    Args:
-        lent: While memory of a table is lent, no stage runs but while Train waits for it: whoever has the memory may
-            write it.
-    """
+    """Batches whose stages have not run, the states of all batches, and the reasons for a worker to look again."""
 
     def __init__(self, lent: LentMemories) -> None:
         self._lent = lent
@@ -521,8 +485,9 @@ class _Queue:
                 if entry.batch() is batch:
                     entry.is_awaited = True
             self._is_paused = False
+            # Also while held back: Train itself waits.
             self._num_changes += 1
-            self._changed.notify_all()  # also while held back
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not batch.is_pending)
 
     def advance(self, batch: Batch, state: BatchState) -> None:
@@ -567,6 +532,7 @@ class _Queue:
         """
         with self._changed:
             self._num_changes_seen = num_changes_seen
+            # Whoever waits for an idle worker may go on.
             self._is_working = False
             self._changed.notify_all()
             self._changed.wait_for(lambda: self.is_closed or self._find_work() is not None)
@@ -594,6 +560,7 @@ class _Queue:
         4. The oldest batch is planned. If that was in vain, it is tried again when something has changed.
         """
         has_changed = self._num_changes != self._num_changes_seen
+        # References are weak: a batch that nobody owns any more has left.
         waiting = [(entry, batch) for entry in self._waiting if (batch := entry.batch()) is not None]
         awaited = next((batch for entry, batch in waiting if entry.is_awaited), None)
         if awaited is not None:

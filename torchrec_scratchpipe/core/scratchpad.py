@@ -22,23 +22,14 @@ MAP_NORESERVE = 0x4000  # of Linux; the mmap module has no name for it before Py
 
 
 class Scratchpad:
-    """Device memory of one pool's slots, one tensor per part of a row.
-
-    Args:
-        layout: What a row consists of.
-        parts: [S, D] or [S] each, weights first, as `layout` says.
-    """
+    """Device memory of one pool's slots, one tensor per part of a row. Shapes: `parts` [S, D] or [S]."""
 
     def __init__(self, layout: RowLayout, parts: Sequence[Tensor]) -> None:
         self.layout = layout
         self.replace(parts)
 
     def replace(self, parts: Sequence[Tensor]) -> None:
-        """Take other memory, with the same rows in the same slots.
-
-        Args:
-            parts: As for the constructor.
-        """
+        """Take other memory, with the same rows in the same slots."""
         self.parts = list(parts)
         self.num_slots = self.parts[0].shape[0]
 
@@ -62,13 +53,7 @@ class ScratchpadMemory(NamedTuple):
 
         On a CPU it has a storage of its own, because `torch.save` writes whole storages, reserved or not.
 
-        Args:
-            part_index: Which part of a row.
-            first: Where the range begins, in values.
-            num_values: Its length.
-
-        Returns:
-            [num_values].
+        Shapes: returns [num_values].
         """
         flat, buffer = self.flat_parts[part_index], self.buffers[part_index]
         if buffer is None or num_values == 0:
@@ -84,15 +69,8 @@ def allocate_scratchpads(
 ) -> ScratchpadMemory:
     """Lay several scratchpads behind each other in one tensor per part of a row.
 
-    Args:
-        layouts: One per scratchpad; they may differ in width only.
-        nums_slots: Slots of each.
-        device: Where they lie.
-        max_slots: Slots that each may ever have. On a CPU it has room for so many where it is: addresses are reserved,
-            memory is taken when a slot is first written. Elsewhere there is no such memory.
-
-    Returns:
-        The scratchpads and the memory that they share.
+    On a CPU, each has room for `max_slots` where it is: addresses are reserved, and a slot takes memory when it is
+    first written. Elsewhere there is no such memory.
     """
     if max_slots is not None and device.type == "cpu":
         try:
@@ -128,17 +106,7 @@ def _parts_of(memory: ScratchpadMemory, layout: RowLayout, index: int, num_slots
 
 
 def grow_scratchpad(memory: ScratchpadMemory, index: int, num_slots: int) -> ScratchpadMemory:
-    """Give a scratchpad more slots; all rows stay in theirs.
-
-    Args:
-        memory: With this scratchpad.
-        index: Which.
-        num_slots: More than it has.
-
-    Returns:
-        The same memory, if there is room in it; else another, with the same scratchpads. Whoever holds tensors of the
-        old one must let go.
-    """
+    """Give a scratchpad more slots; all rows stay in theirs. Whoever holds tensors of the old memory must let go."""
     if num_slots > memory.capacities[index]:
         memory = _moved(memory, index, num_slots)
     scratchpad = memory.scratchpads[index]

@@ -106,11 +106,7 @@ class CachePlan:
         return self.planned is None or self.planned.query()
 
     def wait(self) -> list[int]:
-        """Wait until the counts have come to the host.
-
-        Returns:
-            One number per :class:`Count`.
-        """
+        """Wait until the counts have come to the host."""
         if self.planned is not None:
             self.planned.synchronize()
         counts: list[int] = self.buffers.host_counts.tolist()
@@ -129,23 +125,12 @@ class CachePlan:
         )
 
     def note_stage(self, stage: Stage, start_s: float, moved: tuple[Count, ...]) -> None:
-        """Note that a stage has ended just now.
-
-        Args:
-            stage: Which.
-            start_s: When it began, by ``time.perf_counter()``.
-            moved: Which counts say how many rows it moved.
-        """
+        """Note that a stage has ended just now."""
         self.stages.append(TimedStage(stage, start_s, time.perf_counter(), moved))
 
     @contextmanager
     def timed(self, stage: Stage, moved: tuple[Count, ...]) -> Iterator[None]:
-        """While entered, a stage runs.
-
-        Args:
-            stage: Which.
-            moved: Which counts say how many rows it moves.
-        """
+        """While entered, a stage runs."""
         start_s = time.perf_counter()
         with record_function(f"## scratchpipe {stage.value} {self.batch_index} ##"):
             yield
@@ -167,20 +152,12 @@ class SlotMap:
     Slots are not scanned for each batch. One scan lists a sixteenth of them, or as many as are wanted, by bins of an
     eighth of an octave of their frequency, and the list serves until it is spent.
 
+    The maps cost 4 bytes per row and 24.5 bytes per slot.
+
     All methods but :meth:`release`, :meth:`unsee` and :meth:`unsee_failed` enqueue on the current stream, and must be
     called between the stages of two batches.
 
-    Args:
-        num_rows: R. Costs 4 bytes each.
-        num_slots: S, at least 1. Costs 24.5 bytes each.
-        row_offsets: Where each table begins, and R.
-        ops: The device's operations.
-        device: Where the maps live.
-        streams: For events, and for the streams that use the buffers beside the one that allocates them.
-        half_life: After so many batches a use counts half.
-
-    Source:
-        ScratchPipe (ISCA 2022): Hit-Map, Hold mask and Plan stage.
+    Source: ScratchPipe (ISCA 2022): Hit-Map, Hold mask and Plan stage.
     """
 
     def __init__(
@@ -241,14 +218,10 @@ class SlotMap:
     def see(self, batch: PoolIds) -> int | None:
         """Take note of what a batch will use, before it is planned; places and moves nothing.
 
-        Args:
-            batch: Its ids.
-
-        Returns:
-            A ticket, which :meth:`plan` or :meth:`unsee` take for this batch; None if too many batches are seen
-            already.
+        Returns a ticket for :meth:`plan` or :meth:`unsee`; None if too many batches are seen already.
         """
         self._take_back_sightings()
+        # An entry has a bit for each of WINDOW_BITS batches in a row. The oldest must go before its bit serves again.
         if self._seen and self._num_seen - self._seen[0] >= WINDOW_BITS:
             return None
         seen = self._num_seen
@@ -258,29 +231,15 @@ class SlotMap:
         return seen
 
     def unsee(self, seen: int, batch: PoolIds) -> None:
-        """Take back :meth:`see` of a batch that will not be planned; from any thread; nothing if it has been planned.
-
-        Args:
-            seen: What :meth:`see` returned.
-            batch: As given to it.
-        """
+        """Take back :meth:`see` of a batch that was not planned and will not be; from any thread."""
         self._newly_unseen.append((seen, batch))
 
     def unsee_failed(self, seen: int, batch: PoolIds) -> None:
-        """Take back :meth:`see` of a batch whose plan was refused for a bad id; from any thread.
-
-        Args:
-            seen: What :meth:`see` returned.
-            batch: As given to it.
-        """
+        """Take back :meth:`see` of a batch whose plan was refused for a bad id; from any thread."""
         self._newly_failed.append((seen, batch))
 
     def release(self, batch_index: int) -> None:
-        """Let go of a batch's slots; may be called from any thread, in any order; a second call does nothing.
-
-        Args:
-            batch_index: Of its plan.
-        """
+        """Let go of a batch's slots; may be called from any thread, in any order; a second call does nothing."""
         self._newly_released.append(batch_index)
 
     def take_in_releases(self) -> None:
@@ -292,6 +251,7 @@ class SlotMap:
                 plan = self._in_flight.pop(batch_index, None)
                 if plan is not None:
                     self._recycle(plan)
+        # Slots are held from one batch on. A batch that is released before an older one keeps its slots until then.
         while self.first_held in self._released_early:
             self._released_early.remove(self.first_held)
             self._slots_held_by.pop(self.first_held, None)
@@ -304,28 +264,23 @@ class SlotMap:
 
         Hits keep their slot. Misses take free slots, then those of victims. All slots of the batch are held until
         :meth:`release`. Moves may be enqueued at once: if there are too few slots they move nothing. The plan stands
-        after :meth:`confirm`.
+        after :meth:`confirm`. If it is refused all the same, an id is bad.
 
-        Args:
-            batch: Its ids.
-            seen: What :meth:`see` returned for this batch.
-            slots: [>= I] int64, to be written, if the batch has them from another pool.
-            has_whole_tables: Whether ids of other features than the pools' are their slots; written if `slots` are not
-                given.
-
-        Returns:
-            Where its rows will be. If :meth:`CachePlan.wait` says that it was refused, and :meth:`confirm` did not, an
-            id is bad.
+        `slots` [>= I] int64 are to be written, if the batch has them from another pool of its kernel group. With
+        `has_whole_tables`, ids of features that no pool serves are slots as they are.
         """
         self._take_back_sightings()
         self._newest = None
+        # 1. Buffers that the device is done with, and that all ids fit into.
         num_ids = batch.ids.ids.numel()
         self._make_room(num_ids)
         buffers = self._take_buffers()
-        # Their slots may be given away now, and their buffers are used again.
+        # 2. Batches that were dropped while their rows moved: their slots may be given away now, and their buffers are
+        # used again.
         for moved in self._moved_of_released:
             self._streams.wait(self._streams.plan, moved)
         self._moved_of_released.clear()
+        # 3. The numbers that tell this plan from the one before.
         if slots is None:
             slots = buffers.slots
             if has_whole_tables:
@@ -341,6 +296,7 @@ class SlotMap:
             self._age(self.next_batch),
         )
         self.ops.prepare(request, buffers)
+        # 4. The launches. They depend on the key and on the buffers, and on nothing else, so that they can be recorded.
         addresses = tuple(tensor.data_ptr() for tensor in batch.features)
         key = (self.num_remakes, addresses, batch.ids.ids.dtype, batch.ids.bounds.dtype)
         self.ops.enqueue(buffers, key, partial(self._enqueue_plan, request, buffers))
@@ -351,9 +307,6 @@ class SlotMap:
         """Count which ids of a plan that stands do not find their row in their slot: there must be none.
 
         From any thread.
-
-        Args:
-            plan: Of the batch that trains now, on the current stream.
         """
         key = ("count_misses", self.num_remakes)
         num_misses = self.table_counts.num_misses_at_train
@@ -382,15 +335,10 @@ class SlotMap:
     def confirm(self, plan: CachePlan) -> bool:
         """Let a plan stand; waits for it where it is not certain to have found its slots.
 
-        Args:
-            plan: From the last :meth:`plan`.
-
-        Returns:
-            False if it found too few slots, and some have been freed since: plan again, at once.
-
-        Raises:
-            SlotsHeldError: It found too few slots; the maps are unchanged, and planning may be repeated after a Train.
+        False: it found too few, and some have been freed since. Plan again, at once. Raises SlotsHeldError if there are
+        none to free.
         """
+        # 1. A plan that may have found too few slots is waited for.
         if not self._is_certain(plan.num_ids):
             self.num_waits += 1
             counts = plan.wait()
@@ -401,6 +349,7 @@ class SlotMap:
                     return False
                 num_held = int((self.maps.last_use >= self.first_held).sum())
                 raise SlotsHeldError(counts[Count.HITS] + counts[Count.MISSES], self.num_slots - num_held)
+        # 2. It stands: the batch is in flight, and is not ahead any more.
         if plan.seen is not None and plan.seen in self._seen:
             self._seen.remove(plan.seen)
         self._in_flight[plan.batch_index] = self._newest = plan
@@ -409,11 +358,7 @@ class SlotMap:
         return True
 
     def undo(self, plan: CachePlan) -> None:
-        """Take back a plan, none of whose rows has moved; its batch counts as released. Waits for it.
-
-        Args:
-            plan: What :meth:`plan` returned, and has not been called since.
-        """
+        """Take back a plan, none of whose rows has moved; its batch counts as released. Waits for it."""
         assert plan is self._newest, f"{plan.batch_index=} is not what was planned last, {self.next_batch=}"
         counts = plan.wait()
         if not counts[Count.IS_REFUSED]:
@@ -425,6 +370,7 @@ class SlotMap:
         assert self.num_batches_in_flight == 0, f"{self.num_batches_in_flight} batches in flight"
         maps = self.maps
         occupied = (maps.slot_to_row >= 0).nonzero().view(-1)
+        # What was seen ahead of a row stays known, in the entry of the absent row.
         maps.row_to_slot.index_copy_(0, self.rows_in(occupied), self._entries_of_absent(occupied))
         maps.uses_ahead.zero_()
         maps.slot_to_row.fill_(-1)
@@ -435,11 +381,7 @@ class SlotMap:
         self.ops.clear_victim_list(maps)
 
     def grow(self, num_slots: int) -> None:
-        """Add free slots behind those there are; only between the stages of two batches.
-
-        Args:
-            num_slots: S from now on, more than before.
-        """
+        """Add free slots behind those there are; only between the stages of two batches."""
         assert self.num_slots < num_slots <= self.num_rows, (
             f"{num_slots=} must lie in ({self.num_slots}, {self.num_rows}]"
         )
@@ -454,7 +396,7 @@ class SlotMap:
         self.maps.state[State.NUM_FREE] = num_free + new.numel()
         for tensor in vars(self.maps).values():
             self._streams.record_use(tensor)
-        self._free_buffers.clear()  # what is recorded for them is about the old maps
+        self._drop_free_buffers()  # what is recorded for them is about the old maps
         self.num_remakes += 1
 
     def resident_since(self, batch_index: int) -> tuple[Tensor, Tensor]:
@@ -462,24 +404,13 @@ class SlotMap:
 
         Nothing is said of slots that were freed early: where :attr:`num_early_frees` has changed, ask for all.
 
-        Args:
-            batch_index: First batch of interest; 0 asks for all.
-
-        Returns:
-            [N] int64 slots and [N] int64 rows.
+        Shapes: returns [N] int64.
         """
         slots = (self.maps.last_use >= batch_index).nonzero().view(-1)
         return slots, self.rows_in(slots)
 
     def rows_in(self, slots: Tensor) -> Tensor:
-        """The rows that sit in these slots now.
-
-        Args:
-            slots: [N] int64.
-
-        Returns:
-            [N] int64, -1 for a free slot.
-        """
+        """The rows that sit in these slots now. Shapes: `slots` [N] int64, returns [N] int64."""
         return self.maps.slot_to_row.index_select(0, slots)
 
     @property
@@ -494,11 +425,7 @@ class SlotMap:
         return sum(tensor.nbytes for tensor in tensors)
 
     def check_integrity(self) -> None:
-        """Assert the laws of the maps; scans them, for tests.
-
-        Raises:
-            AssertionError: Naming the law and its numbers.
-        """
+        """Assert the laws of the maps; scans them, for tests. Raises AssertionError."""
         maps = self.maps
         occupied = (maps.slot_to_row >= 0).nonzero().view(-1)
         rows = maps.slot_to_row[occupied]
@@ -522,6 +449,8 @@ class SlotMap:
         return max(1, self.num_slots // 16)
 
     def _age(self, batch_index: int) -> Aging:
+        # A use counts 2 ** half_lives instead of all older uses being halved again and again. Before that number
+        # leaves the range of float32, all frequencies are multiplied once, and counting starts anew.
         half_lives = (batch_index - self._origin) / self._half_life
         if half_lives > MAX_HALF_LIVES:
             self.ops.age(self.maps, 2.0**-half_lives)
@@ -529,6 +458,7 @@ class SlotMap:
         return Aging(2.0**half_lives, math.fmod(self._origin / self._half_life * NOTES_PER_OCTAVE, NUM_NOTES))
 
     def _is_certain(self, num_ids: int) -> bool:
+        # A batch in flight holds at most as many slots as it has ids, and exactly as many as its plan has counted.
         for batch_index, plan in self._in_flight.items():
             if plan.is_known and not plan.is_counted:
                 plan.is_counted = True
@@ -559,6 +489,7 @@ class SlotMap:
 
     def _put_back(self, plan: CachePlan, counts: list[int]) -> None:
         """Make the maps as they were before a plan."""
+        # The scratch still has what this plan found: no other plan has been made since.
         maps, moves = self.maps, plan.moves()
         freed = moves.miss_slots[moves.victim_slots.numel() :]  # those that were free
         entries_of_victims = -1 - maps.row_to_slot.index_select(0, moves.victim_rows)
@@ -566,12 +497,15 @@ class SlotMap:
         maps.slot_to_row.index_fill_(0, freed, -1)
         maps.last_use.index_fill_(0, freed, -1)
         maps.uses_ahead.index_fill_(0, freed, 0)
+        # Victims come back to their slots, with what was known of their uses ahead.
         maps.uses_ahead.index_copy_(0, moves.victim_slots, entries_of_victims & WINDOW_MASK)
         maps.row_to_slot.index_copy_(0, moves.victim_rows, moves.victim_slots.int())
         maps.slot_to_row.index_copy_(0, moves.victim_slots, moves.victim_rows)
         maps.last_use[moves.victim_slots] = self._scratch.victim_last_use[: moves.victim_slots.numel()]
+        # Hits look as if this batch had not used them.
         hits = self._scratch.hit_slots[: counts[Count.HITS]].long()
         maps.last_use[hits] = self._scratch.hit_last_use[: hits.numel()]
+        # Free slots are a stack: those that were taken last go back on top.
         num_free = int(maps.state[State.NUM_FREE])
         maps.free_slots[num_free : num_free + freed.numel()] = freed.flip(0).int()
         maps.state[State.NUM_FREE] = num_free + freed.numel()
@@ -585,7 +519,7 @@ class SlotMap:
         if num_ids <= self._capacity:
             return
         self._capacity = max(SMALLEST_CAPACITY, math.ceil(BUFFER_HEADROOM * num_ids))
-        self._free_buffers.clear()
+        self._drop_free_buffers()
         self._scratch = _make_scratch(self._capacity, self.device)
         if self.ops.orders_moves:
             self.order_buffers = {
@@ -616,6 +550,14 @@ class SlotMap:
             self._moved_of_released.append(plan.moved)
         if plan.buffers.rows.numel() == self._capacity:
             self._free_buffers.append((plan.buffers, plan.planned))
+        elif plan.planned is not None:
+            plan.planned.synchronize()  # Plan's kernels read and write its page-locked numbers
+
+    def _drop_free_buffers(self) -> None:
+        for _, planned in self._free_buffers:
+            if planned is not None:
+                planned.synchronize()  # as above
+        self._free_buffers.clear()
 
     def _take_back_sightings(self) -> None:
         while self._newly_unseen:

@@ -343,16 +343,7 @@ class CommonOps:
 
 
 def make_maps(row_to_slot: Tensor, num_slots: int, list_capacity: int) -> SlotMaps:
-    """Make a slot map's state for an empty scratchpad.
-
-    Args:
-        row_to_slot: [R] int32, -1 for every row that sits in no slot and of which nothing is known.
-        num_slots: S.
-        list_capacity: Coming victims that can be listed.
-
-    Returns:
-        All of it, on the same device.
-    """
+    """Make a slot map's state for an empty scratchpad. Shapes: `row_to_slot` [R] int32."""
     device = row_to_slot.device
     state = torch.zeros(len(State), dtype=torch.int64, device=device)
     state[State.NUM_FREE] = num_slots

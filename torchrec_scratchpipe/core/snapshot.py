@@ -31,13 +31,7 @@ class TableSnapshot:
     Copies nothing then. The first time a row is about to be overwritten, its old values are kept; rows that have been
     read already need not be. Not thread-safe: its table holds a lock around every call.
 
-    Args:
-        parts: The table's parts, up to date.
-        layout: What a row consists of.
-        storage: Where kept rows go: 4 bytes per row of the table, and the kept rows.
-
-    Raises:
-        TableStorageError: There is no room for the 4 bytes per row.
+    Raises TableStorageError.
     """
 
     def __init__(self, parts: Sequence[Tensor], layout: RowLayout, storage: SnapshotStorage) -> None:
@@ -51,11 +45,7 @@ class TableSnapshot:
         self.failure: TableStorageError | None = None
 
     def fail(self, failure: TableStorageError) -> None:
-        """Give up: reading raises from now on.
-
-        Args:
-            failure: Why; the first one counts.
-        """
+        """Give up: reading raises from now on."""
         self.failure = self.failure or failure
 
     def keep(self, rows: Tensor) -> None:
@@ -63,11 +53,11 @@ class TableSnapshot:
 
         Where there is no room left, the snapshot is lost and the table is not: :meth:`read` will raise.
 
-        Args:
-            rows: [N] int64, unique.
+        Shapes: `rows` [N] int64.
         """
         if self.failure is not None:
             return
+        # 1. Only rows that somebody will still read, and only once.
         rows = rows[rows >= min(self._num_read)]
         rows = rows[self._place_of_row.index_select(0, rows) == 0]
         try:
@@ -75,6 +65,7 @@ class TableSnapshot:
         except TableStorageError as error:
             self.fail(error)
             return
+        # 2. They go behind those that are kept, segment by segment. Place 0 means that a row is not kept.
         while rows.numel():
             segment, first = divmod(self._num_kept, SEGMENT_ROWS)
             some, rows = rows[: SEGMENT_ROWS - first], rows[SEGMENT_ROWS - first :]
@@ -87,21 +78,17 @@ class TableSnapshot:
     def read(self, part_index: int, first_row: int, out: Tensor) -> None:
         """Copy rows of one part as they were; each may be read once, in ascending order to keep few of them.
 
-        Args:
-            part_index: 0 for weights, then the optimizer states.
-            first_row: Of the range.
-            out: [N, D] or [N]; written.
-
-        Raises:
-            TableStorageError: Some rows could not be kept.
+        Shapes: `out` [N, D] or [N]. Raises TableStorageError.
         """
         if self.failure is not None:
             raise self.failure
         assert first_row >= self._num_read[part_index], "these rows were read before, and may not have been kept since"
+        # 1. Rows as they are in the table now.
         last_row = first_row + out.shape[0]
         out.copy_(self._parts[part_index][first_row:last_row])
         if first_row == self._num_read[part_index]:
             self._num_read[part_index] = last_row
+        # 2. Rows that were overwritten since come from where they were kept.
         places = self._place_of_row[first_row:last_row]
         kept = places.nonzero().view(-1)
         places = places[kept].long() - 1

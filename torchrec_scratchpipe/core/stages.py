@@ -44,45 +44,31 @@ BOTH = (Count.FILLS, Count.WRITEBACKS)
 
 
 def run_stages(batch: Batch, streams: StageStreams) -> None:
-    """Run the stages of a batch's next pool.
-
-    Args:
-        batch: A pool of it has not been planned yet.
-        streams: Where the device works.
-
-    Raises:
-        SlotsHeldError: Batches in flight hold too many slots for now; nothing has changed.
-        StageFailedError: Rows of the pool are incomplete.
-    """
+    """Run the stages of the next pool of a batch. Raises SlotsHeldError or StageFailedError."""
     pool = batch.pools[len(batch.plans)]
     is_in_place = pool.host_table.is_device_accessible and not pool.host_table.has_snapshots
     start_s = time.perf_counter()
     is_confirmed = False
     while not is_confirmed:
+        # In this order: Plan must come after the Train of every batch whose slots it may give away (hazards 1 and 3).
         pool.slot_map.take_in_releases()
         streams.order_after_trains()
         plan = plan_rows(batch, start_s)
-        if is_in_place:  # before it is known whether there are slots: without them, nothing moves
+        # Rows move before it is known whether there are slots. Without slots, nothing moves.
+        if is_in_place:
             _move_in_place(pool, plan, streams)
         is_confirmed = pool.slot_map.confirm(plan)
     batch.held.append((pool, plan))
     pool.counters.num_batches += 1
     if not is_in_place:
-        streams.synchronize()  # rows are read on the host, and on this stream
+        # Earlier stages may still write the tables on other streams. Here the host reads them.
+        streams.synchronize()
         _move_through_staging(pool, plan)
     batch.plans.append(plan)
 
 
 def plan_rows(batch: Batch, start_s: float) -> CachePlan:
-    """Plan: decide where the batch's rows go and which rows leave, in its next pool; moves nothing.
-
-    Args:
-        batch: The batch.
-        start_s: When this began, by ``time.perf_counter()``.
-
-    Returns:
-        The plan, which does not stand yet.
-    """
+    """Plan: decide where the batch's rows go and which rows leave, in its next pool; moves nothing."""
     index = len(batch.plans)
     pool = batch.pools[index]
     slots = batch.plans[0].slots if index > 0 else None
@@ -102,6 +88,7 @@ def _move_through_staging(pool: Pool, plan: CachePlan) -> None:
         with plan.timed(Stage.EXCHANGE, BOTH):
             staged = exchange(pool, staged)
     except BaseException:
+        # No row has moved yet, so that the plan can be taken back and the pool stays usable.
         pool.slot_map.undo(plan)
         raise
     with pool.failing_for_good(f"Insert of batch {plan.batch_index} failed"), plan.timed(Stage.INSERT, BOTH):
@@ -111,12 +98,7 @@ def _move_through_staging(pool: Pool, plan: CachePlan) -> None:
 def collect(pool: Pool, moves: RowMoves) -> StagedRows:
     """Collect: copy missing rows out of the table, and victims out of the scratchpad, into staging.
 
-    Args:
-        pool: The pool.
-        moves: What Plan decided.
-
-    Returns:
-        Staged rows: `fill` on the host, `writeback` on the device.
+    `fill` comes to lie on the host, `writeback` on the device.
     """
     miss_rows = moves.miss_rows.cpu()
     fill = pool.staging.take("fill", miss_rows.numel())
@@ -130,15 +112,7 @@ def collect(pool: Pool, moves: RowMoves) -> StagedRows:
 
 
 def exchange(pool: Pool, staged: StagedRows) -> StagedRows:
-    """Exchange: carry staged rows over the bus, both ways; on a CPU both sides are the same memory.
-
-    Args:
-        pool: The pool.
-        staged: What Collect gave.
-
-    Returns:
-        Staged rows: `fill` on the device, `writeback` on the host.
-    """
+    """Exchange: carry staged rows over the bus, both ways; on a CPU both sides are the same memory."""
     device = pool.slot_map.device
     if device.type == "cpu":
         return staged
@@ -153,18 +127,13 @@ def exchange(pool: Pool, staged: StagedRows) -> StagedRows:
 
 
 def insert(pool: Pool, moves: RowMoves, staged: StagedRows) -> None:
-    """Insert: write victims to their table and missing rows to their slots.
-
-    Args:
-        pool: The pool.
-        moves: What Plan decided.
-        staged: What Exchange gave.
-    """
+    """Insert: write victims to their table and missing rows to their slots."""
     pool.host_table.write(moves.victim_rows.cpu(), staged.writeback)
     write_rows(pool.scratchpad.parts, moves.miss_slots, staged.fill)
 
 
 def _move_in_place(pool: Pool, plan: CachePlan, streams: StageStreams) -> None:
+    # Each direction waits for what frees its way: victims for Plan, missing rows for the victims' slots (hazards 2, 3).
     with pool.failing_for_good(f"moving the rows of batch {plan.batch_index} failed"):
         streams.wait(streams.writeback, plan.planned)
         with streams.on(streams.writeback), plan.timed(Stage.COLLECT, (Count.WRITEBACKS,)):
@@ -177,23 +146,13 @@ def _move_in_place(pool: Pool, plan: CachePlan, streams: StageStreams) -> None:
 
 
 def write_back(pool: Pool, plan: CachePlan) -> None:
-    """Collect, exchange and insert victims, in place: from their slots to their table.
-
-    Args:
-        pool: The pool; the device reaches its tables.
-        plan: What Plan decided.
-    """
+    """Collect, exchange and insert victims, in place: from their slots to their table."""
     operations = partial(_enqueue_writeback, pool, plan.buffers)
     pool.slot_map.ops.enqueue(plan.buffers, _key(pool, Count.WRITEBACKS), operations)
 
 
 def fill(pool: Pool, plan: CachePlan) -> None:
-    """Collect, exchange and insert missing rows, in place: from their table to their slots.
-
-    Args:
-        pool: The pool; the device reaches its tables.
-        plan: What Plan decided.
-    """
+    """Collect, exchange and insert missing rows, in place: from their table to their slots."""
     pool.slot_map.ops.enqueue(plan.buffers, _key(pool, Count.FILLS), partial(_enqueue_fill, pool, plan.buffers))
 
 

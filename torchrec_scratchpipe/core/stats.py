@@ -62,12 +62,7 @@ class PoolStats:
 
 
 class PoolCounters:
-    """Running counts of one pool; those of rows stay on the device until :meth:`stats`.
-
-    Args:
-        host_table: Every row.
-        table_counts: What Plan counts.
-    """
+    """Running counts of one pool; those of rows stay on the device until :meth:`stats`."""
 
     def __init__(self, host_table: HostTable, table_counts: TableCounts) -> None:
         self._host_table = host_table
@@ -79,13 +74,7 @@ class PoolCounters:
         self.spans: deque[StageSpan] = deque(maxlen=MAX_STAGE_SPANS)
 
     def add_spans(self, batch_index: int, stages: list[TimedStage], counts: Sequence[int]) -> None:
-        """Take in when the stages of a batch ran.
-
-        Args:
-            batch_index: Of its plan.
-            stages: Those that have not been taken in; emptied.
-            counts: What the plan counted.
-        """
+        """Take in when the stages of a batch ran."""
         row_bytes = self._host_table.layout.row_bytes
         for stage, start_s, end_s, moved in stages:
             num_rows = sum(counts[count] for count in moved)
@@ -93,33 +82,16 @@ class PoolCounters:
         stages.clear()
 
     def add_train(self, batch_index: int, start_s: float) -> None:
-        """Take in that the Train of a batch has ended just now.
-
-        Args:
-            batch_index: Of its plan.
-            start_s: When it began, by ``time.perf_counter()``.
-        """
+        """Take in that the Train of a batch has ended just now."""
         self.spans.append(StageSpan(batch_index, Stage.TRAIN, start_s, time.perf_counter(), 0))
 
     def add_stall(self, stall_ms: float) -> None:
-        """Count one batch for which Train waited.
-
-        Args:
-            stall_ms: For how long.
-        """
+        """Count one batch for which Train waited."""
         self.num_stalls += 1
         self.stall_ms += stall_ms
 
     def stats(self, num_slots: int, num_resident_rows: int) -> PoolStats:
-        """Read all counts; waits for the device.
-
-        Args:
-            num_slots: S of the pool.
-            num_resident_rows: Rows in slots now.
-
-        Returns:
-            Counts since construction.
-        """
+        """Read all counts; waits for the device."""
         tables, counts = self._host_table.tables, self._table_counts
         num_ids, num_unique, num_misses, num_victims = (
             numbers.tolist() for numbers in (counts.num_ids, counts.num_unique, counts.num_misses, counts.num_victims)

@@ -28,16 +28,7 @@ class TableStorage(Protocol):
     is_copied_by_fork: bool  # whether a forked child has memory of its own, with the same content
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
-        """Allocate zero-filled memory.
-
-        Args:
-            num_values: Length of the flat tensor.
-            dtype: Its element type.
-            label: For error messages and file names, e.g. ``"weights of t_cat_0, t_cat_1"``.
-
-        Returns:
-            [num_values], contiguous, on the host.
-        """
+        """Allocate zero-filled memory. Shapes: returns [num_values]."""
 
     def persist(self) -> None:
         """Wait until everything written so far has reached the medium."""
@@ -75,19 +66,7 @@ class PageLockedStorage:
         weakref.finalize(self, _unlock, self._locked)
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
-        """See :class:`TableStorage`.
-
-        Args:
-            num_values: Length of the flat tensor.
-            dtype: Its element type.
-            label: For error messages.
-
-        Returns:
-            [num_values], contiguous, page-locked.
-
-        Raises:
-            TableStorageError: The system does not lock so much.
-        """
+        """See :class:`TableStorage`. Shapes: returns [num_values]. Raises TableStorageError."""
         # Zeros, in whole pages of its own; private, because shared memory gets no huge pages.
         num_bytes = max(1, num_values) * dtype.itemsize
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -134,11 +113,7 @@ class MappedStorage:
     never has a name (where the file system knows no such files, not for long): the space is returned when the table is
     freed, however the process ends, and no table of an earlier run can be mistaken for this one.
 
-    Args:
-        directory: An existing, writable directory on the disk that is to hold the tables.
-
-    Raises:
-        TableStorageError: The directory is missing or not writable.
+    Raises TableStorageError.
     """
 
     is_slow_to_write = True
@@ -162,19 +137,7 @@ class MappedStorage:
             ) from error
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
-        """See :class:`TableStorage`.
-
-        Args:
-            num_values: Length of the flat tensor.
-            dtype: Its element type.
-            label: For error messages.
-
-        Returns:
-            [num_values], contiguous, backed by an unnamed file.
-
-        Raises:
-            TableStorageError: The disk has no room for it.
-        """
+        """See :class:`TableStorage`. Shapes: returns [num_values]. Raises TableStorageError."""
         num_bytes = max(1, num_values) * dtype.itemsize
         try:
             with tempfile.TemporaryFile(prefix="scratchpipe_table_", dir=self._directory) as file:

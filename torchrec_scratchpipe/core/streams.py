@@ -18,9 +18,7 @@ __all__ = ["StageStreams"]
 class StageStreams:
     """Streams of one device, and the few things that are done with them.
 
-    Args:
-        device: Where they are; nothing has a stream on a CPU.
-        is_overlapped: False has everything run on the caller's stream.
+    None stands for the stream of the caller, and for an event that has happened. A CPU has no others.
     """
 
     plan: torch.Stream | None = None
@@ -54,11 +52,7 @@ class StageStreams:
 
     @contextmanager
     def on(self, stream: torch.Stream | None) -> Iterator[None]:
-        """Enqueue on this stream.
-
-        Args:
-            stream: Which one; None stays where the caller is.
-        """
+        """Enqueue on this stream."""
         if stream is None or self._module is None:
             yield
         else:
@@ -66,14 +60,7 @@ class StageStreams:
                 yield
 
     def record(self, stream: torch.Stream | None) -> torch.Event | None:
-        """An event that comes after all that has been enqueued on a stream.
-
-        Args:
-            stream: Which one; None means the caller's.
-
-        Returns:
-            The event; None on a CPU, where everything has happened.
-        """
+        """An event that comes after all that has been enqueued on a stream."""
         if self._module is None:
             return None
         event: torch.Event = self._module.Event()
@@ -81,12 +68,7 @@ class StageStreams:
         return event
 
     def wait(self, stream: torch.Stream | None, event: torch.Event | None) -> None:
-        """Let what is enqueued on a stream from now on come after an event.
-
-        Args:
-            stream: Which one; None means the caller's.
-            event: From :meth:`record`; None has happened.
-        """
+        """Let what is enqueued on a stream from now on come after an event."""
         stream = stream or self.current()
         if event is not None and stream is not None:
             stream.wait_event(event)
@@ -98,9 +80,6 @@ class StageStreams:
         """Train of a batch has been enqueued, and its slots are about to be released.
 
         Whoever sees the release finds the event.
-
-        Args:
-            stream: That it was enqueued on; None if it never was. May be called from any thread.
         """
         event = None if stream is None or self.plan is None else self.record(stream)
         if event is not None:
@@ -112,21 +91,13 @@ class StageStreams:
             self.wait(self.plan, self._trains.popleft())
 
     def record_use(self, tensor: Tensor) -> None:
-        """Tell the allocator that a tensor is used on all these streams.
-
-        Args:
-            tensor: On the device, or on the host, which has no allocator to tell.
-        """
+        """Tell the allocator that a tensor is used on all these streams."""
         if tensor.device.type != "cpu":
             for stream in self.own:
                 tensor.record_stream(stream)
 
     def record_use_by_caller(self, tensor: Tensor) -> None:
-        """Tell the allocator that a tensor is used on the caller's stream.
-
-        Args:
-            tensor: As for :meth:`record_use`.
-        """
+        """Tell the allocator that a tensor is used on the caller's stream."""
         stream = self.current()
         if tensor.device.type != "cpu" and stream is not None:
             tensor.record_stream(stream)

@@ -279,15 +279,7 @@ class _Rows(NamedTuple):
 
 
 def rows_of_ids(ids: FeatureIds, features: FeatureRows) -> Tensor:
-    """The rows of one pool that a batch looks up.
-
-    Args:
-        ids: The batch's ids.
-        features: Where its features look up rows of the pool.
-
-    Returns:
-        [I] int64, -1 for what is not this pool's or out of range.
-    """
+    """The rows of one pool that a batch looks up. Shapes: returns [I] int64."""
     return _rows_of_ids(ids, features).rows
 
 

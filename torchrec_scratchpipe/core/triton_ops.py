@@ -118,9 +118,6 @@ class TritonOps(CommonOps):
 
     A launch from Python costs the host 20 us or more. So a plan's launches are recorded for each set of buffers, and
     replayed as one.
-
-    Args:
-        make_graph: What launches are recorded into; None launches them one by one.
     """
 
     orders_moves = True
@@ -135,6 +132,7 @@ class TritonOps(CommonOps):
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
         """See :class:`SlotOps`."""
+        # Never recorded: the ids' address and number are parameters.
         num_ids, num_features = ids.ids.numel(), features.table.numel()
         if num_ids:
             self._launch(
@@ -449,6 +447,7 @@ def _address_of(numbers_ptr, position: tl.constexpr, IS_64_BIT: tl.constexpr):
 @triton.jit
 def _segment_of(bounds_ptr, bounds_stride, positions, num_segments, inside, SEARCH_STEPS: tl.constexpr):
     """The segment f with bounds[f] <= position < bounds[f + 1]."""
+    # By halves. An empty segment begins where the next one does, and is never found.
     low = tl.zeros_like(positions)
     high = low + num_segments
     for _ in tl.static_range(SEARCH_STEPS):
@@ -585,6 +584,7 @@ def _find_kernel(
     SEARCH_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # The grid is for as many ids as the buffers have room for.
     num_ids = tl.load(numbers_ptr + _NUM_IDS)
     if tl.program_id(0) * BLOCK >= num_ids:
         return
@@ -601,11 +601,13 @@ def _find_kernel(
         SEARCH_STEPS,
         BLOCK,
     )
+    # 1. Which ids are out of range. One is enough to refuse the plan.
     last_bad = tl.max(tl.where(is_bad, positions + 1, 0), 0)
     if last_bad > 0:
         tl.atomic_max(counts_ptr + _BAD_POSITION, last_bad, sem="relaxed")
     tl.store(rows_ptr + positions, tl.where(is_mine, rows, -1), mask=positions < num_ids)
 
+    # 2. Hits: whoever raises a slot's last use first lists it, and holds it from now on.
     slots = tl.load(row_to_slot_ptr + rows, mask=is_mine, other=0)
     is_hit = is_mine & (slots >= 0)
     # Looking first spares most of the atomics on popular rows.
@@ -616,6 +618,7 @@ def _find_kernel(
     tl.store(hit_slots_ptr + place, slots, mask=is_hit)
     tl.store(hit_last_use_ptr + place, last_use, mask=is_hit)
 
+    # 3. Misses: whoever marks an absent row first lists it, with what was known of it.
     is_miss = is_mine & (slots < 0) & (slots != _BEING_PLACED)
     mark = tl.full(slots.shape, _BEING_PLACED, tl.int32)
     known = tl.atomic_min(row_to_slot_ptr + rows, mark, mask=is_miss, sem="relaxed")
@@ -641,6 +644,7 @@ def _take_kernel(
 ):
     batch_index = tl.load(numbers_ptr + _BATCH_INDEX).to(tl.int32)
     first_held = tl.load(numbers_ptr + _FIRST_HELD)
+    # One program, because victims are taken in the order of the list. Free slots come first.
     num_misses = tl.load(counts_ptr + _MISSES)
     from_free = tl.minimum(num_misses, tl.load(state_ptr + _NUM_FREE))
     wanted = num_misses - from_free
@@ -652,6 +656,7 @@ def _take_kernel(
         inside = positions < length
         slots = tl.load(listed_ptr + positions, mask=inside, other=0)
         listed_last_use = tl.load(listed_last_use_ptr + positions, mask=inside, other=0)
+        # A listed slot that has been used since it was listed is no victim any more.
         is_usable = inside & (tl.load(last_use_ptr + slots, mask=inside, other=-1) == listed_last_use)
         is_usable &= listed_last_use < first_held
         if SKIPS_USED_AHEAD:
@@ -661,6 +666,7 @@ def _take_kernel(
         is_chosen = is_usable & (places < wanted)
         tl.store(miss_slots_ptr + places, slots, mask=is_chosen)
         tl.store(victim_last_use_ptr + places, listed_last_use, mask=is_chosen)
+        # Held from now on, so that a second scan does not list it.
         tl.store(last_use_ptr + slots, batch_index + tl.zeros_like(slots), mask=is_chosen)
         taken += tl.sum(is_chosen.to(tl.int64), 0)
         after_last_chosen = tl.max(tl.where(is_chosen, positions + 1, 0), 0)
@@ -675,6 +681,7 @@ def _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, nu
     """The bin of each slot, -1 if it must not go; and its last use."""
     first_held = tl.load(numbers_ptr + _FIRST_HELD)
     next_bit = tl.load(numbers_ptr + _NEXT_BIT).to(tl.int32)
+    # Occupied, and held by no batch in flight (hazards 1 and 3).
     inside = slots < num_slots
     last_use = tl.load(last_use_ptr + slots, mask=inside, other=-1)
     is_usable = (last_use >= 0) & (last_use < first_held)
@@ -683,6 +690,7 @@ def _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, nu
     octaves = tl.log2(tl.maximum(frequency, _LOWEST_FREQUENCY)) - _LOWEST_OCTAVE
     bins = tl.floor(octaves * _BINS_PER_OCTAVE).to(tl.int32)
     bins = tl.minimum(tl.maximum(bins, 0), _FREQUENCY_BINS - 1)
+    # Bits go round: from the oldest batch that is ahead. Slots whose next use is near have the highest bins.
     in_order = (uses >> next_bit) | ((uses & ((1 << next_bit) - 1)) << (_WINDOW_BITS - next_bit))
     # Half an octave more, so that no rounding of the logarithm of a power of two matters.
     distance = (tl.log2(tl.maximum(in_order & -in_order, 1).to(tl.float32)) + 0.5).to(tl.int32)
@@ -717,6 +725,7 @@ def _threshold_kernel(counts_ptr, state_ptr, histogram_ptr, num_wanted, capacity
         sizes = tl.load(histogram_ptr + bins)
         at_most = tl.cumsum(sizes, 0).to(tl.int64)
         num_unused_ahead = tl.sum(tl.where(bins < _FREQUENCY_BINS, sizes, 0), 0).to(tl.int64)
+        # As many as are wanted, but none that a batch ahead will use unless there is no other.
         target = tl.maximum(missing, num_wanted)
         target = tl.where(num_unused_ahead >= missing, tl.minimum(target, num_unused_ahead), target)
         threshold = tl.minimum(tl.sum((at_most < target).to(tl.int64), 0), _NUM_BINS - 1)
@@ -728,6 +737,7 @@ def _threshold_kernel(counts_ptr, state_ptr, histogram_ptr, num_wanted, capacity
         tl.store(state_ptr + _NUM_BELOW, num_below)
         tl.store(state_ptr + _BELOW_CURSOR, 0)
         tl.store(state_ptr + _AT_CURSOR, 0)
+        # All threads have read the histogram before it is cleared for the next scan.
         tl.debug_barrier()
         tl.store(histogram_ptr + bins, tl.zeros_like(sizes))
 
@@ -750,6 +760,7 @@ def _list_kernel(
         slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         bins, last_use = _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots)
         threshold = tl.load(state_ptr + _THRESHOLD)
+        # All slots below the threshold first, then as many at the threshold as there is room for.
         is_below = (bins >= 0) & (bins < threshold)
         place = _append(state_ptr + _BELOW_CURSOR, is_below)
         tl.store(listed_ptr + place, slots, mask=is_below)
@@ -804,12 +815,14 @@ def _commit_kernel(
     rows = tl.load(miss_rows_ptr + positions, mask=is_miss, other=0)
     known = tl.load(miss_known_ptr + positions, mask=is_miss, other=-1)
     slots = tl.load(miss_slots_ptr + positions, mask=is_victim, other=0)
+    # Refused: every mark and hold of this plan is taken back.
     if _is_refused(counts_ptr):
         tl.store(last_use_ptr + hits, tl.load(hit_last_use_ptr + positions, mask=is_hit, other=0), mask=is_hit)
         old = tl.load(victim_last_use_ptr + positions, mask=is_victim, other=0)
         tl.store(last_use_ptr + slots, old, mask=is_victim)
         tl.store(row_to_slot_ptr + rows, known, mask=is_miss)
     else:
+        # Who stays.
         frequency = tl.load(frequency_ptr + hits, mask=is_hit, other=0.0)
         uses = tl.load(uses_ahead_ptr + hits, mask=is_hit, other=0)
         hit_rows = tl.load(slot_to_row_ptr + hits, mask=is_hit, other=0)
@@ -835,11 +848,14 @@ def _commit_kernel(
 
         # Who comes.
         from_free = is_miss & ~is_victim
+        # Victims' slots go to the first misses, free ones to the rest, from the top of their stack.
         free_places = tl.load(state_ptr + _NUM_FREE) - 1 - (positions - num_victims)
         free = tl.load(free_slots_ptr + free_places, mask=from_free, other=0)
         slots = tl.where(is_victim, slots, free)
         known = -1 - known
         note = known >> _WINDOW_BITS
+        # The row's frequency as it was when it left. Notes go round, so that a note from long ago is taken for no more
+        # than the oldest that can be told apart.
         since_origin = (note - 1).to(tl.float32) - origin
         since_origin = tl.where(since_origin < 0, since_origin + _NUM_NOTES, since_origin)
         since_origin = tl.where(since_origin >= _FIRST_NOTE_LONG_PAST, since_origin - _NUM_NOTES, since_origin)
@@ -878,6 +894,7 @@ def _translate_kernel(
     if not is_refused:
         sizes = _per_table(row_offsets_ptr, rows, is_mine, num_tables, SEARCH_STEPS, TABLE_BINS)
         _add_per_table(num_ids_ptr, sizes, TABLE_BINS)
+    # Moves, which come next, read these: nothing moves if the plan was refused.
     if tl.program_id(0) == 0:
         if is_refused:
             tl.store(counts_ptr + _IS_REFUSED, 1)
@@ -915,6 +932,7 @@ def _count_bins_kernel(rows_ptr, bins_ptr, counts_ptr, shift, COUNT: tl.constexp
 def _first_of_bins_kernel(bins_ptr):
     """From how many there are in each bin to where each begins."""
     bins = tl.arange(0, _NUM_ORDER_BINS)
+    # One program: the barrier keeps reads before writes.
     sizes = tl.load(bins_ptr + bins)
     firsts = tl.cumsum(sizes, 0) - sizes
     tl.debug_barrier()
@@ -958,6 +976,7 @@ def _move_kernel(
     BLOCK_WORDS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
+    # Few programs, each with many rows under way; a row is as many words, 16 bytes of which a thread moves at a time.
     num_rows = tl.load(counts_ptr + COUNT)
     stride = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS

@@ -27,11 +27,6 @@ class WriteBuffer:
     gather first; a hand then sweeps through the table in row order and takes along all that lie in its way, so that
     neighbouring rows share a page and neighbouring pages one write. Costs 4 bytes per row of the table, and at most
     :data:`WRITE_BUFFER_BYTES` of rows.
-
-    Args:
-        write_table: Writes rows to the table: row ids, then the values of each part.
-        num_rows: Rows of the table.
-        layout: What a row consists of.
     """
 
     def __init__(
@@ -46,12 +41,7 @@ class WriteBuffer:
         self._hand = 0
 
     def read_over(self, rows: Tensor, out: Sequence[Tensor]) -> None:
-        """Replace what was read from the table by what is newer here.
-
-        Args:
-            rows: [N] int64.
-            out: [N, D] or [N] each; rows that wait here are written.
-        """
+        """Replace what was read from the table by what is newer here. Shapes: `rows` [N] int64, `out` [N, D] or [N]."""
         places = self._row_to_place.index_select(0, rows).long()
         positions = (places >= 0).nonzero().view(-1)
         if positions.numel() == 0:
@@ -62,9 +52,7 @@ class WriteBuffer:
     def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Take rows in, and pass others on to the table where there is no room.
 
-        Args:
-            rows: [N] int64, unique.
-            values: [N, D] or [N] each.
+        Shapes: `rows` [N] int64, `values` [N, D] or [N].
         """
         for first in range(0, rows.numel(), self._capacity):
             last = first + self._capacity
@@ -80,17 +68,20 @@ class WriteBuffer:
         self._make_room(self._capacity)
 
     def _write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        # 1. A row that waits here already keeps its place; the others take free ones.
         self._make_room(rows.numel())
         places = self._row_to_place.index_select(0, rows).long()
         new = (places < 0).nonzero().view(-1)
         places[new] = self._free_places[: new.numel()]
         self._free_places = self._free_places[new.numel() :]
+        # 2. Values go to their places.
         self._row_to_place.index_copy_(0, rows, places.int())
         write_rows(self._buffer, places, values)
 
     def _make_room(self, num_places: int) -> None:
         freed = [self._free_places]
         num_free = self._free_places.numel()
+        # The hand goes on where it stopped, takes all rows in its way to the table, and begins again at the end.
         while num_free < num_places:
             first = self._hand
             self._hand = last = min(first + SWEEP_ROWS, self._num_rows)

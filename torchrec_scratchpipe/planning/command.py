@@ -84,14 +84,7 @@ class _PlannerOfCommand(ScratchPipeShardingPlanner):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a plan, or why there is none.
-
-    Args:
-        arguments: As on the command line, which is the default.
-
-    Returns:
-        The exit status: 0 for a plan, 1 for none, 2 for input that cannot be used.
-    """
+    """Print a plan, or why there is none."""
     args = _parse(arguments)
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torchrec")

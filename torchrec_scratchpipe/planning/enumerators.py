@@ -37,15 +37,7 @@ class ScratchpadRules(Protocol):
         """Drop what :meth:`learn` was told."""
 
     def learn(self, name: str, kernels: set[str]) -> bool:
-        """Take note of what the enumerator's own constraints leave of `fused` and `fused_uvm_caching`.
-
-        Args:
-            name: Of the table.
-            kernels: Those two, or fewer.
-
-        Returns:
-            Whether that was news.
-        """
+        """Take note of what the enumerator's own constraints leave of `fused` and `fused_uvm_caching`."""
 
     def has_slots(self, name: str) -> bool:
         """Whether it is planned as a scratchpad table."""
@@ -66,11 +58,6 @@ class ScratchpadEnumerator(Enumerator):
     The other one does the work, with its own constraints, estimators and search order. While it enumerates, this
     object's methods stand in for those that filter sharding types and kernels and that estimate, where it has them. Of
     an enumerator that has none of these, the options are sorted out afterwards. All else is the other's.
-
-    Args:
-        theirs: TorchRec's enumerator, or what has its interface.
-        rules: Which tables are planned as scratchpad tables.
-        is_cpu: Whether TorchRec cannot estimate `fused_uvm_caching` there.
     """
 
     def __init__(self, theirs: Enumerator, rules: ScratchpadRules, *, is_cpu: bool) -> None:

@@ -36,18 +36,7 @@ def read_trace(
     * `.tsv`, `.txt`: Criteo's 40 columns; the 26 hexadecimal ones go, in order, to the tables' features, modulo their
       rows.
 
-    Args:
-        paths: The files.
-        tables: Whose features are read.
-        batch_size: B.
-
-    Returns:
-        One KeyedJaggedTensor per batch, on the CPU; files are opened when their first batch is asked for, wherever the
-        working directory is by then.
-
-    Raises:
-        MeasurementError: `batch_size` is below 1; or, while it is read, a file cannot be read as one of these, or lacks
-            a feature, or no file fills a batch.
+    Raises MeasurementError.
     """
     features = [feature for table in tables for feature in table.feature_names]
     rows_of = {feature: table.num_embeddings for table in tables for feature in table.feature_names}

@@ -55,15 +55,7 @@ class Advice:
     can_constrain = True  # whether constraints can be given
 
     def budget(self, setting: str, num_bytes: int) -> str:
-        """The way out where memory is short.
-
-        Args:
-            setting: `scratchpad_bytes`, `hbm_cap` or `ddr_cap`.
-            num_bytes: The least that would do.
-
-        Returns:
-            What to do.
-        """
+        """The way out where memory is short."""
         return f"set {setting} to at least {num_bytes:,} bytes ({as_size(num_bytes)})"
 
 
@@ -153,14 +145,7 @@ class Sizer:
         return (ShardingType.ROW_WISE if name in self._row_wise else ShardingType.TABLE_WISE).value
 
     def check(self, module: nn.Module) -> None:
-        """Compare the working sets with the model's tables.
-
-        Args:
-            module: The model.
-
-        Raises:
-            MeasurementError: They are others.
-        """
+        """Compare the working sets with the model's tables. Raises MeasurementError."""
         configs = self._configs = {config.name: config for config in table_configs(module)}
         for name, reuse in self._reuses.items():
             if name not in configs:
@@ -388,8 +373,7 @@ class Sizer:
     def _kernel_group(self, option: ShardingOption) -> Hashable:
         """Tables that agree in this get one kernel of TorchRec; those of equal width then share slots.
 
-        Source:
-            torchrec `group_tables` and `add_params_from_parameter_sharding` (1.8.0).
+        Source: torchrec `group_tables` and `add_params_from_parameter_sharding` (1.8.0).
         """
         config, cache = self._configs[option.name], option.cache_params or CacheParams()
         params = {**self._fused_params[option.name], **getattr(option.tensor, "_optimizer_kwargs", [{}])[0]}
@@ -445,15 +429,7 @@ class Sizer:
 
 
 def step_ms(options: Sequence[ShardingOption], world_size: int) -> float:
-    """How long TorchRec's estimate takes the slowest rank's step to be.
-
-    Args:
-        options: With ranks and estimates.
-        world_size: Ranks.
-
-    Returns:
-        Milliseconds.
-    """
+    """How long TorchRec's estimate takes the slowest rank's step to be."""
     per_rank = np.zeros(world_size)
     for option in options:
         for shard in option.shards:

@@ -24,15 +24,7 @@ def plot_plan(report: PlanReport, path: str | os.PathLike[str], num_tables: int 
 
 
 def draw_plan(report: PlanReport, num_tables: int) -> Any:
-    """What :func:`plot_plan` saves.
-
-    Args:
-        report: Of the planner.
-        num_tables: How many curves.
-
-    Returns:
-        A figure of matplotlib's.
-    """
+    """What :func:`plot_plan` saves."""
     from matplotlib.figure import Figure  # optional, and slow to import
 
     figure = Figure(figsize=(13, 5.2), dpi=120, layout="constrained")

@@ -27,12 +27,6 @@ def random_states_kept(source: Any) -> Iterator[None]:
     Kept are the global generators of torch (CPU, and CUDA once it is in use), NumPy and Python, and those that the
     source or its samplers and datasets hold. Workers that a loader would keep for its next pass are let go: they have
     drawn their seed.
-
-    Args:
-        source: What is iterated, such as a DataLoader.
-
-    Yields:
-        Nothing.
     """
     put_back = [*_global_states(), *(undo for part in _parts(source) for undo in _states_of(part))]
     try:

@@ -167,26 +167,12 @@ def _row(table: TableReport, share_of_bus: float) -> list[str]:
 
 
 def as_size(num_bytes: float) -> str:
-    """For a message.
-
-    Args:
-        num_bytes: Of memory.
-
-    Returns:
-        In GiB, or in MiB where that is less than a tenth.
-    """
+    """For a message."""
     return f"{num_bytes / GIB:.3f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / MIB:.3f} MiB"
 
 
 def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableReport], dict[int, float]]:
-    """What each table misses when it shares slots with the others of its pools, and what that moves.
-
-    Args:
-        tables: With their sharding types.
-
-    Returns:
-        One report per table, and bytes over the bus per rank and step.
-    """
+    """What each table misses when it shares slots with the others of its pools, and what that moves."""
     misses = {sized.table.name: 0.0 for sized, _ in tables}
     first_uses = dict.fromkeys(misses, 0.0)
     bus_bytes = dict.fromkeys(misses, 0.0)
@@ -230,15 +216,7 @@ def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableR
 
 
 def device_bytes_of(sized: SizedTable, shard: ShardToSize) -> float:
-    """Device memory of one shard.
-
-    Args:
-        sized: The table.
-        shard: One of its shards.
-
-    Returns:
-        Bytes.
-    """
+    """Device memory of one shard."""
     if sized.is_whole:
         return shard.demand.whole_bytes + (shard.demand.plan_bytes if shard.rank in sized.ranks_with_plans else 0.0)
     return shard.demand.device_bytes(sized.num_slots * shard.share)

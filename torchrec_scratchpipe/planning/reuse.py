@@ -80,39 +80,20 @@ class Reuse:
     curves: dict[str, Curve]  # "ours", "lru", "optimum"
 
     def window(self, num_batches: float) -> Window:
-        """The working set of a window, interpolated between those measured, else extrapolated by a power law.
-
-        Args:
-            num_batches: May be a fraction: a batch of that share of the size.
-
-        Returns:
-            Rows, at most those of the table.
-        """
+        """The working set of a window, interpolated between those measured, else extrapolated by a power law."""
         sizes = np.log([window.num_batches for window in self.windows])
         values = [self._on_power_law(sizes, [window[i] for window in self.windows], num_batches) for i in (1, 2, 3)]
         return Window(int(np.ceil(num_batches)), *(min(float(self.num_rows), value) for value in values))
 
     def in_second_half(self, per_bin: Floats) -> float:
-        """Mean over the later half of the batches, when the scratchpad has filled.
-
-        Args:
-            per_bin: [B].
-
-        Returns:
-            Per batch.
-        """
+        """Mean over the later half of the batches, when the scratchpad has filled. Shapes: `per_bin` [B]."""
         half = len(per_bin) // 2
         return float(np.average(per_bin[half:], weights=self.bin_sizes[half:]))
 
     def scaled(self, num_steps: float = 1.0, share: float = 1.0) -> "Reuse":
-        """The same data in other batches.
+        """The same data, with `num_steps` batches in one, or of a share of the rows.
 
-        Args:
-            num_steps: So many batches become one. A row that one of them fetches is there for the others.
-            share: Of the rows, and so of everything.
-
-        Returns:
-            A reuse of ``share * num_rows`` rows.
+        A row that one of several batches fetches is there for the others.
         """
         if num_steps == 1.0 and share == 1.0:
             return self
@@ -166,11 +147,6 @@ class ReuseMeter:
 
     Memory grows with distinct rows, 16 to 32 bytes each, and with batches, about 3 KB each; of 4 bytes per row of the
     table, only the pages in which a row was used are touched.
-
-    Args:
-        num_rows: Rows of the table.
-        lookahead: L: rows of a batch are held until the batch planned L later.
-        num_batches_seen_ahead: W: batches known beyond the one that is being planned.
     """
 
     def __init__(self, num_rows: int, lookahead: int, num_batches_seen_ahead: int) -> None:
@@ -200,11 +176,8 @@ class ReuseMeter:
         return len(self._nums_first)
 
     def add(self, ids: Ints) -> None:
-        """Count one batch.
-
-        Args:
-            ids: [I], repeats allowed, each in ``[0, num_rows)``.
-        """
+        """Count one batch. Shapes: `ids` [I]."""
+        # 1. Which rows were used before.
         now = self.num_batches
         rows = np.unique(ids)
         entries = self._row_to_entry[rows]
@@ -212,24 +185,23 @@ class ReuseMeter:
         again = entries[~is_first]
         self._num_ids += ids.size
         self._nums_first.append(int(is_first.sum()))
+        # 2. What became of them since.
         self._count_uses(now, self._last_use[again], self._frequency[again])
+        # 3. Their last use is now, and their frequency has grown.
         self._last_used_in = np.append(self._last_used_in, rows.size) - np.bincount(
             self._last_use[again], minlength=now + 1
         )
         self._frequency[again] = np.logaddexp2(self._frequency[again], now / HALF_LIFE)
         self._last_use[again] = now
         self._add_entries(rows[is_first], now)
+        # 4. Working sets of windows that end now: rows whose last use lies in the window.
         newest_first = np.cumsum(self._last_used_in[::-1])
         self._window_sizes.append(newest_first[np.minimum(GAPS, now + 1) - 1])
         if not self._checked_at or now - self._checked_at[-1] >= max(1, now // 24):
             self._check_levels(now)
 
     def result(self) -> Reuse:
-        """What has been counted so far.
-
-        Returns:
-            Means per bin of batches.
-        """
+        """What has been counted so far."""
         num_batches = self.num_batches
         if self._checked_at[-1] != num_batches - 1:
             self._check_levels(num_batches - 1)
@@ -260,6 +232,7 @@ class ReuseMeter:
         )
 
     def _count_uses(self, now: int, last_use: Ints, frequency: Floats) -> None:
+        # For LRU and the optimum: uses by the gap before them, when they end and when they begin.
         gaps = now - last_use
         columns = np.searchsorted(GAPS, gaps)
         self._gaps.add(now, columns)
@@ -268,6 +241,7 @@ class ReuseMeter:
         is_exposed = gaps > self._held + self._ahead + 1
         last_chance = now - self._ahead - 1
         self._exposed.add(now, np.searchsorted(LEVELS, frequency[is_exposed] - last_chance / HALF_LIFE, side="right"))
+        # Rows whose next use is seen before they could leave take a slot from their release on, whatever their level.
         released = last_use + self._held + 1
         stays_for_use = ~is_exposed & (released < now)
         begun, values = released[stays_for_use], frequency[stays_for_use]
@@ -294,11 +268,13 @@ class ReuseMeter:
         self._rows_at_level.append(np.bincount(levels, minlength=LEVELS.size + 1))
 
     def _lru(self, windows: Ints) -> tuple[Floats, Floats]:
+        # LRU with the rows of the last g batches in its slots misses every use after a longer gap than g.
         hits = np.cumsum(self._gaps.stack(), axis=1)[:, :-1]
         missed = hits[:, -1:] - hits
         return windows[:, ::-1].astype(np.float64), missed[:, ::-1].astype(np.float64)
 
     def _optimum(self, windows: Ints) -> tuple[Floats, Floats]:
+        # The optimum keeps a row from one use to the next if the gap is short, and lets it go at once if it is long.
         ended = self._gaps.stack()
         in_gap = np.cumsum(self._begun_gaps.stack(self.num_batches) - ended, axis=0)[:, :-1]
         kept = windows[:, :1] + np.concatenate([np.zeros_like(in_gap[:, :1]), np.cumsum(in_gap, axis=1)], axis=1)
@@ -338,6 +314,7 @@ class ReuseMeter:
 
     def _waiting(self, gaps: Ints, gap: int) -> Floats:
         """[N] rows that are not held any more and will be used `gap` batches after their last use."""
+        # Whatever ends its wait now began it when it was let go, some batches ago.
         ended = gaps[:, gap - 1].astype(np.float64)
         begun = np.zeros_like(ended)
         num_waiting = min(gap - self._held - 1, len(ended))
@@ -381,16 +358,8 @@ class _CountsByBatch:
 
 
 def misses_of_pool(reuses: Sequence[Reuse], num_slots: float, order: str = "ours") -> list[Floats]:
-    """What tables miss that share slots.
-
-    Args:
-        reuses: One per table, measured together.
-        num_slots: Of the pool.
-        order: Which curve: ours, lru or optimum.
-
-    Returns:
-        [B] per table: unique rows to be fetched per batch, first uses included.
-    """
+    """What tables miss that share slots: [B] unique rows per batch and table, first uses included."""
+    # At one level, slots that tables take add up. So the tables share one level, that at which they fill the slots.
     curves = [reuse.curves[order] for reuse in reuses]
     kept = np.sum([curve.kept for curve in curves], axis=0)
     misses = [reuse.first_uses.copy() for reuse in reuses]

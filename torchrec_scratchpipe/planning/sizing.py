@@ -81,15 +81,11 @@ class _Costs:
 
 
 def size_tables(tables: Sequence[TableToSize], free_bytes: Floats) -> tuple[list[SizedTable], Floats]:
-    """Give every table its slots.
+    """Give every table its slots, within [W] bytes of device memory that ranks have free.
 
-    Args:
-        tables: All tables of the model that have a choice.
-        free_bytes: [W] device memory that they may take.
-
-    Returns:
-        The tables in their order, and [W] what is left; negative on a rank where not even the least fits.
+    Returns [W] bytes that are left; negative where not even the least fits.
     """
+    # 1. The least that each table must have.
     left = free_bytes.astype(np.float64).copy()
     costs = [_Costs(table) for table in tables]
     num_slots: list[float] = []
@@ -100,11 +96,13 @@ def size_tables(tables: Sequence[TableToSize], free_bytes: Floats) -> tuple[list
     _drop_plans(tables, costs, num_slots, left)
     if left.min(initial=0.0) < 0:
         return _sized(tables, costs, num_slots), left
+    # 2. The best step for its bytes, again and again. Where a group ends up without scratchpads, the bytes of its plans
+    # come back, and buy more.
     is_changed = True
     while is_changed:
         _grow(tables, costs, num_slots, left, may_stay_whole=True)
         is_changed = _drop_plans(tables, costs, num_slots, left)
-    # What is too little to keep another table whole still buys slots.
+    # 3. What is too little to keep another table whole still buys slots.
     _grow(tables, costs, num_slots, left, may_stay_whole=False)
     return _sized(tables, costs, num_slots), left
 
@@ -137,6 +135,7 @@ def _grow(
     may_stay_whole: bool,
 ) -> None:
     """Take steps in the order of what they save per byte, as far as there is room; changes `num_slots` and `left`."""
+    # Steps of one table come in their order, because they save less and less per byte.
     steps = [
         step
         for index, table in enumerate(tables)
@@ -151,7 +150,8 @@ def _grow(
         if np.all(more <= left[cost.ranks]):
             left[cost.ranks] -= more
             num_slots[step.table_index] = step.num_slots
-        elif step.num_slots > 0:  # as far as it goes
+        # A scratchpad may take a part of a step; a table is whole or is not.
+        elif step.num_slots > 0:
             share = float(np.min(left[cost.ranks] / np.maximum(more, 1e-9)))
             part = math.floor(now + max(0.0, share) * (step.num_slots - now))
             left[cost.ranks] -= cost.of(part) - cost.of(now)

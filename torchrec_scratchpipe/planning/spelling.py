@@ -10,15 +10,7 @@ NUM_SHOWN = 10
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question to put behind a message about an unknown name.
-
-    Args:
-        name: What was given; of a path with dots each part may be what is known.
-        known: What could have been meant.
-
-    Returns:
-        `` Did you mean ... for ...?``, or nothing where no name is near.
-    """
+    """A question to put behind a message about an unknown name."""
     by_lower_case = {other.lower(): other for other in known}
     parts = [part for part in reversed(name.lower().split(".")) if part in by_lower_case]
     near = parts or difflib.get_close_matches(name.lower(), list(by_lower_case), n=1, cutoff=0.6)
@@ -26,14 +18,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def few(names: Iterable[str]) -> str:
-    """The first of some names, in order.
-
-    Args:
-        names: Maybe many.
-
-    Returns:
-        For a message.
-    """
+    """The first of some names, in order."""
     ordered = sorted(names)
     more = f" and {len(ordered) - NUM_SHOWN:,} more" if len(ordered) > NUM_SHOWN else ""
     return ", ".join(ordered[:NUM_SHOWN]) + more if ordered else "none"

@@ -337,20 +337,7 @@ def zipf_working_sets(
 
 
 def check_count(name: str, value: Any, least: int, below: int | None = None) -> int:
-    """Refuse what is not a whole number in a range.
-
-    Args:
-        name: For the message.
-        value: Anything.
-        least: The smallest that will do.
-        below: All that will do are smaller.
-
-    Returns:
-        The value.
-
-    Raises:
-        ConfigError: It is not an integer, or out of range.
-    """
+    """Refuse what is not a whole number in a range. Raises ConfigError."""
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not is_integer or value < least or (below is not None and value >= below):
         wanted = f"of at least {least}" if below is None else f"in [{least}, {below})"
@@ -359,19 +346,7 @@ def check_count(name: str, value: Any, least: int, below: int | None = None) -> 
 
 
 def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
-    """Refuse what is not a finite number from 0 on.
-
-    Args:
-        name: For the message.
-        value: Anything.
-        is_positive: Whether 0 will not do either.
-
-    Returns:
-        The value.
-
-    Raises:
-        ConfigError: It is not such a number.
-    """
+    """Refuse what is not a finite number from 0 on. Raises ConfigError."""
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0 or (is_positive and value == 0):
         raise ConfigError(
@@ -387,17 +362,7 @@ def _check_settings(lookahead: int, num_batches_seen_ahead: int, world_size: int
 
 
 def table_configs(module_or_tables: nn.Module | Sequence[BaseEmbeddingConfig]) -> list[BaseEmbeddingConfig]:
-    """The configs of all tables.
-
-    Args:
-        module_or_tables: A model with embedding collections that are not sharded, or the configs themselves.
-
-    Returns:
-        One per table.
-
-    Raises:
-        MeasurementError: There is none, or there are two of one name.
-    """
+    """The configs of all tables. Raises MeasurementError."""
     if isinstance(module_or_tables, nn.Module):
         placed = _placed_configs(module_or_tables)
     else:

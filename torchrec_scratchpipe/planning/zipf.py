@@ -20,18 +20,7 @@ NUM_CLASSES = 2000
 def zipf_reuse(
     num_rows: int, ids_per_batch: float, exponent: float, lookahead: int, num_batches_seen_ahead: int
 ) -> Reuse:
-    """The reuse of a table whose rows are looked up by a Zipf law, in the long run.
-
-    Args:
-        num_rows: Of the table.
-        ids_per_batch: Lookups.
-        exponent: The row of rank r is looked up in proportion to ``r ** -exponent``; 0 for all alike.
-        lookahead: As for :class:`ReuseMeter`.
-        num_batches_seen_ahead: As for :class:`ReuseMeter`.
-
-    Returns:
-        One bin, without first uses. Expected values: P99 and max of windows are the mean and three standard deviations.
-    """
+    """The reuse of a table whose rows are looked up by a Zipf law, in the long run."""
     sizes, rates = _classes(num_rows, ids_per_batch, exponent)
 
     def used_within(num_batches: Floats) -> Floats:

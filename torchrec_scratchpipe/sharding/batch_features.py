@@ -34,15 +34,7 @@ LEAVES = (
 def find_tensors(batch: Any, get_features: Callable[[Any], Any] | None = None) -> dict[str, KeyedJaggedTensor]:
     """Look for KeyedJaggedTensors in attributes, fields, lists, tuples and dictionaries, nested in any way.
 
-    Args:
-        batch: As a data loader gives it.
-        get_features: What to look at instead, given the batch.
-
-    Returns:
-        By where they were found, each once.
-
-    Raises:
-        MeasurementError: There is none.
+    Raises MeasurementError.
     """
     looked_at = batch if get_features is None else get_features(batch)
     found: dict[int, tuple[str, KeyedJaggedTensor]] = {}
@@ -62,18 +54,7 @@ def find_tensors(batch: Any, get_features: Callable[[Any], Any] | None = None) -
 
 
 def ids_of_features(tensors: Mapping[str, KeyedJaggedTensor], names: Set[str]) -> dict[str, Tensor]:
-    """The ids of some features, of those that are there.
-
-    Args:
-        tensors: From :func:`find_tensors`.
-        names: Of features.
-
-    Returns:
-        By feature.
-
-    Raises:
-        MeasurementError: Two tensors have the same feature.
-    """
+    """The ids of some features, of those that are there. Raises MeasurementError."""
     ids: dict[str, Tensor] = {}
     place_of: dict[str, str] = {}
     for place, tensor in tensors.items():
@@ -91,15 +72,7 @@ def ids_of_features(tensors: Mapping[str, KeyedJaggedTensor], names: Set[str]) -
 
 
 def num_samples(tensors: Mapping[str, KeyedJaggedTensor], names: Set[str]) -> set[int]:
-    """The sizes that a batch could have, also where features bring fewer bags.
-
-    Args:
-        tensors: From :func:`find_tensors`.
-        names: Of features.
-
-    Returns:
-        Samples, of each tensor that has one of the features.
-    """
+    """The sizes that a batch could have, also where features bring fewer bags."""
     return {_num_samples(tensor) for tensor in tensors.values() if not names.isdisjoint(tensor.keys())}
 
 

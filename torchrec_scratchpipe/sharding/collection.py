@@ -130,11 +130,8 @@ class ScratchpadCollection:
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
         """Send a distributed batch through the stages; any number of batches may be ahead.
 
-        Args:
-            dist_input: The batch after input distribution.
-            forward_stream: Not used: events order the streams.
-            ctx: The batch's own context, which will be passed to `compute_and_output_dist`; without one
-                nothing is sent, and the batch is fetched on the spot.
+        `ctx` is the batch's own context, which will be passed to `compute_and_output_dist`. Without one nothing is
+        sent, and the batch is fetched on the spot. Events order the streams, so that `forward_stream` is not used.
         """
         if not isinstance(ctx, PlannedBatches):
             return
@@ -145,29 +142,14 @@ class ScratchpadCollection:
                 self._runner.submit(batch)
 
     def see(self, dist_input: KJTList, ctx: PlannedBatches) -> None:
-        """Show a distributed batch to the choice of victims, ahead of :meth:`prefetch`; no row moves, no slot is held.
-
-        Args:
-            dist_input: The batch after input distribution.
-            ctx: The batch's own context.
-        """
+        """Show a distributed batch to the choice of victims before :meth:`prefetch`; no row moves, no slot is held."""
         for index, lookup in self._scratchpad_lookups():
             ctx.planned_batches[index] = lookup.make_batches(dist_input[index])
             for batch in ctx.planned_batches[index]:
                 self._runner.see(batch)
 
     def snapshot(self, storage: SnapshotStorage) -> list[tuple[Pool, TableSnapshot]]:
-        """Flush, and keep all rows readable as they are now; training may go on.
-
-        Args:
-            storage: Where old values of rows that are written meanwhile go.
-
-        Returns:
-            One per pool, to be read and closed by its host table.
-
-        Raises:
-            TableStorageError: There is no room; no snapshot is left open.
-        """
+        """Flush, and keep all rows readable as they are now; training may go on. Raises TableStorageError."""
         taken: list[tuple[Pool, TableSnapshot]] = []
         self._runner.wait_until_idle()
         with self._runner.between_batches():
@@ -180,11 +162,7 @@ class ScratchpadCollection:
         return taken
 
     def holding_back(self) -> AbstractContextManager[None]:
-        """See :meth:`StageRunner.holding_back`.
-
-        Returns:
-            To be entered.
-        """
+        """See :meth:`StageRunner.holding_back`."""
         return self._runner.holding_back()
 
     def wait_until_idle(self) -> None:
@@ -198,15 +176,7 @@ class ScratchpadCollection:
         ids. It is an error before anything is exchanged with other ranks. In a pipeline, batches in flight are good, so
         that the error waits until it is this one's turn; until then row 0 stands for such ids, on every rank.
 
-        Args:
-            ctx: The batch's context.
-            features: The batch's features on this rank.
-
-        Returns:
-            What to distribute.
-
-        Raises:
-            IdOutOfRangeError: Names the table, the id and the range.
+        Raises IdOutOfRangeError.
         """
         try:
             self._check_features(features)
@@ -275,14 +245,7 @@ class ScratchpadCollection:
 
 
 def collection_to_plan(module: nn.Module) -> ScratchpadCollection | None:
-    """The collection whose batches can be planned when this sharded module's input is known.
-
-    Args:
-        module: A sharded module.
-
-    Returns:
-        The module itself, the bags inside a feature-processed collection (which changes weights, not ids), or None.
-    """
+    """The collection whose batches can be planned when this sharded module's input is known."""
     if isinstance(module, ShardedFeatureProcessedEmbeddingBagCollection):
         module = module._embedding_bag_collection
     return module if isinstance(module, ScratchpadCollection) else None
@@ -306,11 +269,7 @@ def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
 
 @contextmanager
 def only_read(module: nn.Module) -> Iterator[None]:
-    """While entered, whoever takes a state_dict only reads it, so that resident rows need not be read anew afterwards.
-
-    Args:
-        module: A sharded model, or any part of one.
-    """
+    """While entered, whoever takes a state_dict only reads it: resident rows need not be read anew afterwards."""
     runners = [collection._runner for collection in scratchpad_collections(module)]
     for runner in runners:
         runner.is_only_read = True
@@ -335,11 +294,7 @@ def stage_spans(module: nn.Module) -> list[list[StageSpan]]:
 
 @contextmanager
 def deferring_id_errors(collections: Sequence[ScratchpadCollection]) -> Iterator[None]:
-    """While entered, a batch with an id out of range is loaded, and raises when it trains.
-
-    Args:
-        collections: Those that the batch is for.
-    """
+    """While entered, a batch with an id out of range is loaded, and raises when it trains."""
     for collection in collections:
         collection.defers_id_errors = True
     try:
@@ -350,12 +305,7 @@ def deferring_id_errors(collections: Sequence[ScratchpadCollection]) -> Iterator
 
 
 def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
-    """Say which tables were meant to have a scratchpad and have none, and whether the plan has room for the lookahead.
-
-    Args:
-        module: A sharded model.
-        lookahead: Of the pipeline.
-    """
+    """Say which tables should have a scratchpad and have none, and whether the plan has room for the lookahead."""
     for name, part in module.named_modules():
         if isinstance(part, ScratchpadCollection):
             planned = part._options.lookahead
@@ -377,12 +327,7 @@ def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
 
 
 def warn_of_stock_sharder(table_names: Sequence[str], where: str) -> None:
-    """Say that tables which are planned for a scratchpad get none.
-
-    Args:
-        table_names: Which; nothing is said if there are none.
-        where: The collection.
-    """
+    """Say that tables which are planned for a scratchpad get none."""
     if table_names:
         logger.warning(
             "%s: tables %s are planned as %s, and no scratchpad serves them: another sharder than ScratchPipe's takes "
@@ -395,12 +340,5 @@ def warn_of_stock_sharder(table_names: Sequence[str], where: str) -> None:
 
 
 def scratchpad_collections(module: nn.Module) -> list[ScratchpadCollection]:
-    """All collections with a scratchpad.
-
-    Args:
-        module: A sharded model, or any part of one.
-
-    Returns:
-        In the order of the modules.
-    """
+    """All collections with a scratchpad."""
     return [part for part in module.modules() if isinstance(part, ScratchpadCollection)]

@@ -110,22 +110,14 @@ class ScratchpadKernel(FusedOptimizerModule):
         ]
         self._rows_of_features = feature_rows(self.pools, self._features, self._scratchpad_device)
         self._optim: FusedOptimizer = self._make_optimizer()
-        if (
-            self._scratchpad_device.type == "cpu"
-        ):  # as stock, draw for draw; elsewhere the collection's reset_parameters() is enough
+        # As stock, draw for draw. Elsewhere the collection's reset_parameters() is enough.
+        if self._scratchpad_device.type == "cpu":
             self.init_parameters()
         # The stages' streams are not ordered after the caller's, which all of this was made on
         runner.wait_for_device()
 
     def make_batch(self, features: KeyedJaggedTensor) -> Batch:
-        """What this group's pools know of one batch.
-
-        Args:
-            features: This group's rank-local features, as the lookup will get them.
-
-        Returns:
-            What the runner acts on, and what :meth:`expect` takes when the batch is about to be looked up.
-        """
+        """What this group's pools know of one batch."""
         bounds = _feature_bounds(features)  # the sizes of the features stay on the device
         ids = FeatureIds(self._within_tables(features.values(), bounds), bounds)
         return Batch(self.pools, self._features, ids, self._rows_of_features, self._runner.release)
@@ -159,11 +151,7 @@ class ScratchpadKernel(FusedOptimizerModule):
     # TorchRec calls forward() with features alone. So the batch of the next forward is left here for it.
 
     def expect(self, batch: Batch | None) -> None:
-        """Say which batch the next forward looks up; None plans it on the spot.
-
-        Args:
-            batch: From :meth:`make_batch`.
-        """
+        """Say which batch the next forward looks up; None plans it on the spot."""
         self._expected[:] = [] if batch is None else [batch]
 
     def drop_expected(self) -> None:
@@ -179,6 +167,7 @@ class ScratchpadKernel(FusedOptimizerModule):
             batch = self.make_batch(features)
             self._runner.submit(batch)
         assert batch.num_ids == features.values().numel(), f"{batch.num_ids=}, {features.values().numel()=}"
+        # From here on the rows are in their slots, and Train may run. FBGEMM sees slots where the model sees ids.
         slots = self._runner.wait(batch)
         features_over_slots = copy.copy(features)
         features_over_slots._values = slots
@@ -267,11 +256,13 @@ class ScratchpadKernel(FusedOptimizerModule):
     def _slice_of_tables(self, first: int, count: int) -> TableBatchedEmbeddingSlice:
         """The weights of `count` tables that lie behind each other, in one piece."""
         dim = self._local_cols[first]
+        # A table behind a scratchpad is shown where all its rows are, on the host.
         if first in self._pool_of_table:
             pool_index, position = self._pool_of_table[first]
             offsets = self.pools[pool_index].host_table.row_offsets
             bounds = offsets[position] * dim, offsets[position + count] * dim
             return TableParameter.of(self._flat_weights[pool_index], *bounds, dim, self._owners[pool_index])
+        # A table that is kept whole lies in the same device memory as the scratchpads, so that one TBE has all tables.
         start = self._memory.value_offsets[0][self._block_of_table[first]]
         num_values = sum(self._local_rows[first : first + count]) * dim
         weights = nn.Parameter(self._memory.piece(0, start, num_values))
@@ -384,6 +375,8 @@ class ScratchpadKernel(FusedOptimizerModule):
         """
         scratchpad = self._memory.scratchpads[pool_index]
         is_moved = num_slots > self._memory.capacities[pool_index]
+        # Memory that moves leaves behind whoever holds tensors of the old one: the views of whole tables, and forwards
+        # whose backward is still to come.
         if is_moved and len(self._memory.scratchpads) > len(self.pools):
             return "cannot grow beside tables that are kept whole on this device"
         if is_moved and any(not batch.is_released for batch in self._in_train):
@@ -394,6 +387,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         refused = budget.refusal(num_new_bytes)
         if refused:
             return refused
+        # No kernel may be at the old memory while its rows are copied, nor look up the new one before.
         try:
             if is_moved:
                 self._runner.wait_for_device()
@@ -443,6 +437,7 @@ class _PoolOwner:
         self.drawing_device = None if runner.device.type == "cpu" else runner.device
 
     def prepare_read(self) -> None:
+        # Hazard 5.
         self._pool.host_table.check_process()
         if self._pool.is_flushed:
             return
@@ -451,12 +446,15 @@ class _PoolOwner:
             self._pool.flush()
 
     def prepare_write(self) -> None:
+        # Hazard 6.
         self._pool.host_table.check_process()
         self._runner.pause()
         with self._runner.between_batches():
             self._pool.purge()
 
     def note_lent(self, memory: LentMemory) -> None:
+        # What is written through it raises no version counter. So nothing runs ahead, and nothing is taken for current,
+        # until it is given back.
         self._runner.lent.add(memory)
         self._pool.host_table.lent.add(memory)
         self.prepare_write()
@@ -473,21 +471,8 @@ class _PoolOwner:
 class ScratchPipeEmbeddingBag(ScratchpadKernel, BatchedFusedEmbeddingBag):
     """Pooled lookup of one group of scratchpad tables.
 
-    Args:
-        config: TorchRec's group of local tables.
-        pg: The process group that shards them.
-        device: Where the scratchpads live.
-        sharding_type: As the sharding passes it; it decides where MEAN is divided.
-        env: As stock; not used.
-        options: What the sharder was given.
-        runner: Runs the stages.
-
-    Raises:
-        ConfigError: A table's load factor, data type or optimizer cannot be served.
-        TableStorageError: A table cannot be placed where it should be.
-
-    Source:
-        torchrec BatchedFusedEmbeddingBag (1.8.0), whose surface this keeps.
+    Raises ConfigError or TableStorageError. Source: torchrec BatchedFusedEmbeddingBag (1.8.0), whose surface this
+    keeps.
     """
 
     def __init__(
@@ -513,17 +498,7 @@ class ScratchPipeEmbeddingBag(ScratchpadKernel, BatchedFusedEmbeddingBag):
     ) -> Tensor:
         """Look up and pool; rows that no stage has brought yet are fetched on the spot.
 
-        Args:
-            features: This group's rank-local features, with ids.
-            vbe_output: As TorchRec passes it.
-            vbe_output_offsets: As TorchRec passes it.
-
-        Returns:
-            [B, sum of the features' D] as stock.
-
-        Raises:
-            IdOutOfRangeError: Names the table, the id and the range.
-            ScratchpadFullError: Names both numbers and the setting to change.
+        Shapes: returns [B, sum of the features' D]. Raises IdOutOfRangeError or ScratchpadFullError.
         """
         look_up = super().forward
         return self._look_up(features, lambda over_slots: look_up(over_slots, vbe_output, vbe_output_offsets))
@@ -532,19 +507,8 @@ class ScratchPipeEmbeddingBag(ScratchpadKernel, BatchedFusedEmbeddingBag):
 class ScratchPipeEmbedding(ScratchpadKernel, BatchedFusedEmbedding):
     """Unpooled lookup of one group of scratchpad tables.
 
-    Args:
-        config: TorchRec's group of local tables.
-        pg: The process group that shards them.
-        device: Where the scratchpads live.
-        options: What the sharder was given.
-        runner: Runs the stages.
-
-    Raises:
-        ConfigError: A table's load factor, data type or optimizer cannot be served.
-        TableStorageError: A table cannot be placed where it should be.
-
-    Source:
-        torchrec BatchedFusedEmbedding (1.8.0), whose surface this keeps.
+    Raises ConfigError or TableStorageError. Source: torchrec BatchedFusedEmbedding (1.8.0), whose surface this
+    keeps.
     """
 
     def __init__(
@@ -562,15 +526,7 @@ class ScratchPipeEmbedding(ScratchpadKernel, BatchedFusedEmbedding):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Look up one row per id; rows that no stage has brought yet are fetched on the spot.
 
-        Args:
-            features: This group's rank-local features, with ids.
-
-        Returns:
-            [I, D] as stock.
-
-        Raises:
-            IdOutOfRangeError: Names the table, the id and the range.
-            ScratchpadFullError: Names both numbers and the setting to change.
+        Shapes: returns [I, D]. Raises IdOutOfRangeError or ScratchpadFullError.
         """
         return self._look_up(features, super().forward)
 
@@ -595,6 +551,7 @@ def _release_after_backward(output: Tensor, batch: Batch, runner: StageRunner) -
 
     The autograd node owns the batch: it lets go after the node's backward, or when the graph is freed.
     """
+    # Without a graph there is no backward to wait for.
     if not output.requires_grad or output.grad_fn is None:
         runner.release(batch)
         return
@@ -608,5 +565,6 @@ def _release_after_backward(output: Tensor, batch: Batch, runner: StageRunner) -
             )
         runner.refresh(batch)  # tables may have been loaded since the forward, and this update goes on top
 
+    # The first hook runs right before the fused update, the second right after it (hazards 1 and 3).
     output.grad_fn.register_prehook(prepare_update)
     output.grad_fn.register_hook(lambda _grad_inputs, _grad_outputs: runner.release(batch, is_updated=True))

@@ -54,14 +54,7 @@ class ScratchpadLookup:
         return [pool for kernel in self._scratchpad_kernels for pool in kernel.pools]
 
     def make_batches(self, features: KeyedJaggedTensor) -> list[Batch]:
-        """What the scratchpad groups know of one batch.
-
-        Args:
-            features: This sharding's rank-local features, as the lookup will get them.
-
-        Returns:
-            One per scratchpad group, for the runner, and for :meth:`expect`.
-        """
+        """What the scratchpad groups know of one batch."""
         groups = features.split(self._feature_splits)
         return [
             kernel.make_batch(group)
@@ -70,11 +63,7 @@ class ScratchpadLookup:
         ]
 
     def expect(self, batches: list[Batch]) -> None:
-        """Say which batches the next lookup is for.
-
-        Args:
-            batches: From :meth:`make_batches`.
-        """
+        """Say which batches the next lookup is for."""
         for kernel, batch in zip(self._scratchpad_kernels, batches, strict=True):
             kernel.expect(batch)
 
@@ -84,11 +73,7 @@ class ScratchpadLookup:
             kernel.drop_expected()
 
     def register_optim_state_tracker_fn(self, record_fn: Callable[[KeyedJaggedTensor, Tensor, Any], None]) -> None:
-        """As stock; of scratchpad tables, the states are on the host, and so are the ids that find them.
-
-        Args:
-            record_fn: As stock.
-        """
+        """As stock; of scratchpad tables, the states are on the host, and so are the ids that find them."""
 
         def record(features: KeyedJaggedTensor, output: Tensor, kernel: Any) -> None:
             if isinstance(kernel, ScratchpadKernel):
@@ -116,11 +101,7 @@ class _TrackedKernel:
 
 
 class ScratchPipePooledLookup(ScratchpadLookup, GroupedPooledEmbeddingsLookup):
-    """TorchRec's pooled lookup, with scratchpad kernels.
-
-    Source:
-        torchrec GroupedPooledEmbeddingsLookup (1.8.0).
-    """
+    """TorchRec's pooled lookup, with scratchpad kernels. Source: torchrec GroupedPooledEmbeddingsLookup (1.8.0)."""
 
     def _create_embedding_kernel(
         self,
@@ -146,11 +127,7 @@ class ScratchPipePooledLookup(ScratchpadLookup, GroupedPooledEmbeddingsLookup):
 
 
 class ScratchPipeSequenceLookup(ScratchpadLookup, GroupedEmbeddingsLookup):
-    """TorchRec's unpooled lookup, with scratchpad kernels.
-
-    Source:
-        torchrec GroupedEmbeddingsLookup (1.8.0).
-    """
+    """TorchRec's unpooled lookup, with scratchpad kernels. Source: torchrec GroupedEmbeddingsLookup (1.8.0)."""
 
     def _create_embedding_kernel(
         self,
@@ -169,16 +146,7 @@ def create_pooled_lookup(
 ) -> nn.Module:
     """Make the lookup of one sharding of bags; a sharding without local scratchpad tables gets the stock one.
 
-    Args:
-        sharding: A pooled sharding of TorchRec.
-        options: What the sharder was given.
-        runner: Runs the stages.
-
-    Returns:
-        The lookup.
-
-    Source:
-        `create_lookup` of torchrec's pooled shardings (1.8.0).
+    Source: `create_lookup` of torchrec's pooled shardings (1.8.0).
     """
     return _create_lookup(
         ScratchPipePooledLookup, sharding, options, runner, sharding_type=_kernel_sharding_type(sharding)
@@ -190,16 +158,7 @@ def create_sequence_lookup(
 ) -> nn.Module:
     """Make the lookup of one sharding of unpooled embeddings; as :func:`create_pooled_lookup`.
 
-    Args:
-        sharding: A sequence sharding of TorchRec.
-        options: What the sharder was given.
-        runner: Runs the stages.
-
-    Returns:
-        The lookup.
-
-    Source:
-        `create_lookup` of torchrec's sequence shardings (1.8.0).
+    Source: `create_lookup` of torchrec's sequence shardings (1.8.0).
     """
     return _create_lookup(ScratchPipeSequenceLookup, sharding, options, runner)
 

@@ -115,11 +115,7 @@ class PlannedCacheParams(CacheParams):
 
 
 class ScratchpadBudget:
-    """Bytes that the scratchpads of a sharder may take on this rank, as long as they live.
-
-    Args:
-        max_bytes: In all; None for as many as there are.
-    """
+    """Bytes that the scratchpads of a sharder may take on this rank, as long as they live."""
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
@@ -127,31 +123,16 @@ class ScratchpadBudget:
         self._planned_bytes: WeakKeyDictionary[Scratchpad, int] = WeakKeyDictionary()
 
     def note_plan(self, num_bytes: int) -> None:
-        """Take note of what a sharding plan leaves of its budget; a job is told when it takes more, and goes on.
-
-        Args:
-            num_bytes: By which all scratchpads together can grow within it.
-        """
+        """Take note of what a sharding plan leaves of its budget; a job is told when it takes more, and goes on."""
         limits = [num_bytes] if self._max_growth_bytes is None else [num_bytes, self._max_growth_bytes]
         self._max_growth_bytes = min(limits)
 
     def charge(self, scratchpad: Scratchpad) -> None:
-        """Count a scratchpad, as large as the sharding plan says it is.
-
-        Args:
-            scratchpad: A new one.
-        """
+        """Count a scratchpad, as large as the sharding plan says it is."""
         self._planned_bytes[scratchpad] = scratchpad.num_bytes
 
     def refusal(self, num_bytes: int) -> str:
-        """Whether a scratchpad may grow.
-
-        Args:
-            num_bytes: By how many.
-
-        Returns:
-            Why it may not; nothing if it may.
-        """
+        """Whether a scratchpad may grow."""
         if self.max_bytes is not None and self._taken_bytes + num_bytes > self.max_bytes:
             return f"may not take {num_bytes:,} bytes more: max_scratchpad_bytes is {self.max_bytes:,}"
         return ""
@@ -171,20 +152,10 @@ class ScratchpadBudget:
 
 @dataclass(frozen=True)
 class ScratchpadOptions:
-    """What all scratchpad tables of a sharder share.
+    """What all scratchpad tables of a sharder share; most fields are parameters of the sharders, which explain them.
 
-    Args:
-        table_dir: Existing directory for memory-mapped tables; None keeps them in RAM.
-        overlap: Run the stages beside Train. False runs them on the training thread: slower, same bits.
-        host_access: How a CUDA device reaches tables in RAM: ``"direct"``, its kernels read and write page-locked
-            tables in place; or ``"staged"``, rows are gathered on the host and copied.
-        on_full: What happens if one batch alone needs more slots than there are: ``"grow"``, its pool gets more; or
-            ``"error"``.
-        budget: What scratchpads may take when they grow.
-        half_life: After so many batches a use counts half, when victims are chosen.
-        out_of_range_ids: ``"error"``, or ``"fbgemm"`` for what FBGEMM does, by its `bounds_check_mode`.
-        lookahead: Batches planned ahead that the sharding plan was made for, if it says so.
-        load_factors: Slots per row of each scratchpad table of a collection, by name; the sharder adds them.
+    `lookahead` is what the sharding plan was made for, if it says so. `load_factors` are slots per row of each
+    scratchpad table of a collection, by name; the sharder adds them.
     """
 
     table_dir: str | None = None
@@ -212,28 +183,14 @@ class ScratchpadOptions:
             raise ConfigError(f"half_life is {self.half_life}, it must be a positive number of batches.")
 
     def make_storage(self, ops: SlotOps) -> TableStorage:
-        """Where host tables come from.
-
-        Args:
-            ops: From :meth:`make_slot_ops`; only kernels reach the tables themselves.
-
-        Returns:
-            Memory-mapped files, page-locked RAM, or RAM.
-        """
+        """Where host tables come from."""
         if self.table_dir is not None:
             return MappedStorage(self.table_dir)
         is_direct = self.host_access == "direct" and not isinstance(ops, TorchOps)
         return PageLockedStorage() if is_direct else RamStorage()
 
     def make_slot_ops(self, device: torch.device) -> SlotOps:
-        """What plans, and moves rows in place.
-
-        Args:
-            device: Where the scratchpads are.
-
-        Returns:
-            Triton kernels on CUDA; torch operations on a CPU, or without Triton.
-        """
+        """What plans, and moves rows in place."""
         if device.type == "cpu":
             return TorchOps()
         try:
@@ -248,25 +205,14 @@ class ScratchpadOptions:
 
 
 def warn_of_cache_settings(names: str, settings: Mapping[str, Any]) -> None:
-    """Say which settings of FBGEMM's cache have no effect.
-
-    Args:
-        names: Of the tables that they are for.
-        settings: In FBGEMM's words.
-    """
+    """Say which settings of FBGEMM's cache have no effect."""
     ignored = sorted(CACHE_SETTINGS & settings.keys() - {"cache_load_factor", "prefetch_pipeline"})
     if ignored:
         logger.warning("tables %s: %s set FBGEMM's cache and have no effect on a scratchpad", names, ", ".join(ignored))
 
 
 def warn_of_ignored_settings(config: GroupedEmbeddingConfig, fused_params: dict[str, Any], device_type: str) -> None:
-    """Say which settings of the user have no effect.
-
-    Args:
-        config: TorchRec's group of tables.
-        fused_params: What was given for it.
-        device_type: Where it trains, ``"cpu"`` or ``"cuda"``.
-    """
+    """Say which settings of the user have no effect."""
     names = ", ".join(table.name for table in config.embedding_tables)
     warn_of_cache_settings(names, fused_params)
     ignored = sorted(name for name in IGNORED_ON_CPU if fused_params.get(name)) if device_type == "cpu" else []
@@ -277,19 +223,7 @@ def warn_of_ignored_settings(config: GroupedEmbeddingConfig, fused_params: dict[
 def optimizer_states(
     config: GroupedEmbeddingConfig, fused_params: dict[str, Any], device_type: str
 ) -> tuple[OptimizerState, ...]:
-    """The states that travel with each row of a group.
-
-    Args:
-        config: TorchRec's group of tables.
-        fused_params: What its TBE is built with.
-        device_type: Where it trains, ``"cpu"`` or ``"cuda"``.
-
-    Returns:
-        In FBGEMM's order.
-
-    Raises:
-        ConfigError: Data type, optimizer or weight decay cannot be served.
-    """
+    """The states that travel with each row of a group. Raises ConfigError."""
     names = ", ".join(table.name for table in config.embedding_tables)
     is_cpu = device_type == "cpu"
     # On a CPU FBGEMM's own kernels have none of these either.
@@ -334,18 +268,7 @@ def _check_optimizer(table_names: str, optimizer: EmbOptimType, *, is_cpu: bool)
 
 
 def tables_by_width(config: GroupedEmbeddingConfig, whole: AbstractSet[int]) -> list[list[int]]:
-    """Table indices of each pool; shards of one table must end up side by side.
-
-    Args:
-        config: TorchRec's group of tables.
-        whole: Indices of tables that have no scratchpad.
-
-    Returns:
-        One list per row width, in the order of the tables.
-
-    Raises:
-        ConfigError: A shard's width cannot be served.
-    """
+    """Table indices of each pool; shards of one table must end up side by side. Raises ConfigError."""
     by_width: dict[int, list[int]] = {}
     widths_of_name: dict[str, set[int]] = {}
     for index, table in enumerate(config.embedding_tables):
@@ -373,18 +296,7 @@ def num_slots_of(table: TableSpec) -> int:
 
 
 def check_load_factor(table_name: str, load_factor: float) -> float:
-    """Refuse what cannot be a share of a table.
-
-    Args:
-        table_name: For the message.
-        load_factor: Slots per row.
-
-    Returns:
-        The load factor.
-
-    Raises:
-        ConfigError: It does not lie in (0, 1].
-    """
+    """Refuse what cannot be a share of a table. Raises ConfigError."""
     if not 0.0 < load_factor <= 1.0:  # false for NaN too
         raise ConfigError(
             f"table {table_name}: load_factor is {load_factor}, it must lie in (0, 1]. Set "

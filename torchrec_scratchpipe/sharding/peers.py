@@ -39,11 +39,7 @@ class PeerNotice:
     def told(self) -> Iterator[None]:
         """While entered, an error is told to the other ranks; or is theirs, and raised as such.
 
-        Yields:
-            Nothing.
-
-        Raises:
-            PeerFailedError: Instead of a lost connection, or of a timeout, for which this rank is not the reason.
+        Raises PeerFailedError.
         """
         try:
             yield
@@ -59,11 +55,7 @@ class PeerNotice:
     def watch(self, awaitable: T) -> T:
         """Have an awaitable of TorchRec, and those that it results in, wait inside :meth:`told`.
 
-        Args:
-            awaitable: Changed in place: it gets a subclass of its class, so that TorchRec takes it for what it is.
-
-        Returns:
-            The same.
+        It is changed in place, and becomes of a subclass of its class, so that TorchRec takes it for what it is.
         """
         if self._has_peers and isinstance(awaitable, Awaitable) and "_peer_notice" not in vars(awaitable):
             kind: Any = type(awaitable)

@@ -238,9 +238,11 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             raise self._failed_error(self._failed_to_load)
         for module, forward in zip(self._pipelined_modules, self._own_forwards, strict=True):
             module.forward = forward  # another pipeline may have left its own
+        # Load, Plan ... Insert of coming batches, then forward of the oldest one.
         with self._stages_held_back():
             context, losses, output = self._forward(dataloader_iter)
-        if not self._model.training:  # else the graph would hold the slots until it is collected
+        # Backward lets go of the slots. Where there is none, the graph would hold them until it is collected.
+        if not self._model.training:
             _release(context)
         else:
             self._backward(losses)
@@ -255,6 +257,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         if not self.batches or self._leave_rest_as_stock():
             raise StopIteration
 
+        # A batch that has failed in forward or backward is not trained a second time.
         context = cast(ScratchPipeTrainPipelineContext, self.contexts[0])
         if context.is_started:
             raise self._failed_error(context)
@@ -290,7 +293,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         # loop below catches up with the last batches when the data has ended.
         num_unplanned = NUM_BATCHES_IN_DIST + self._num_batches_in_copy
         while len(self.batches) <= self._num_batches_known + num_unplanned:
-            if self._num_batches_in_copy:  # before the next copy begins: a dist waits for all copies that have begun
+            # Before the next copy begins: a dist waits for all copies that have begun.
+            if self._num_batches_in_copy:
                 self._start_dists()
             if not self._load(dataloader_iter):
                 break
@@ -300,6 +304,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 self._bring_forward(len(self.batches) - 1 - num_unplanned)
         for position in range(min(self._num_batches_known + 1, len(self.batches))):
             self._bring_forward(position)
+        # One batch further, sizes are exchanged, so that the next step finds them.
         if len(self.batches) > self._num_batches_known + 1:
             self.wait_sparse_data_dist(self.contexts[self._num_batches_known + 1])
 
@@ -403,6 +408,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
     def _bring_forward(self, position: int) -> None:
         """Finish a batch's input dist; plan it, or only have it seen, as its place among the batches asks for."""
         context = cast(ScratchPipeTrainPipelineContext, self.contexts[position])
+        # 1. Its ids are here. If it is not to be planned yet, they guide the choice of victims.
         if not context.is_seen:
             context.is_seen = True
             self._finish_dist(context)
@@ -410,6 +416,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 for collection, name in self._collections_to_plan():
                     with self._stream_context(self._data_dist_stream):
                         collection.see(context.planned_inputs[name], context.module_contexts[name])
+        # 2. From `lookahead` batches before its Train on, its rows are on their way.
         if position <= self._lookahead and not context.is_planned:
             context.is_planned = True
             for collection, name in self._collections_to_plan():

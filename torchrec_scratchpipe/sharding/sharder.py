@@ -483,14 +483,7 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
 
 
 def serves_scratchpads(sharder: object) -> bool:
-    """Whether tables that are planned as `fused_uvm_caching` get a scratchpad from this sharder.
-
-    Args:
-        sharder: Any sharder of TorchRec's or of ours.
-
-    Returns:
-        True for ours, and for one of feature-processed collections that was given ours.
-    """
+    """Whether tables that are planned as `fused_uvm_caching` get a scratchpad from this sharder."""
     sharder = getattr(sharder, "_ebc_sharder", sharder)
     return isinstance(sharder, ScratchPipeEmbeddingBagCollectionSharder | ScratchPipeEmbeddingCollectionSharder)
 

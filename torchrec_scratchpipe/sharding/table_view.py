@@ -142,23 +142,11 @@ class _ShowsTable:
         return self._shown.data_ptr()
 
     def is_pinned(self, *args: Any, **kwargs: Any) -> bool:
-        """False, even of a page-locked table: TorchRec makes ShardedTensors of tables that say so, and refuses others.
-
-        Args:
-            *args: As of a tensor.
-            **kwargs: As of a tensor.
-
-        Returns:
-            False.
-        """
+        """False, of page-locked tables too: TorchRec makes ShardedTensors of tables that say so, and of no others."""
         return False
 
     def share_memory_(self) -> NoReturn:
-        """Refused: the table would stay where it is.
-
-        Raises:
-            ConfigError: Always.
-        """
+        """Refused: the table would stay where it is. Raises ConfigError."""
         raise ConfigError(
             "share_memory_() of a table behind a scratchpad: tables cannot be moved to shared memory. Give other "
             "processes a copy (clone()), or files (CheckpointManager, to_stock())."
@@ -171,12 +159,7 @@ class _ShowsTable:
 
 
 class TableView(_ShowsTable, Tensor):  # type: ignore[misc]  # it takes over what Tensor has
-    """A view of host tables; see the module.
-
-    Args:
-        shown: The memory, as a plain tensor.
-        owner: Who knows whether it is up to date.
-    """
+    """A view of host tables; see the module."""
 
     @staticmethod
     def __new__(cls, shown: Tensor, owner: TableOwner) -> Self:  # noqa: D102
@@ -196,18 +179,7 @@ class TableParameter(_ShowsTable, TableBatchedEmbeddingSlice):
 
     @classmethod
     def of(cls, table: Tensor, first: int, last: int, dim: int, owner: TableOwner) -> "TableParameter":
-        """Make one.
-
-        Args:
-            table: [R * D] flat parameter of a pool's weights.
-            first: Where the table's values begin.
-            last: And where they end.
-            dim: D.
-            owner: Who knows whether it is up to date.
-
-        Returns:
-            [rows, D].
-        """
+        """Make one. Shapes: `table` [R * D], returns [rows, D]."""
         parameter = cls(table, first, last, -1, dim)
         parameter._shown, parameter._owner = table.detach()[first:last].view(-1, dim), owner
         return parameter
@@ -223,14 +195,7 @@ class TableParameter(_ShowsTable, TableBatchedEmbeddingSlice):
 
 
 def shown(tensor: Tensor) -> Tensor:
-    """The tensor behind a view, for this package's own use: nobody is asked before it is read or written.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        The same memory; the tensor itself if it is no view.
-    """
+    """The tensor behind a view, for this package's own use: nobody is asked before it is read or written."""
     return tensor._shown if isinstance(tensor, _ShowsTable) else tensor
 
 

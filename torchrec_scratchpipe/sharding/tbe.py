@@ -25,13 +25,6 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
     Made of T one-row tables, because FBGEMM allocates what it is told, and T tables of S slots would be T times too
     much. Their offsets are then pointed at scratchpads. Whoever finds this module in a model, and asks it for its
     tables, gets the tables.
-
-    Args:
-        show_tables: Gives each table's weights [R, D], then its optimizer states [R, D] or [R], up to date whenever
-            they are read.
-        buffers: FBGEMM's names of the parts of a row, ``"weights"`` first.
-        embedding_specs: As stock, with one row per table.
-        **kwargs: As stock.
     """
 
     def __init__(
@@ -45,12 +38,7 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
         self._suffix = "host" if self.use_cpu else "dev"
 
     def point_at(self, memory: ScratchpadMemory, blocks: Sequence[int]) -> None:
-        """Look up, and train, the rows of these scratchpads from the next forward on.
-
-        Args:
-            memory: All scratchpads of the kernel group.
-            blocks: [T], each table's scratchpad in it.
-        """
+        """Look up, and train, the rows of these scratchpads from the next forward on. Shapes: `blocks` [T]."""
         for buffer, flat, offsets_of_blocks in zip(
             self._buffers_of_parts, memory.flat_parts, memory.value_offsets, strict=True
         ):
@@ -64,6 +52,7 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
             setattr(self, name, nn.Parameter(flat.data) if is_parameter else flat.data)
             setattr(self, f"{buffer}_physical_offsets", offsets)
             self._set_per_feature(f"{buffer}_offsets", offsets)
+        # What FBGEMM derives from the number of rows: its backward sorts ids by table and row, in so many bits.
         nums_slots = [memory.scratchpads[block].num_slots for block in blocks]
         self.embedding_specs = [
             (num_slots, *spec[1:]) for num_slots, spec in zip(nums_slots, self.embedding_specs, strict=True)
@@ -84,56 +73,25 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
         return [tuple(parts[1:]) for parts in self._show_tables()] if len(self._buffers_of_parts) > 1 else []
 
     def get_optimizer_buffer(self, state: str) -> NoReturn:
-        """Refused: the states of all tables do not lie in one piece.
-
-        Args:
-            state: FBGEMM's name.
-
-        Raises:
-            ConfigError: Always.
-        """
+        """Refused: the states of all tables do not lie in one piece. Raises ConfigError."""
         raise ConfigError(
             f"get_optimizer_buffer({state!r}): optimizer states of scratchpad tables lie with their tables, not in one "
             "buffer. Use split_optimizer_states() or get_optimizer_state()."
         )
 
     def reset_embedding_weight_momentum(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: its rows would be taken for slots.
-
-        Args:
-            *args: As stock.
-            **kwargs: As stock.
-
-        Raises:
-            ConfigError: Always.
-        """
+        """Refused: its rows would be taken for slots. Raises ConfigError."""
         raise ConfigError(
             f"tables {', '.join(self.table_names)}: rows of scratchpad tables cannot be reset by managed collision or "
             "in-training pruning. Use compute kernel fused for these tables, or a collection without them."
         )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: these are slots. TorchRec's collections never ask for it.
-
-        Args:
-            *args: As stock.
-            **kwargs: As stock.
-
-        Raises:
-            ConfigError: Always.
-        """
+        """Refused: these are slots. TorchRec's collections never ask for it. Raises ConfigError."""
         raise self._slots_error("state_dict()")
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, as :meth:`state_dict`.
-
-        Args:
-            *args: As stock.
-            **kwargs: As stock.
-
-        Raises:
-            ConfigError: Always.
-        """
+        """Refused, as :meth:`state_dict`. Raises ConfigError."""
         raise self._slots_error("load_state_dict()")
 
     def _slots_error(self, what: str) -> ConfigError:
