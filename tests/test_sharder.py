@@ -56,8 +56,8 @@ from torchrec_scratchpipe import (
     scratchpad_stats,
     stage_spans,
 )
-from torchrec_scratchpipe.sharding.collection import scratchpad_collections
 from torchrec_scratchpipe.sharding.compat import BoundsCheckMode, ComputeDevice, EmbeddingLocation, WeightDecayMode
+from torchrec_scratchpipe.sharding.model import scratchpad_collections
 from torchrec_scratchpipe.sharding.options import CPU_OPTIMIZERS, optimizer_states
 from torchrec_scratchpipe.sharding.sharder import serves_scratchpads
 from torchrec_scratchpipe.sharding.table_view import shown

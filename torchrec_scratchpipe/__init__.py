@@ -26,13 +26,15 @@ from torchrec_scratchpipe.planning.planner import ScratchPipeShardingPlanner
 from torchrec_scratchpipe.planning.plot import plot_plan
 from torchrec_scratchpipe.planning.report import PlanReport
 from torchrec_scratchpipe.planning.working_set import WorkingSet, WorkingSets, measure_working_set, zipf_working_sets
-from torchrec_scratchpipe.sharding.collection import scratchpad_stats, stage_spans
+from torchrec_scratchpipe.sharding.collection import (
+    ShardedScratchPipeEmbeddingBagCollection,
+    ShardedScratchPipeEmbeddingCollection,
+)
+from torchrec_scratchpipe.sharding.model import scratchpad_stats, stage_spans
 from torchrec_scratchpipe.sharding.pipeline import ScratchPipeTrainPipeline
 from torchrec_scratchpipe.sharding.sharder import (
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeEmbeddingCollectionSharder,
-    ShardedScratchPipeEmbeddingBagCollection,
-    ShardedScratchPipeEmbeddingCollection,
 )
 
 __all__ = [

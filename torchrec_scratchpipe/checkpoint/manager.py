@@ -39,7 +39,7 @@ from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
 from torchrec_scratchpipe.core.storage import MappedStorage
 from torchrec_scratchpipe.errors import CheckpointMismatchError, CheckpointSaveError, ConfigError
-from torchrec_scratchpipe.sharding.collection import only_read, scratchpad_collections
+from torchrec_scratchpipe.sharding.model import only_read, scratchpad_collections
 from torchrec_scratchpipe.sharding.table_view import shown
 
 __all__ = ["Checkpoint", "CheckpointManager", "load_checkpoint"]

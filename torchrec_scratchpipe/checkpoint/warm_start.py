@@ -14,7 +14,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
 from torchrec_scratchpipe.errors import ConfigError
-from torchrec_scratchpipe.sharding.collection import scratchpad_collections
+from torchrec_scratchpipe.sharding.model import scratchpad_collections
 
 __all__ = ["warm_start"]
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from torchrec_scratchpipe.core.batch import Batch, BatchState
 from torchrec_scratchpipe.core.fork import prepare_for_forks
-from torchrec_scratchpipe.core.lent_memory import LentMemories
+from torchrec_scratchpipe.core.host_table import LentMemories
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.slot_map import CachePlan, SlotsHeldError
 from torchrec_scratchpipe.core.slot_ops import Count

@@ -42,7 +42,7 @@ from torchrec_scratchpipe.planning.working_set import (
     configs_of,
     has_tables,
 )
-from torchrec_scratchpipe.sharding.collection import warn_of_stock_sharder
+from torchrec_scratchpipe.sharding.model import warn_of_stock_sharder
 from torchrec_scratchpipe.sharding.options import (
     check_load_factor,
 )

@@ -1,47 +1,50 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What sharded collections of bags and of unpooled embeddings share: batches that are planned ahead.
+"""Sharded collections whose batches are planned ahead: TorchRec's, with what a scratchpad needs mixed in.
 
 Shapes: ``I`` ids.
 """
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import KJTList, ShardingType
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
-from torchrec.distributed.types import ParameterSharding
+from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_scratchpipe.core.batch import Batch, check_ids
 from torchrec_scratchpipe.core.pool import Pool
-from torchrec_scratchpipe.core.rows import StageSpan
 from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.core.snapshot import SnapshotStorage, TableSnapshot
-from torchrec_scratchpipe.core.stats import PoolStats
-from torchrec_scratchpipe.errors import IdOutOfRangeError
-from torchrec_scratchpipe.sharding.lookup import SCRATCHPAD_KERNEL, ScratchpadLookup
+from torchrec_scratchpipe.errors import BatchesInFlightError, IdOutOfRangeError
+from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
+from torchrec_scratchpipe.sharding.lookup import ScratchpadLookup, create_pooled_lookup, create_sequence_lookup
 from torchrec_scratchpipe.sharding.options import ScratchpadOptions
 from torchrec_scratchpipe.sharding.peers import PeerNotice
+from torchrec_scratchpipe.sharding.serving import (
+    EMBEDDING_BAG_SHARDING_TYPES,
+    EMBEDDING_SHARDING_TYPES,
+    serve,
+    serve_tables,
+)
 
 __all__ = [
     "PlannedBatches",
     "ScratchpadCollection",
+    "ShardedScratchPipeEmbeddingBagCollection",
+    "ShardedScratchPipeEmbeddingCollection",
     "collection_to_plan",
     "deferring_id_errors",
-    "only_read",
-    "scratchpad_collections",
-    "scratchpad_stats",
-    "stage_spans",
-    "warn_of_missing_scratchpads",
-    "warn_of_stock_sharder",
 ]
 
 logger: logging.Logger = logging.getLogger(__name__)
@@ -71,6 +74,14 @@ class PlannedBatches:
         self.planned_batches.clear()
 
 
+class ScratchPipeEmbeddingBagCollectionContext(PlannedBatches, EmbeddingBagCollectionContext):
+    """TorchRec's context of one batch, and the batch's way through the stages."""
+
+
+class ScratchPipeEmbeddingCollectionContext(PlannedBatches, EmbeddingCollectionContext):
+    """TorchRec's context of one batch, and the batch's way through the stages."""
+
+
 class _HostTableModule(nn.Module):
     """Has the parameter of a table that stays on the host, wherever its model is moved.
 
@@ -80,6 +91,20 @@ class _HostTableModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "_HostTableModule":
         return self
+
+
+class _ServedLookup(NamedTuple):
+    """The scratchpad kernels of one lookup."""
+
+    lookup_index: int  # the lookup's position in the collection
+    feature_splits: list[int]  # features of each of its kernel groups
+    kernels: dict[int, ScratchpadKernel]  # by the position of their group
+
+
+def _make_batches(served: _ServedLookup, dist_input: KJTList) -> list[Batch]:
+    """What each scratchpad kernel of a lookup is to know of a distributed batch."""
+    groups = dist_input[served.lookup_index].split(served.feature_splits)
+    return [kernel.make_batch(groups[position]) for position, kernel in served.kernels.items()]
 
 
 class ScratchpadCollection:
@@ -93,6 +118,8 @@ class ScratchpadCollection:
     # From TorchRec's sharded collections.
     module_sharding_plan: Any
     _lookups: list[nn.Module]
+
+    _served: list[_ServedLookup]
 
     def _set_up_stages(self, options: ScratchpadOptions, device: torch.device | None) -> None:
         """What a constructor does before TorchRec's, which makes the lookups."""
@@ -122,10 +149,38 @@ class ScratchpadCollection:
             if name in self._options.load_factors:
                 holder.__class__ = _HostTableModule
 
+    def _find_kernels(self) -> None:
+        """Note which kernels of the lookups, which have just been made, have scratchpads."""
+        self._served = [
+            _ServedLookup(
+                index,
+                lookup._feature_splits,
+                {
+                    position: kernel
+                    for position, kernel in enumerate(lookup._emb_modules)
+                    if isinstance(kernel, ScratchpadKernel)
+                },
+            )
+            for index, lookup in enumerate(self._lookups)
+            if isinstance(lookup, ScratchpadLookup)
+        ]
+
     @property
     def pools(self) -> list[Pool]:
         """All pools of this rank."""
-        return [pool for _, lookup in self._scratchpad_lookups() for pool in lookup.pools]
+        return [pool for served in self._served for kernel in served.kernels.values() for pool in kernel.pools]
+
+    def input_dist(self, ctx: Any, features: Any) -> Awaitable[Awaitable[KJTList]]:
+        """As stock; on a CPU, ids that Plan does not see, or not in time, are checked before they are distributed."""
+        with self._peers.told():
+            features = self._check_ids(ctx, features)
+            return self._peers.watch(super().input_dist(ctx, features))  # type: ignore[misc]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # threads, locks and holds are not for Dynamo
+    def compute_and_output_dist(self, ctx: Any, input: KJTList) -> LazyAwaitable[Any]:
+        """As stock, over planned batches where there are any. Raises IdOutOfRangeError."""
+        with self._looking_up(ctx):
+            return self._peers.watch(super().compute_and_output_dist(ctx, input))  # type: ignore[misc]
 
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
         """Send a distributed batch through the stages; any number of batches may be ahead.
@@ -135,17 +190,17 @@ class ScratchpadCollection:
         """
         if not isinstance(ctx, PlannedBatches):
             return
-        for index, lookup in self._scratchpad_lookups():
-            if index not in ctx.planned_batches:
-                ctx.planned_batches[index] = lookup.make_batches(dist_input[index])
-            for batch in ctx.planned_batches[index]:
+        for served in self._served:
+            if served.lookup_index not in ctx.planned_batches:
+                ctx.planned_batches[served.lookup_index] = _make_batches(served, dist_input)
+            for batch in ctx.planned_batches[served.lookup_index]:
                 self._runner.submit(batch)
 
     def see(self, dist_input: KJTList, ctx: PlannedBatches) -> None:
         """Show a distributed batch to the choice of victims before :meth:`prefetch`; no row moves, no slot is held."""
-        for index, lookup in self._scratchpad_lookups():
-            ctx.planned_batches[index] = lookup.make_batches(dist_input[index])
-            for batch in ctx.planned_batches[index]:
+        for served in self._served:
+            ctx.planned_batches[served.lookup_index] = _make_batches(served, dist_input)
+            for batch in ctx.planned_batches[served.lookup_index]:
                 self._runner.see(batch)
 
     def snapshot(self, storage: SnapshotStorage) -> list[tuple[Pool, TableSnapshot]]:
@@ -214,9 +269,11 @@ class ScratchpadCollection:
         if isinstance(ctx, PlannedBatches):
             if not ctx.planned_batches:
                 self._say_on_the_spot()
-            for index, lookup in self._scratchpad_lookups():
-                if index in ctx.planned_batches:
-                    lookup.expect(ctx.planned_batches[index])
+            for served in self._served:
+                for kernel, batch in zip(
+                    served.kernels.values(), ctx.planned_batches.get(served.lookup_index, ()), strict=False
+                ):
+                    kernel.expect(batch)
         try:
             with self._peers.told():
                 if isinstance(ctx, PlannedBatches) and ctx.id_error is not None:
@@ -224,8 +281,9 @@ class ScratchpadCollection:
                 yield
         finally:
             # If one lookup raises, those after it have not taken their batch, and must not take it next time.
-            for _, lookup in self._scratchpad_lookups():
-                lookup.drop_expected()
+            for served in self._served:
+                for kernel in served.kernels.values():
+                    kernel.drop_expected()
         self._peers.forget()
 
     def _say_on_the_spot(self) -> None:
@@ -240,8 +298,177 @@ class ScratchpadCollection:
                 ", ".join(self._options.load_factors),
             )
 
-    def _scratchpad_lookups(self) -> list[tuple[int, ScratchpadLookup]]:
-        return [(index, lookup) for index, lookup in enumerate(self._lookups) if isinstance(lookup, ScratchpadLookup)]
+
+class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbeddingBagCollection):
+    """Stock sharded collection whose `fused_uvm_caching` tables live on the host behind a scratchpad.
+
+    Input and output distribution, parameters and state_dict are stock. :meth:`prefetch` sends a batch through Plan,
+    Collect, Exchange and Insert ahead of time; a batch that nobody sent is fetched on the spot. The sharder makes it.
+
+    Args:
+        module: As stock.
+        table_name_to_parameter_sharding: As stock.
+        env: As stock.
+        fused_params: As stock.
+        device: Where features arrive and scratchpads live.
+        qcomm_codecs_registry: As stock.
+        module_fqn: As stock.
+        sharded_module_order_overwrite: As stock.
+        options: What all scratchpad tables share; None is all defaults.
+
+    Raises:
+        ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
+        TableStorageError: A table cannot be placed where it should be.
+    """
+
+    def __init__(
+        self,
+        module: EmbeddingBagCollectionInterface,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        module_fqn: str | None = None,
+        sharded_module_order_overwrite: list[str] | None = None,
+        *,
+        options: ScratchpadOptions | None = None,
+    ) -> None:
+        name = module_fqn or "EmbeddingBagCollection"
+        plan = table_name_to_parameter_sharding
+        served, options = serve(
+            name,
+            module.embedding_bag_configs(),
+            plan,
+            env,
+            device,
+            EMBEDDING_BAG_SHARDING_TYPES,
+            options or ScratchpadOptions(),
+            fused_params or {},
+        )
+        self._set_up_stages(options, device)
+        super().__init__(
+            module,
+            served,
+            env,
+            fused_params,
+            device,
+            qcomm_codecs_registry,
+            module_fqn,
+            sharded_module_order_overwrite,
+        )
+        self._set_up_checks(self._embedding_bag_configs)
+
+    def create_context(self) -> ScratchPipeEmbeddingBagCollectionContext:
+        """A context that can carry planned batches."""
+        return ScratchPipeEmbeddingBagCollectionContext()
+
+    def update_shards(
+        self,
+        changed_sharding_params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None,
+    ) -> None:
+        """As stock: move tables to other ranks, with their optimizer state; call it between batches.
+
+        Args:
+            changed_sharding_params: As stock.
+            env: As stock.
+            device: As stock.
+
+        Raises:
+            BatchesInFlightError: Batches in flight have been planned for the scratchpads as they are.
+            ConfigError: A scratchpad table's new sharding cannot be served.
+        """
+        self.wait_until_idle()  # the worker may not have planned all of them yet
+        num_batches = max((pool.slot_map.num_batches_in_flight for pool in self.pools), default=0)
+        if num_batches > 0:
+            raise BatchesInFlightError(
+                f"update_shards(): {num_batches} batches in flight were planned for the present sharding. Let the "
+                "pipeline train them, or call its reset(), first."
+            )
+        configs = [config for config in self._embedding_bag_configs if config.name in changed_sharding_params]
+        served, load_factors = serve_tables(configs, changed_sharding_params, EMBEDDING_BAG_SHARDING_TYPES, {})
+        kept = {
+            name: value for name, value in self._options.load_factors.items() if name not in changed_sharding_params
+        }
+        self._options = dataclasses.replace(self._options, load_factors=kept | load_factors)
+        super().update_shards(served, env, device)
+        self._set_up_checks(self._embedding_bag_configs)
+
+    def _create_lookups(self) -> None:
+        for sharding in self._embedding_shardings:
+            self._lookups.append(create_pooled_lookup(sharding, self._options, self._runner))
+        self._find_kernels()
+
+
+class ShardedScratchPipeEmbeddingCollection(ScratchpadCollection, ShardedEmbeddingCollection):
+    """Stock sharded collection of unpooled embeddings whose `fused_uvm_caching` tables live behind a scratchpad.
+
+    As :class:`ShardedScratchPipeEmbeddingBagCollection`, in the same pipeline.
+
+    Args:
+        module: As stock.
+        table_name_to_parameter_sharding: As stock.
+        env: As stock.
+        fused_params: As stock.
+        device: Where features arrive and scratchpads live.
+        qcomm_codecs_registry: As stock.
+        use_index_dedup: As stock.
+        module_fqn: As stock.
+        options: What all scratchpad tables share; None is all defaults.
+
+    Raises:
+        ConfigError: A scratchpad table's sharding type, data type, optimizer or load factor cannot be served.
+        TableStorageError: A table cannot be placed where it should be.
+    """
+
+    def __init__(
+        self,
+        module: EmbeddingCollection,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        use_index_dedup: bool = False,
+        module_fqn: str | None = None,
+        *,
+        options: ScratchpadOptions | None = None,
+    ) -> None:
+        name = module_fqn or "EmbeddingCollection"
+        plan = table_name_to_parameter_sharding
+        served, options = serve(
+            name,
+            module.embedding_configs(),
+            plan,
+            env,
+            device,
+            EMBEDDING_SHARDING_TYPES,
+            options or ScratchpadOptions(),
+            fused_params or {},
+        )
+        self._set_up_stages(options, device)
+        super().__init__(
+            module,
+            served,
+            env,
+            fused_params,
+            device,
+            qcomm_codecs_registry,
+            use_index_dedup,
+            module_fqn,
+        )
+        self._set_up_checks(self._embedding_configs)
+
+    def create_context(self) -> ScratchPipeEmbeddingCollectionContext:
+        """A context that can carry planned batches."""
+        return ScratchPipeEmbeddingCollectionContext(sharding_contexts=[])
+
+    def _create_lookups(self) -> None:
+        for sharding in self._sharding_type_to_sharding.values():
+            self._lookups.append(create_sequence_lookup(sharding, self._options, self._runner))
+        self._find_kernels()
 
 
 def collection_to_plan(module: nn.Module) -> ScratchpadCollection | None:
@@ -249,47 +476,6 @@ def collection_to_plan(module: nn.Module) -> ScratchpadCollection | None:
     if isinstance(module, ShardedFeatureProcessedEmbeddingBagCollection):
         module = module._embedding_bag_collection
     return module if isinstance(module, ScratchpadCollection) else None
-
-
-def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
-    """Count what the scratchpads of a model did on this rank; waits for the device.
-
-    Args:
-        module: A sharded model, or any part of one.
-
-    Returns:
-        One per pool; empty where no table uses a scratchpad.
-    """
-    stats: list[PoolStats] = []
-    for collection in scratchpad_collections(module):
-        with collection._runner.between_batches():
-            stats.extend(pool.stats() for pool in collection.pools)
-    return stats
-
-
-@contextmanager
-def only_read(module: nn.Module) -> Iterator[None]:
-    """While entered, whoever takes a state_dict only reads it: resident rows need not be read anew afterwards."""
-    runners = [collection._runner for collection in scratchpad_collections(module)]
-    for runner in runners:
-        runner.is_only_read = True
-    try:
-        yield
-    finally:
-        for runner in runners:
-            runner.is_only_read = False
-
-
-def stage_spans(module: nn.Module) -> list[list[StageSpan]]:
-    """When the latest stages ran on this rank, for plots; a bounded number is kept.
-
-    Args:
-        module: A sharded model, or any part of one.
-
-    Returns:
-        Per pool, in the order of :func:`scratchpad_stats`.
-    """
-    return [list(pool.counters.spans) for collection in scratchpad_collections(module) for pool in collection.pools]
 
 
 @contextmanager
@@ -302,43 +488,3 @@ def deferring_id_errors(collections: Sequence[ScratchpadCollection]) -> Iterator
     finally:
         for collection in collections:
             collection.defers_id_errors = False
-
-
-def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
-    """Say which tables should have a scratchpad and have none, and whether the plan has room for the lookahead."""
-    for name, part in module.named_modules():
-        if isinstance(part, ScratchpadCollection):
-            planned = part._options.lookahead
-            if planned is not None and lookahead > planned:
-                logger.warning(
-                    "collection %s: lookahead is %d, the sharding plan was made for %d. Its scratchpads may be too "
-                    "small: Plan will wait for Train, and evaluation beside it will make them grow. Set "
-                    "lookahead=planner.lookahead, or plan for more.",
-                    name,
-                    lookahead,
-                    planned,
-                )
-        elif isinstance(part, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
-            plan = part.module_sharding_plan
-            warn_of_stock_sharder(
-                [table for table, sharding in plan.items() if sharding.compute_kernel == SCRATCHPAD_KERNEL.value],
-                f"collection {name}",
-            )
-
-
-def warn_of_stock_sharder(table_names: Sequence[str], where: str) -> None:
-    """Say that tables which are planned for a scratchpad get none."""
-    if table_names:
-        logger.warning(
-            "%s: tables %s are planned as %s, and no scratchpad serves them: another sharder than ScratchPipe's takes "
-            "their collection. Of several sharders for one type of module the last in the list counts. Put ours last, "
-            "or leave TorchRec's (such as those of get_default_sharders()) out.",
-            where,
-            ", ".join(table_names),
-            SCRATCHPAD_KERNEL.value,
-        )
-
-
-def scratchpad_collections(module: nn.Module) -> list[ScratchpadCollection]:
-    """All collections with a scratchpad."""
-    return [part for part in module.modules() if isinstance(part, ScratchpadCollection)]

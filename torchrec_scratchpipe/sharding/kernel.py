@@ -33,8 +33,7 @@ from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptim
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe.core.batch import Batch, FeatureSource, feature_rows
-from torchrec_scratchpipe.core.host_table import HostTable
-from torchrec_scratchpipe.core.lent_memory import LentMemory
+from torchrec_scratchpipe.core.host_table import HostTable, LentMemory
 from torchrec_scratchpipe.core.memory import SLOT_BYTES_OF_MAPS
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec

@@ -2,7 +2,6 @@
 """The grouped lookup of one sharding: scratchpad kernels for scratchpad tables, stock kernels for the rest."""
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.core.batch import Batch
-from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.runner import StageRunner
 from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel, ScratchPipeEmbedding, ScratchPipeEmbeddingBag
 from torchrec_scratchpipe.sharding.options import ScratchpadOptions
@@ -48,30 +45,6 @@ class ScratchpadLookup:
         self._runner = runner
         super().__init__(*args, **kwargs)
 
-    @property
-    def pools(self) -> list[Pool]:
-        """All pools of this lookup."""
-        return [pool for kernel in self._scratchpad_kernels for pool in kernel.pools]
-
-    def make_batches(self, features: KeyedJaggedTensor) -> list[Batch]:
-        """What the scratchpad groups know of one batch."""
-        groups = features.split(self._feature_splits)
-        return [
-            kernel.make_batch(group)
-            for kernel, group in zip(self._emb_modules, groups, strict=True)
-            if isinstance(kernel, ScratchpadKernel)
-        ]
-
-    def expect(self, batches: list[Batch]) -> None:
-        """Say which batches the next lookup is for."""
-        for kernel, batch in zip(self._scratchpad_kernels, batches, strict=True):
-            kernel.expect(batch)
-
-    def drop_expected(self) -> None:
-        """Drop batches that were expected and not looked up."""
-        for kernel in self._scratchpad_kernels:
-            kernel.drop_expected()
-
     def register_optim_state_tracker_fn(self, record_fn: Callable[[KeyedJaggedTensor, Tensor, Any], None]) -> None:
         """As stock; of scratchpad tables, the states are on the host, and so are the ids that find them."""
 
@@ -81,10 +54,6 @@ class ScratchpadLookup:
             record_fn(features, output, kernel)
 
         super().register_optim_state_tracker_fn(record)  # type: ignore[misc]
-
-    @cached_property
-    def _scratchpad_kernels(self) -> list[ScratchpadKernel]:
-        return [kernel for kernel in self._emb_modules if isinstance(kernel, ScratchpadKernel)]
 
 
 class _TrackedKernel:

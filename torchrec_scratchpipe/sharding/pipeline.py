@@ -27,9 +27,8 @@ from torchrec_scratchpipe.sharding.collection import (
     ScratchpadCollection,
     collection_to_plan,
     deferring_id_errors,
-    scratchpad_collections,
-    warn_of_missing_scratchpads,
 )
+from torchrec_scratchpipe.sharding.model import scratchpad_collections, warn_of_missing_scratchpads
 from torchrec_scratchpipe.sharding.peers import PeerNotice
 
 __all__ = ["ScratchPipeTrainPipeline"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 
-from torchrec_scratchpipe.core.lent_memory import LentMemory
+from torchrec_scratchpipe.core.host_table import LentMemory
 from torchrec_scratchpipe.errors import ConfigError
 
 __all__ = ["TableOwner", "TableParameter", "TableView", "shown"]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What is asked of a whole model: its scratchpads, their counts, and whether all tables that should have one do."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+
+from torchrec_scratchpipe.core.rows import StageSpan
+from torchrec_scratchpipe.core.stats import PoolStats
+from torchrec_scratchpipe.sharding.collection import ScratchpadCollection
+from torchrec_scratchpipe.sharding.lookup import SCRATCHPAD_KERNEL
+
+__all__ = [
+    "only_read",
+    "scratchpad_collections",
+    "scratchpad_stats",
+    "stage_spans",
+    "warn_of_missing_scratchpads",
+    "warn_of_stock_sharder",
+]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+
+def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
+    """Count what the scratchpads of a model did on this rank; waits for the device.
+
+    Args:
+        module: A sharded model, or any part of one.
+
+    Returns:
+        One per pool; empty where no table uses a scratchpad.
+    """
+    stats: list[PoolStats] = []
+    for collection in scratchpad_collections(module):
+        with collection._runner.between_batches():
+            stats.extend(pool.stats() for pool in collection.pools)
+    return stats
+
+
+@contextmanager
+def only_read(module: nn.Module) -> Iterator[None]:
+    """While entered, whoever takes a state_dict only reads it: resident rows need not be read anew afterwards."""
+    runners = [collection._runner for collection in scratchpad_collections(module)]
+    for runner in runners:
+        runner.is_only_read = True
+    try:
+        yield
+    finally:
+        for runner in runners:
+            runner.is_only_read = False
+
+
+def stage_spans(module: nn.Module) -> list[list[StageSpan]]:
+    """When the latest stages ran on this rank, for plots; a bounded number is kept.
+
+    Args:
+        module: A sharded model, or any part of one.
+
+    Returns:
+        Per pool, in the order of :func:`scratchpad_stats`.
+    """
+    return [list(pool.counters.spans) for collection in scratchpad_collections(module) for pool in collection.pools]
+
+
+def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
+    """Say which tables should have a scratchpad and have none, and whether the plan has room for the lookahead."""
+    for name, part in module.named_modules():
+        if isinstance(part, ScratchpadCollection):
+            planned = part._options.lookahead
+            if planned is not None and lookahead > planned:
+                logger.warning(
+                    "collection %s: lookahead is %d, the sharding plan was made for %d. Its scratchpads may be too "
+                    "small: Plan will wait for Train, and evaluation beside it will make them grow. Set "
+                    "lookahead=planner.lookahead, or plan for more.",
+                    name,
+                    lookahead,
+                    planned,
+                )
+        elif isinstance(part, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
+            plan = part.module_sharding_plan
+            warn_of_stock_sharder(
+                [table for table, sharding in plan.items() if sharding.compute_kernel == SCRATCHPAD_KERNEL.value],
+                f"collection {name}",
+            )
+
+
+def warn_of_stock_sharder(table_names: Sequence[str], where: str) -> None:
+    """Say that tables which are planned for a scratchpad get none."""
+    if table_names:
+        logger.warning(
+            "%s: tables %s are planned as %s, and no scratchpad serves them: another sharder than ScratchPipe's takes "
+            "their collection. Of several sharders for one type of module the last in the list counts. Put ours last, "
+            "or leave TorchRec's (such as those of get_default_sharders()) out.",
+            where,
+            ", ".join(table_names),
+            SCRATCHPAD_KERNEL.value,
+        )
+
+
+def scratchpad_collections(module: nn.Module) -> list[ScratchpadCollection]:
+    """All collections with a scratchpad."""
+    return [part for part in module.modules() if isinstance(part, ScratchpadCollection)]
