@@ -32,19 +32,12 @@ from torchrec.distributed.planner.types import PlannerError
 
 from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError, ScratchPipeError
+from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
 from torchrec_scratchpipe.planning.id_files import read_trace
 from torchrec_scratchpipe.planning.planner import Advice, ScratchPipeShardingPlanner
 from torchrec_scratchpipe.planning.plot import plot_plan
 from torchrec_scratchpipe.planning.report import GIB, PlanReport, as_size
-from torchrec_scratchpipe.planning.spelling import did_you_mean, few
-from torchrec_scratchpipe.planning.working_set import (
-    WorkingSets,
-    check_count,
-    check_number,
-    measure_working_set,
-    table_configs,
-    zipf_working_sets,
-)
+from torchrec_scratchpipe.planning.working_set import WorkingSets, measure_working_set, table_configs, zipf_working_sets
 from torchrec_scratchpipe.sharding.sharder import ScratchPipeEmbeddingBagCollectionSharder
 
 __all__ = ["main"]

@@ -12,31 +12,25 @@ from torch import nn
 from torchrec.distributed.embedding_sharding import USE_ONE_TBE_PER_TABLE
 from torchrec.distributed.embedding_types import ShardingType
 from torchrec.distributed.planner import Topology
-from torchrec.distributed.planner.types import (
-    PlannerError,
-    PlannerErrorType,
-    ShardingOption,
-    Storage,
-)
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption, Storage
 from torchrec.distributed.types import CacheParams, ModuleSharder
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_scratchpipe.core.memory import PoolDemand
 from torchrec_scratchpipe.errors import MeasurementError
+from torchrec_scratchpipe.planning.checks import did_you_mean, few
 from torchrec_scratchpipe.planning.enumerators import FUSED, SCRATCHPAD
 from torchrec_scratchpipe.planning.report import PlanReport, RankReport, as_size, device_bytes_of, table_reports
 from torchrec_scratchpipe.planning.reuse import Floats, Reuse
 from torchrec_scratchpipe.planning.sizing import ShardToSize, SizedTable, TableToSize, size_tables
-from torchrec_scratchpipe.planning.spelling import did_you_mean, few
-from torchrec_scratchpipe.planning.working_set import (
-    WorkingSets,
-    table_configs,
-)
+from torchrec_scratchpipe.planning.working_set import WorkingSets, table_configs
 from torchrec_scratchpipe.sharding.options import (
     MIN_SLOTS_PER_TABLE,
     OPTIMIZER_STATES,
     PlannedCacheParams,
+    num_slots_of,
+    row_layout,
 )
 
 __all__ = ["Advice", "Choice", "Sizer", "step_ms"]
@@ -328,7 +322,7 @@ class Sizer:
         )
 
     def _slots_as_given(self, name: str, load_factor: float, reuse: Reuse) -> int:
-        num_slots = max(math.ceil(load_factor * reuse.num_rows), min(MIN_SLOTS_PER_TABLE, reuse.num_rows))
+        num_slots = num_slots_of(load_factor, reuse.num_rows)
         needed = min(reuse.num_rows, reuse.window(1).max)
         if num_slots < needed:
             raise PlannerError(
@@ -343,10 +337,7 @@ class Sizer:
     ) -> ShardToSize:
         num_rows, num_cols = option.shards[index].size
         share = num_rows / reuse.num_rows
-        states = OPTIMIZER_STATES[self._optimizers[option.name]]
-        row_bytes = num_cols * option.tensor.element_size() + sum(
-            state.dtype.itemsize * (1 if state.is_rowwise else num_cols) for state in states
-        )
+        layout = row_layout(num_cols, option.tensor.dtype, OPTIMIZER_STATES[self._optimizers[option.name]])
         rank = option.shards[index].rank
         # A row-wise shard gives partial sums for the bags of all ranks.
         num_samples = option.batch_size * self._topology.world_size * self._share_of_batch
@@ -357,7 +348,7 @@ class Sizer:
             share=share,
             demand=PoolDemand(
                 num_rows=num_rows,
-                row_bytes=row_bytes,
+                row_bytes=layout.row_bytes,
                 num_ids=reuse.num_ids * share,
                 num_unique=reuse.window(1).mean * share,
                 lookahead=self.lookahead,

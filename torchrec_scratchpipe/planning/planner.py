@@ -31,21 +31,13 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
 
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError
+from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
 from torchrec_scratchpipe.planning.enumerators import FUSED, SCRATCHPAD, ScratchpadEnumerator
 from torchrec_scratchpipe.planning.placement import Advice, Choice, Sizer
 from torchrec_scratchpipe.planning.report import PlanReport
-from torchrec_scratchpipe.planning.spelling import did_you_mean, few
-from torchrec_scratchpipe.planning.working_set import (
-    WorkingSets,
-    check_count,
-    check_number,
-    configs_of,
-    has_tables,
-)
+from torchrec_scratchpipe.planning.working_set import WorkingSets, configs_of, has_tables
 from torchrec_scratchpipe.sharding.model import warn_of_stock_sharder
-from torchrec_scratchpipe.sharding.options import (
-    check_load_factor,
-)
+from torchrec_scratchpipe.sharding.options import check_load_factor
 from torchrec_scratchpipe.sharding.sharder import serves_scratchpads
 
 __all__ = ["Advice", "ScratchPipeShardingPlanner"]

@@ -4,9 +4,9 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from torchrec_scratchpipe.planning.checks import few
 from torchrec_scratchpipe.planning.reuse import misses_of_pool
 from torchrec_scratchpipe.planning.sizing import ShardToSize, SizedTable
-from torchrec_scratchpipe.planning.spelling import few
 
 __all__ = [
     "GIB",

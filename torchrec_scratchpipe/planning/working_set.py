@@ -6,7 +6,6 @@ Shapes: ``I`` ids, ``B`` bins of batches, ``P`` pressures.
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,17 +21,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, MeasurementError
+from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
 from torchrec_scratchpipe.planning.random_states import random_states_kept
 from torchrec_scratchpipe.planning.reuse import Curve, Floats, Reuse, ReuseMeter, Window, misses_of_pool
-from torchrec_scratchpipe.planning.spelling import did_you_mean, few
 from torchrec_scratchpipe.planning.zipf import zipf_reuse
 from torchrec_scratchpipe.sharding.batch_features import find_tensors, ids_of_features, num_samples
 
 __all__ = [
     "WorkingSet",
     "WorkingSets",
-    "check_count",
-    "check_number",
     "configs_of",
     "has_tables",
     "measure_working_set",
@@ -334,25 +331,6 @@ def zipf_working_sets(
         reuse = zipf_reuse(table.num_embeddings, num_ids * world_size, exponent, lookahead, num_batches_seen_ahead)
         sets.append(WorkingSet(table.name, reuse))
     return WorkingSets(sets, world_size, batch_size)
-
-
-def check_count(name: str, value: Any, least: int, below: int | None = None) -> int:
-    """Refuse what is not a whole number in a range. Raises ConfigError."""
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_integer or value < least or (below is not None and value >= below):
-        wanted = f"of at least {least}" if below is None else f"in [{least}, {below})"
-        raise ConfigError(f"{name} is {value!r}, it must be an integer {wanted}.")
-    return int(value)
-
-
-def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
-    """Refuse what is not a finite number from 0 on. Raises ConfigError."""
-    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0 or (is_positive and value == 0):
-        raise ConfigError(
-            f"{name} is {value!r}, it must be a finite number {'above 0' if is_positive else 'of at least 0'}."
-        )
-    return float(value)
 
 
 def _check_settings(lookahead: int, num_batches_seen_ahead: int, world_size: int) -> None:

@@ -36,7 +36,7 @@ from torchrec_scratchpipe.core.batch import Batch, FeatureSource, feature_rows
 from torchrec_scratchpipe.core.host_table import HostTable, LentMemory
 from torchrec_scratchpipe.core.memory import SLOT_BYTES_OF_MAPS
 from torchrec_scratchpipe.core.pool import Pool
-from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec
+from torchrec_scratchpipe.core.rows import RowLayout, TableSpec
 from torchrec_scratchpipe.core.runner import StageRunner
 from torchrec_scratchpipe.core.scratchpad import Scratchpad, ScratchpadMemory, allocate_scratchpads, grow_scratchpad
 from torchrec_scratchpipe.core.slot_map import SlotMap
@@ -49,6 +49,7 @@ from torchrec_scratchpipe.sharding.options import (
     ScratchpadOptions,
     num_slots_of,
     optimizer_states,
+    row_layout,
     tables_by_width,
     warn_of_ignored_settings,
 )
@@ -318,7 +319,7 @@ class ScratchpadKernel(FusedOptimizerModule):
             ]
             host_tables.append(HostTable(specs, self._row_layout(indices[0]), storage))
             # A row-wise table shorter than the number of ranks leaves some of them without rows.
-            nums_slots.append(max(1, sum(num_slots_of(spec) for spec in specs)))
+            nums_slots.append(max(1, sum(num_slots_of(spec.load_factor, spec.num_rows) for spec in specs)))
         whole = [index for index in self._block_of_table if index not in self._pool_of_table]
         layouts = [host_table.layout for host_table in host_tables] + [self._row_layout(index) for index in whole]
         nums_slots += [self._local_rows[index] for index in whole]
@@ -334,8 +335,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         return pools, memory
 
     def _row_layout(self, table_index: int) -> RowLayout:
-        states = tuple(StateSpec(state.buffer, state.is_rowwise, state.dtype) for state in self._states)
-        return RowLayout(self._local_cols[table_index], data_type_to_dtype(self._config.data_type), states)
+        return row_layout(self._local_cols[table_index], data_type_to_dtype(self._config.data_type), self._states)
 
     def _make_pool(
         self,

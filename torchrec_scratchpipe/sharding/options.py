@@ -6,7 +6,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 
-from torchrec_scratchpipe.core.rows import TableSpec
+from torchrec_scratchpipe.core.rows import RowLayout, StateSpec
 from torchrec_scratchpipe.core.scratchpad import Scratchpad
 from torchrec_scratchpipe.core.slot_ops import HALF_LIFE, SlotOps
 from torchrec_scratchpipe.core.storage import MappedStorage, PageLockedStorage, RamStorage, TableStorage
@@ -36,6 +36,7 @@ __all__ = [
     "check_load_factor",
     "num_slots_of",
     "optimizer_states",
+    "row_layout",
     "tables_by_width",
     "warn_of_cache_settings",
     "warn_of_ignored_settings",
@@ -290,9 +291,14 @@ def tables_by_width(config: GroupedEmbeddingConfig, whole: AbstractSet[int]) -> 
     return list(by_width.values())
 
 
-def num_slots_of(table: TableSpec) -> int:
-    """How many slots a table brings to its pool."""
-    return max(math.ceil(table.load_factor * table.num_rows), min(MIN_SLOTS_PER_TABLE, table.num_rows))
+def row_layout(dim: int, dtype: torch.dtype, states: Iterable[OptimizerState]) -> RowLayout:
+    """What a row consists of that an optimizer of FBGEMM updates."""
+    return RowLayout(dim, dtype, tuple(StateSpec(state.buffer, state.is_rowwise, state.dtype) for state in states))
+
+
+def num_slots_of(load_factor: float, num_rows: int) -> int:
+    """How many slots a table, or a shard of it, brings to its pool."""
+    return max(math.ceil(load_factor * num_rows), min(MIN_SLOTS_PER_TABLE, num_rows))
 
 
 def check_load_factor(table_name: str, load_factor: float) -> float:
