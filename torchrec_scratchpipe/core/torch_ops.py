@@ -81,7 +81,6 @@ class TorchOps(CommonOps):
         operations()
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
-        """See :class:`SlotOps`."""
         rows, _ = _rows_of_ids(ids, features).valid()
 
         def change(uses: Tensor) -> Tensor:
@@ -99,7 +98,6 @@ class TorchOps(CommonOps):
         maps.uses_ahead[-1] = 0
 
     def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
-        """See :class:`SlotOps`."""
         ids, features = request.ids, request.features
         looked_up = _rows_of_ids(ids, features)
         _put(buffers.rows, looked_up.rows)
@@ -144,7 +142,6 @@ class TorchOps(CommonOps):
         scratch: ScratchBuffers,
         skips_used_ahead: bool,
     ) -> None:
-        """See :class:`SlotOps`."""
         counts, state = buffers.counts.tolist(), maps.state.tolist()
         counts[Count.FROM_FREE] = min(counts[Count.MISSES], state[State.NUM_FREE])
         buffers.counts[Count.FROM_FREE] = counts[Count.FROM_FREE]
@@ -166,7 +163,6 @@ class TorchOps(CommonOps):
         buffers.counts[Count.VICTIMS], maps.state[State.LIST_HEAD] = taken, head
 
     def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
-        """See :class:`SlotOps`."""
         missing = _num_missing(buffers.counts.tolist())
         if missing <= 0:
             return
@@ -188,7 +184,6 @@ class TorchOps(CommonOps):
     def commit(
         self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers, tables: TableCounts
     ) -> None:
-        """See :class:`SlotOps`."""
         batch_index, keep_bits, aging = request.batch_index, request.keep_bits, request.aging
         counts = buffers.counts.tolist()
         num_misses, num_victims = counts[Count.MISSES], counts[Count.VICTIMS]
@@ -227,7 +222,6 @@ class TorchOps(CommonOps):
         tables.num_victims.add_(torch.bincount(table_of_victims, minlength=tables.num_victims.numel()))
 
     def translate(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts) -> None:
-        """See :class:`SlotOps`."""
         slots, num_ids = request.slots, request.ids.ids.numel()
         counts = buffers.counts.tolist()
         rows, positions, known = self._found[:3]
@@ -250,14 +244,12 @@ class TorchOps(CommonOps):
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
     ) -> None:
-        """See :class:`SlotOps`."""
         num_rows = int(counts[count])
         values = source.index_select(0, source_index[:num_rows].long().to(source.device))
         # Not in place as autograd and the tables' version counters would see it: a kernel leaves no such trace.
         target.data.index_copy_(0, target_index[:num_rows].long().to(target.device), values.to(target.device))
 
     def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
-        """See :class:`SlotOps`."""
         num_ids = request.ids.ids.numel()
         rows = buffers.rows[:num_ids]
         is_mine = rows >= 0

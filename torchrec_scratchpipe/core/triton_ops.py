@@ -131,7 +131,6 @@ class TritonOps(CommonOps):
         self._of_thread = threading.local()  # `graph`, while this thread records
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
-        """See :class:`SlotOps`."""
         # Never recorded: the ids' address and number are parameters.
         num_ids, num_features = ids.ids.numel(), features.table.numel()
         if num_ids:
@@ -153,7 +152,6 @@ class TritonOps(CommonOps):
             )
 
     def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
-        """See :class:`SlotOps`."""
         ids, bounds = request.ids
         numbers = [0] * len(Number)
         numbers[Number.NUM_IDS] = ids.numel()
@@ -206,7 +204,6 @@ class TritonOps(CommonOps):
             graph.add(kernel, num_programs, args, options)
 
     def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
-        """See :class:`SlotOps`."""
         self._launch(
             _begin_kernel,
             1,
@@ -245,7 +242,6 @@ class TritonOps(CommonOps):
         scratch: ScratchBuffers,
         skips_used_ahead: bool,
     ) -> None:
-        """See :class:`SlotOps`."""
         self._launch(
             _take_kernel,
             1,
@@ -264,7 +260,6 @@ class TritonOps(CommonOps):
         )
 
     def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
-        """See :class:`SlotOps`."""
         num_slots = maps.last_use.numel()
         num_programs = triton.cdiv(num_slots, SLOTS_PER_PROGRAM)
         slots = (maps.last_use, maps.uses_ahead, maps.frequency, num_slots)
@@ -295,7 +290,6 @@ class TritonOps(CommonOps):
     def commit(
         self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers, tables: TableCounts
     ) -> None:
-        """See :class:`SlotOps`."""
         num_tables = tables.num_unique.numel()
         # As many programs as the unique rows can need, of which there are no more than a buffer has room for.
         self._launch(
@@ -328,7 +322,6 @@ class TritonOps(CommonOps):
         )
 
     def translate(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, tables: TableCounts) -> None:
-        """See :class:`SlotOps`."""
         num_tables = tables.num_ids.numel()
         self._launch(
             _translate_kernel,
@@ -347,7 +340,6 @@ class TritonOps(CommonOps):
         )
 
     def report(self, buffers: PlanBuffers) -> None:
-        """See :class:`SlotOps`."""
         self._launch(_report_kernel, 1, buffers.counts, buffers.host_counts, NUM_COUNTS=len(Count))
 
     def order(
@@ -402,7 +394,6 @@ class TritonOps(CommonOps):
         )
 
     def count_misses(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_misses: Tensor) -> None:
-        """See :class:`SlotOps`."""
         self._launch(
             _count_misses_kernel,
             _num_programs(buffers),
