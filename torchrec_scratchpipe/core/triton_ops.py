@@ -22,10 +22,10 @@ from torch import Tensor
 
 from torchrec_scratchpipe.core.slot_ops import (
     BEING_PLACED,
-    BINS_PER_OCTAVE,
     FREQUENCY_BINS,
+    FREQUENCY_SHIFT,
+    LOWEST_BIN,
     LOWEST_FREQUENCY,
-    LOWEST_OCTAVE,
     MAX_OCTAVES,
     NOTES_PER_OCTAVE,
     NUM_BINS,
@@ -95,8 +95,8 @@ _WINDOW_MASK = tl.constexpr(WINDOW_MASK)
 _NUM_BINS = tl.constexpr(NUM_BINS)
 _NUM_ORDER_BINS = tl.constexpr(NUM_ORDER_BINS)
 _FREQUENCY_BINS = tl.constexpr(FREQUENCY_BINS)
-_BINS_PER_OCTAVE = tl.constexpr(BINS_PER_OCTAVE)
-_LOWEST_OCTAVE = tl.constexpr(LOWEST_OCTAVE)
+_FREQUENCY_SHIFT = tl.constexpr(FREQUENCY_SHIFT)
+_LOWEST_BIN = tl.constexpr(LOWEST_BIN)
 _LOWEST_FREQUENCY = tl.constexpr(LOWEST_FREQUENCY)
 _NUM_NOTES = tl.constexpr(NUM_NOTES)
 _NOTES_PER_OCTAVE = tl.constexpr(NOTES_PER_OCTAVE)
@@ -678,8 +678,7 @@ def _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, nu
     is_usable = (last_use >= 0) & (last_use < first_held)
     uses = tl.load(uses_ahead_ptr + slots, mask=is_usable, other=0)
     frequency = tl.load(frequency_ptr + slots, mask=is_usable, other=1.0)
-    octaves = tl.log2(tl.maximum(frequency, _LOWEST_FREQUENCY)) - _LOWEST_OCTAVE
-    bins = tl.floor(octaves * _BINS_PER_OCTAVE).to(tl.int32)
+    bins = (frequency.to(tl.int32, bitcast=True) >> _FREQUENCY_SHIFT) - _LOWEST_BIN
     bins = tl.minimum(tl.maximum(bins, 0), _FREQUENCY_BINS - 1)
     # Bits go round: from the oldest batch that is ahead. Slots whose next use is near have the highest bins.
     in_order = (uses >> next_bit) | ((uses & ((1 << next_bit) - 1)) << (_WINDOW_BITS - next_bit))
