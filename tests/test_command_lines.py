@@ -25,6 +25,9 @@ OPTIONS: dict[str, str] = {
     "examples/benchmark/miss_rates.py": """
         --criteo_tsv --budgets_mb --skip_training --json
     """,
+    "examples/benchmark/predict.py": """
+        --machine --measured
+    """,
     "examples/benchmark/train_step.py": """
         --quick --caches --model --num_tables --num_embeddings --embedding_dim --ids_per_bag --batch_size --zipf
         --load_factor --lookahead --optimizer --steps --block_steps --table_dir --no_overlap --profile_trace --seed

@@ -462,3 +462,26 @@ def test_host_cost_is_within_what_a_step_can_bear() -> None:
     figures = {line[:16].strip(): float(line[16:].split()[0]) for line in result.stdout.splitlines()}
     assert figures.keys() == {"one by one", "recorded", "training thread", "worker"}
     assert figures["recorded"] < figures["one by one"] / 3
+
+
+def ratios_of(table: str, column: int) -> dict[tuple[str, ...], float]:
+    """A column of a predicted table, by the row's first three cells."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {tuple(cells[:3]): float(cells[column].split()[0]) for cells in rows}
+
+
+def test_predictions_agree_with_what_was_measured_and_with_the_bus() -> None:
+    script = str(EXAMPLES / "benchmark" / "predict.py")
+    by_machine = run_example(script)
+    fast_bus, slow_bus = (ratios_of(by_machine, column) for column in (3, 5))  # H200, A100
+    assert len(fast_bus) > 12
+    assert all(1.0 <= ratio < 4.0 for ratio in (*fast_bus.values(), *slow_bus.values()))
+    bound_by_bus = ("paper, adam", "0.8", "2%")
+    assert slow_bus[bound_by_bus] > 1.3 * fast_bus[bound_by_bus] > 1.3
+    measured = EXAMPLES.parent / "docs" / "benchmarks" / "h200" / "results.json"
+    beside = [line for line in run_example(script, "--measured", str(measured)).splitlines() if "| fused |" in line]
+    assert len(beside) == 2
+    for line in beside:
+        predicted, actual, quotient = map(float, line.strip("|").split("|")[4:7])
+        assert quotient == pytest.approx(predicted / actual, abs=0.01)
+        assert 0.85 < quotient < 1.15
