@@ -189,6 +189,20 @@ def test_train_step_benchmark(tmp_path: Path) -> None:
         assert point["ratio_to_fused"]["scratchpipe"] == ours["ratio_to_fused"]
 
 
+def test_train_step_benchmark_has_the_shape_of_upstreams_offloading_benchmark(tmp_path: Path) -> None:
+    run_example(
+        str(EXAMPLES / "benchmark" / "train_step.py"), "--model", "offload", "--caches", "fused,static,scratchpipe",
+        "--num_embeddings", "3000", "--embedding_dim", "16", "--ids_per_bag", "3", "--batch_size", "32",
+        "--num_device_tables", "3", "--zipf", "0", "--optimizer", "rowwise_adagrad", "--load_factor", "0.2",
+        "--steps", "6", "--out", str(tmp_path),
+    )  # fmt: skip
+    rows = {row["cache"]: row for row in read_figures(tmp_path / "results.json")["rows"]}
+    assert rows["scratchpipe"]["workload"]["num_device_tables"] == 3
+    assert rows["scratchpipe"]["victims"] > 0
+    assert rows["scratchpipe"]["last_loss"] == rows["fused"]["last_loss"]
+    assert rows["static"]["last_loss"] == pytest.approx(rows["fused"]["last_loss"], rel=1e-4)
+
+
 def test_train_step_benchmark_writes_what_scripts_read(tmp_path: Path) -> None:
     run_example(
         str(EXAMPLES / "benchmark" / "train_step.py"), "--caches", "fused,scratchpipe", "--num_tables", "2",

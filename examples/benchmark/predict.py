@@ -51,7 +51,7 @@ LRU_MISSES = 1.18  # FBGEMM's cache, for one row of ours: ours / LRU is 0.85 in 
 TRAIN_LOST_TO_CACHE = 1.0
 
 # Upstream's own offloading benchmark (torchrec #4099): the step of all tables in device memory was measured there.
-OFFLOAD = Workload("offload", 1, 10_000_000, 512, 30, 32_768)
+OFFLOAD = WORKLOADS["offload"]
 OFFLOAD_STEP_MS = 285.5
 
 
@@ -331,7 +331,7 @@ def print_beside(results: dict[str, Any], machines: dict[str, Machine]) -> None:
     print_row(["---"] * 7)
     lookaheads = [row["lookahead"] for row in results["rows"] if row["lookahead"]]
     for row in results["rows"]:
-        workload = Workload(**{field: row["workload"][field] for field in fields})
+        workload = Workload(**{field: row["workload"][field] for field in fields if field in row["workload"]})
         shape = Shape(workload, row["optimizer"], row["load_factor"], row["lookahead"] or max(lookaheads))
         point = Point(machines[name], shape, row["zipf"])
         predicted, measured = predict(point, row["cache"]).ms, row["step_ms"]

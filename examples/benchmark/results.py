@@ -204,7 +204,8 @@ def _markdown(report: Report) -> str:
         shape = rows[0].workload
         lines += [
             f"## {shape['name']}: {shape['num_tables']} tables x {shape['num_embeddings']:,} rows x "
-            f"{shape['embedding_dim']}, {shape['ids_per_bag']} ids a bag, batch {shape['batch_size']:,}; "
+            f"{shape['embedding_dim']}, {shape['ids_per_bag']} ids a bag, batch {shape['batch_size']:,}"
+            f"{', beside ' + str(shape['num_device_tables']) + ' small ones' if shape['num_device_tables'] else ''}; "
             f"{rows[0].optimizer}, Zipf {rows[0].zipf:g}, {rows[0].load_factor:.0%}",
             "",
             "| tables | lookahead | step (ms) | P10 to P90 | ratio to fused | floor (ms) | misses a batch | of unique "

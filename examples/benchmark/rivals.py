@@ -21,7 +21,15 @@ from torchrec.distributed.types import CacheParams
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from workloads import PowerLawBatches, Ranker, Workload, feature_names
+from workloads import (
+    DEVICE_TABLE_DIM,
+    DEVICE_TABLE_ROWS,
+    PowerLawBatches,
+    Ranker,
+    Workload,
+    device_feature_names,
+    feature_names,
+)
 
 from torchrec_scratchpipe import (
     ScratchPipeEmbeddingBagCollectionSharder,
@@ -249,10 +257,22 @@ def _make_model(
         for index, name in enumerate(names)
     ]
     ebc = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
-    model = Ranker(ebc, workload, num_pieces=len(sizes))
-    optimizer_class = OPTIMIZERS[shape.optimizer]
-    apply_optimizer_in_backward(optimizer_class, model.ebc.parameters(), {"lr": 0.01})
     constraints = {config.name: _constraint(rival, config.name, shape, device) for config in configs}
+    on_device = [
+        EmbeddingBagConfig(
+            name=f"t_{name}",
+            embedding_dim=DEVICE_TABLE_DIM,
+            num_embeddings=DEVICE_TABLE_ROWS,
+            feature_names=[name],
+        )
+        for name in device_feature_names(workload)
+    ]
+    device_ebc = EmbeddingBagCollection(tables=on_device, device=torch.device("meta")) if on_device else None
+    for config in on_device:
+        constraints[config.name] = ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"])
+    model = Ranker(ebc, workload, len(sizes), device_ebc)
+    for collection in (ebc, device_ebc) if device_ebc is not None else (ebc,):
+        apply_optimizer_in_backward(OPTIMIZERS[shape.optimizer], collection.parameters(), {"lr": 0.01})
     sharder = (
         ScratchPipeEmbeddingBagCollectionSharder(table_dir=table_dir, **rival.sharder_kwargs)
         if rival.is_scratchpad

@@ -4,6 +4,8 @@
     python examples/benchmark/train_step.py --quick --out DIR
     python examples/benchmark/train_step.py --model paper --zipf 0,0.8,1.05,1.2 --load_factor 0.01,0.02,0.05,0.1 \
         --optimizer sgd,rowwise_adagrad,adagrad,adam --lookahead 1,2,4 --out DIR
+    python examples/benchmark/train_step.py --model offload --zipf 0 --load_factor 0.3 \
+        --optimizer rowwise_adagrad --out DIR
     python examples/benchmark/train_step.py --caches fused,scratchpipe --num_tables 26 --num_embeddings 1000000 \
         --embedding_dim 64 --ids_per_bag 1 --batch_size 4096 --optimizer rowwise_adagrad --load_factor 0.05 --steps 30
 
@@ -323,11 +325,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a small grid for this device; minutes")
     parser.add_argument("--caches", type=names_of(RIVALS), help=f"comma-separated: {', '.join(RIVALS)}")
     parser.add_argument("--model", choices=sorted(WORKLOADS), default="criteo")
-    parser.add_argument("--num_tables", type=int, help="instead of the model's; so are the next four")
+    parser.add_argument("--num_tables", type=int, help="instead of the model's; so are the next five")
     parser.add_argument("--num_embeddings", type=int, help="rows of each table")
     parser.add_argument("--embedding_dim", type=int)
     parser.add_argument("--ids_per_bag", type=int)
     parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--num_device_tables", type=int, help="small tables beside, kept in device memory by everybody")
     parser.add_argument("--zipf", type=numbers, default=[1.05], help="exponents of the ids' law; 0 is uniform")
     parser.add_argument("--load_factor", type=numbers, default=[0.05])
     parser.add_argument("--lookahead", type=integers, default=[2])

@@ -30,10 +30,11 @@ class Workload:
     embedding_dim: int
     ids_per_bag: int
     batch_size: int
+    num_device_tables: int = 0  # small ones, which every contender keeps in device memory
 
     @property
     def ids_per_batch(self) -> int:
-        """Lookups."""
+        """Lookups in tables that are not kept in device memory."""
         return self.num_tables * self.ids_per_bag * self.batch_size
 
     @property
@@ -42,10 +43,14 @@ class Workload:
         return self.num_tables * self.num_embeddings
 
 
-# The paper's default model; Criteo's 26 features at the batch size of MLPerf. Tables are of equal size.
+DEVICE_TABLE_ROWS, DEVICE_TABLE_DIM = 20_000, 256
+
+# The paper's default model; Criteo's 26 features at the batch size of MLPerf; upstream's own offloading benchmark
+# (torchrec #4099), whose ids are random (--zipf 0) and whose small tables have other sizes. Large tables are alike.
 WORKLOADS = {
     "paper": Workload("paper", 8, 10_000_000, 128, 20, 2048),
     "criteo": Workload("criteo", 26, 2_000_000, 128, 1, 65_536),
+    "offload": Workload("offload", 1, 10_000_000, 512, 30, 32_768, num_device_tables=71),
 }
 
 
@@ -56,15 +61,24 @@ class Ranker(nn.Module):
         ebc: Looks up `num_pieces` tables for each feature, next to each other.
         workload: Shapes.
         num_pieces: 2 where a table is kept in two places.
+        device_ebc: Looks up the tables that are kept in device memory, if there are any.
     """
 
-    def __init__(self, ebc: EmbeddingBagCollection, workload: Workload, num_pieces: int = 1) -> None:
+    def __init__(
+        self,
+        ebc: EmbeddingBagCollection,
+        workload: Workload,
+        num_pieces: int = 1,
+        device_ebc: EmbeddingBagCollection | None = None,
+    ) -> None:
         super().__init__()
         dim, num_vectors = workload.embedding_dim, workload.num_tables + 1
         self.ebc = ebc
+        self.device_ebc = device_ebc
+        num_wide = workload.num_device_tables * DEVICE_TABLE_DIM
         self.dense_arch = MLP(NUM_DENSE, [512, 256, dim])
         self.over_arch = nn.Sequential(
-            MLP(dim + num_vectors * (num_vectors - 1) // 2, [512, 512, 256]), nn.Linear(256, 1)
+            MLP(dim + num_vectors * (num_vectors - 1) // 2 + num_wide, [512, 512, 256]), nn.Linear(256, 1)
         )
         self._piece_shape = (workload.num_tables, num_pieces, dim)
         self.register_buffer("_pairs", torch.triu_indices(num_vectors, num_vectors, offset=1), persistent=False)
@@ -75,7 +89,8 @@ class Ranker(nn.Module):
         sparse = self.ebc(batch.sparse_features).values().view(-1, *self._piece_shape).sum(dim=2)
         vectors = torch.cat([dense.unsqueeze(1), sparse], dim=1)
         products = torch.bmm(vectors, vectors.transpose(1, 2))[:, self._pairs[0], self._pairs[1]]
-        logits = self.over_arch(torch.cat([dense, products], dim=1)).squeeze(1)
+        wide = [] if self.device_ebc is None else [self.device_ebc(batch.sparse_features).values()]
+        logits = self.over_arch(torch.cat([dense, products, *wide], dim=1)).squeeze(1)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels.float())
         return loss, (loss.detach(), logits.detach())
 
@@ -168,7 +183,16 @@ class PowerLawBatches(Iterator[Batch]):
             lengths = torch.full((shape[0] * shape[1],), shape[2], dtype=torch.int32, device=device)
         else:
             values, lengths = self._in_two_pieces(ranks, self._num_hot)
-        sparse = KeyedJaggedTensor(keys=feature_names(workload, self._num_hot), values=values, lengths=lengths)
+        keys = feature_names(workload, self._num_hot)
+        if workload.num_device_tables:
+            num_bags = workload.num_device_tables * workload.batch_size
+            more = (DEVICE_TABLE_ROWS, (num_bags * workload.ids_per_bag,))
+            values = torch.cat(
+                [values, torch.randint(*more, generator=self._generator, dtype=torch.int64, device=device)]
+            )
+            lengths = torch.cat([lengths, lengths.new_full((num_bags,), workload.ids_per_bag)])
+            keys += device_feature_names(workload)
+        sparse = KeyedJaggedTensor(keys=keys, values=values, lengths=lengths)
         return Batch(dense_features=dense, sparse_features=sparse, labels=labels)
 
     def _in_two_pieces(self, ranks: Tensor, num_hot: int) -> tuple[Tensor, Tensor]:
@@ -193,6 +217,18 @@ def feature_names(workload: Workload, num_hot: int | None) -> list[str]:
     """
     pieces = [""] if num_hot is None else ["_hot", "_cold"]
     return [f"f{index}{piece}" for index in range(workload.num_tables) for piece in pieces]
+
+
+def device_feature_names(workload: Workload) -> list[str]:
+    """Of the tables that are kept in device memory.
+
+    Args:
+        workload: Shapes.
+
+    Returns:
+        In the order of a batch's features, of which they are the last.
+    """
+    return [f"d{index}" for index in range(workload.num_device_tables)]
 
 
 def describe(workload: Workload) -> dict[str, Any]:
