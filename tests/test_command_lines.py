@@ -30,8 +30,8 @@ OPTIONS: dict[str, str] = {
     """,
     "examples/benchmark/train_step.py": """
         --quick --caches --model --num_tables --num_embeddings --embedding_dim --ids_per_bag --batch_size
-        --num_device_tables --zipf --load_factor --lookahead --optimizer --steps --block_steps --table_dir --no_overlap --profile_trace --seed
-        --out --json --seconds --host_memory_gb
+        --num_device_tables --zipf --load_factor --lookahead --optimizer --steps --block_steps --table_dir
+        --no_overlap --profile_trace --seed --out --json --seconds --host_memory_gb
     """,
     "examples/criteo_dlrm/figures.py": """
         --criteo_tsv --budgets_mb --limit_train_batches
