@@ -13,6 +13,7 @@ import torch
 from helpers import Setting, Trainer, assert_same_bits, assert_same_outputs, make_batches
 
 from torchrec_scratchpipe import TableStorageError
+from torchrec_scratchpipe.core import storage
 
 SETTING = Setting(num_batches=30)
 LIMIT_S = 30
@@ -83,6 +84,23 @@ def test_child_evaluates_and_reads_tables(lookahead: int | None, overlap: bool) 
     assert_same_outputs(stock.train_plain(rest), actual_rest)
     assert_same_bits(stock, ours)
     assert ours.num_victims > 0
+
+
+def test_child_that_ends_unlocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked memory is its parent's; CUDA would print an error in a child."""
+    unlocked: list[int] = []
+    monkeypatch.setattr(storage, "_lock_pages", lambda tensor: "")
+    monkeypatch.setattr(storage, "_unlock", lambda locked: unlocked.append(len(locked)))
+    holders = [storage.PageLockedStorage()]
+    holders[0].allocate(10, torch.float32, "weights")
+
+    def let_go() -> None:
+        holders.clear()
+        assert unlocked == []
+
+    assert in_child(let_go) == 0
+    holders.clear()
+    assert unlocked == [1]
 
 
 def test_child_of_memory_mapped_tables_raises_at_once(tmp_path: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -63,7 +64,7 @@ class PageLockedStorage:
 
     def __init__(self) -> None:
         self._locked: list[Tensor] = []
-        weakref.finalize(self, _unlock, self._locked)
+        weakref.finalize(self, _in_process, os.getpid(), _unlock, self._locked)
 
     def allocate(self, num_values: int, dtype: torch.dtype, label: str) -> Tensor:
         """See :class:`TableStorage`. Shapes: returns [num_values]. Raises TableStorageError."""
@@ -93,7 +94,18 @@ def _lock_pages(tensor: Tensor) -> str:
     """Why it could not be done, or nothing."""
     cudart = torch.cuda.cudart()
     error = cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, CUDA_HOST_REGISTER_PORTABLE_AND_MAPPED)
-    return "" if int(error) == 0 else str(cudart.cudaGetErrorString(error))
+    if int(error) == 0:
+        return ""
+    # The runtime tells the error again to whoever launches a kernel next. This kernel is to hear it.
+    with suppress(RuntimeError):
+        torch.zeros(1, dtype=torch.int8, device="cuda")
+    return str(cudart.cudaGetErrorString(error))
+
+
+def _in_process(process: int, unlock: Callable[[list[Tensor]], None], locked: list[Tensor]) -> None:
+    """Unlock where it was locked: a forked child that ends has no CUDA to call."""
+    if os.getpid() == process:
+        unlock(locked)
 
 
 def _unlock(locked: list[Tensor]) -> None:
