@@ -130,7 +130,7 @@ def feature_rows(
 
 
 def check_ids(table_name: str, feature_name: str, ids: Tensor, num_rows: int) -> None:
-    """Refuse ids that point outside a table. Shapes: `ids` [I] int32. Raises IdOutOfRangeError."""
+    """Refuse ids, [I] int32 or int64, that point outside a table. Waits for a device. Raises IdOutOfRangeError."""
     if ids.numel() == 0:
         return
     low, high = (int(bound) for bound in ids.aminmax())

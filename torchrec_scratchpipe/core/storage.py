@@ -91,7 +91,7 @@ class PageLockedStorage:
 
 
 def _lock_pages(tensor: Tensor) -> str:
-    """Why it could not be done, or nothing."""
+    """Page-lock a tensor; says why it could not be done, or nothing."""
     cudart = torch.cuda.cudart()
     error = cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, CUDA_HOST_REGISTER_PORTABLE_AND_MAPPED)
     if int(error) == 0:

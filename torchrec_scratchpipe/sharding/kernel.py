@@ -368,9 +368,9 @@ class ScratchpadKernel(FusedOptimizerModule):
         return pool
 
     def _enlarge(self, pool_index: int, budget: ScratchpadBudget, num_slots: int) -> str:
-        """Give a pool's scratchpad so many slots.
+        """Give a pool's scratchpad so many slots; says why not, or nothing.
 
-        Why not, or nothing. Between the stages of two batches; Train waits for one of them.
+        Between the stages of two batches; Train waits for one of them.
         """
         scratchpad = self._memory.scratchpads[pool_index]
         is_moved = num_slots > self._memory.capacities[pool_index]

@@ -133,7 +133,7 @@ class ScratchpadBudget:
         self._planned_bytes[scratchpad] = scratchpad.num_bytes
 
     def refusal(self, num_bytes: int) -> str:
-        """Whether a scratchpad may grow."""
+        """Why a scratchpad may not grow by so many bytes, or nothing."""
         if self.max_bytes is not None and self._taken_bytes + num_bytes > self.max_bytes:
             return f"may not take {num_bytes:,} bytes more: max_scratchpad_bytes is {self.max_bytes:,}"
         return ""
