@@ -19,6 +19,10 @@ OPTIONS: dict[str, str] = {
     "examples/benchmark/checkpoint_memory.py": """
         --sizes_gb --dir --json --one
     """,
+    "examples/benchmark/disk_tier.py": """
+        --table_dir --cap_gb --num_tables --num_embeddings --embedding_dim --batch_size --zipf --load_factor --warmup
+        --steps --rounds --ways --json --way --group
+    """,
     "examples/benchmark/expected_traffic.py": """
         --zipf --load_factor --lookahead --bus_gb_per_s
     """,

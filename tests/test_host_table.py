@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Host tables keep what is written, in RAM and memory-mapped, and say why they cannot be made."""
 
+import ctypes
 import functools
 import gc
+import itertools
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from core_helpers import CPU, LAYOUT, expected_parts, make_pool, max_diff, random_rows, run
@@ -69,7 +74,7 @@ def test_write_buffer_law(steps: list[tuple[str, set[int]]], capacity: int, swee
         patch.setattr(write_buffer, "SWEEP_ROWS", sweep_rows)
         parts = [torch.zeros(30, 4), torch.zeros(30)]
         expected = [part.clone() for part in parts]
-        buffer = WriteBuffer(functools.partial(write_rows, parts), parts[0].shape[0], LAYOUT)
+        buffer = WriteBuffer(functools.partial(write_rows, parts), lambda rows: None, parts[0].shape[0], LAYOUT)
         for step, (kind, chosen) in enumerate(steps, start=1):
             rows = torch.tensor(sorted(chosen))
             if kind == "write":
@@ -142,3 +147,87 @@ def test_memory_that_cannot_be_page_locked_is_an_error_that_says_what_to_do(monk
     message = r"16,000 bytes cannot be page-locked \(out of memory\)\. .* host_access='staged'"
     with pytest.raises(TableStorageError, match=message):
         HostTable([TableSpec("t0", 1000, 0.1)], LAYOUT, PageLockedStorage())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.integers(0, 3000), min_size=1), st.sampled_from([4, 256, 260, 4096, 9000]))
+def test_ranges_of_pages_are_those_of_the_rows_each_once(rows: set[int], row_bytes: int) -> None:
+    page = storage_module.mmap.PAGESIZE
+    addresses = 16 * page + 8 + np.array(sorted(rows), dtype=np.int64) * row_bytes
+    ranges = storage_module._page_ranges(addresses, row_bytes)
+    covered = [int(begin) + at for begin, length in ranges for at in range(0, int(length), page)]
+    expected = {at // page * page for first in addresses.tolist() for at in range(first, first + row_bytes)}
+    assert covered == sorted(expected)
+    assert all(int(a[0] + a[1]) < int(b[0]) for a, b in itertools.pairwise(ranges))
+
+
+def resident_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Which pages of a mapped tensor are in RAM."""
+    num_pages = -(-tensor.nbytes // storage_module.mmap.PAGESIZE)
+    state = torch.zeros(num_pages, dtype=torch.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    length = ctypes.c_size_t(tensor.nbytes)
+    assert libc.mincore(ctypes.c_void_p(tensor.data_ptr()), length, ctypes.c_void_p(state.data_ptr())) == 0
+    return (state & 1).bool()
+
+
+MADV_PAGEOUT = 21  # of Linux; the mmap module has no name for it
+
+
+def test_rows_that_were_asked_for_come_into_ram(tmp_path: Path) -> None:
+    storage = MappedStorage(tmp_path)
+    table = HostTable([TableSpec("t0", 100_000, 0.5)], RowLayout(64, torch.float32), storage)
+    (part,) = table.parts
+    part.fill_(1.0)
+    table.persist()
+    try:
+        storage._mappings[0].madvise(MADV_PAGEOUT)
+    except OSError:
+        pytest.skip("the system writes out no pages when asked to")
+    if int(resident_pages(part).sum()) > 100:
+        pytest.skip(f"{tmp_path} is no disk, or pages stay in RAM")
+    rows = torch.arange(8, 100_000, 1600)
+    table.ask_for(rows)
+    pages = rows * 256 // storage_module.mmap.PAGESIZE
+    end_s = time.monotonic() + 20
+    while not bool(resident_pages(part)[pages].all()):
+        assert time.monotonic() < end_s, "pages were asked for, and have not come"
+        time.sleep(0.01)
+    assert int(resident_pages(part).sum()) < 3 * pages.numel() + 100  # those, and few others
+
+
+def test_a_system_that_takes_no_advice_is_told_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage_module, "SYS_PROCESS_MADVISE", 100_000)
+    table = HostTable(TABLES, LAYOUT, MappedStorage(tmp_path))
+    with caplog.at_level("INFO", logger="torchrec_scratchpipe"):
+        for _ in range(3):
+            table.ask_for(torch.arange(12))
+    assert [record.getMessage() for record in caplog.records] == [
+        "rows are read from the disk one after another (Function not implemented)"
+    ]
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_rows_are_asked_for_ahead_and_training_is_exact_whatever_comes_of_it(
+    is_broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, set[int]] = {}
+
+    def ask(self: HostTable, rows: torch.Tensor) -> None:
+        asked.setdefault(threading.current_thread().name.rstrip("_0123456789"), set()).update(rows.tolist())
+        if is_broken and threading.current_thread().name.startswith("scratchpipe-asking"):
+            raise RuntimeError("no advice today")
+
+    monkeypatch.setattr(HostTable, "ask_for", ask)
+    monkeypatch.setattr(write_buffer, "WRITE_BUFFER_BYTES", 4 * LAYOUT.row_bytes)
+    pool = make_pool(storage=MappedStorage(tmp_path))
+    batches = random_rows(num_batches=100, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, OverlappedStageRunner(CPU), lookahead=2)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    rows = set(torch.cat(batches).tolist())  # each was absent once
+    assert asked["scratchpipe-asking"] <= rows
+    assert len(asked["scratchpipe-asking"]) > len(rows) / 2  # a quick worker may have placed the others
+    assert asked["scratchpipe-stages"] >= rows  # by Collect, and before victims are written

@@ -44,7 +44,9 @@ class HostTable:
             num_values = int(torch.Size(shape).numel())
             self.parts.append(storage.allocate(num_values, dtype, f"{part_name} of {names}").view(shape))
         self._storage = storage
-        self._write_buffer = WriteBuffer(self._overwrite, self.num_rows, layout) if storage.is_slow_to_write else None
+        self._write_buffer = (
+            WriteBuffer(self._overwrite, self.ask_for, self.num_rows, layout) if storage.is_on_disk else None
+        )
         self._own_versions = self._versions()
         self._is_overwritten = False
         self.lent = LentMemories()
@@ -89,6 +91,11 @@ class HostTable:
     def is_device_accessible(self) -> bool:
         """Whether kernels on the device may read and write `parts` in place."""
         return self._storage.is_device_accessible
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether rows may have to be brought into RAM; :meth:`ask_for` has it done early."""
+        return self._storage.is_on_disk
 
     @property
     def has_snapshots(self) -> bool:
@@ -169,10 +176,17 @@ class HostTable:
 
     def read(self, rows: Tensor, out: Sequence[Tensor]) -> None:
         """Copy rows out. Shapes: `rows` [N] int64, `out` [N, D] or [N]."""
+        self.ask_for(rows)
         # The table may be older than what waits to be written into it.
         read_rows(self.parts, rows, out)
         if self._write_buffer is not None:
             self._write_buffer.read_over(rows, out)
+
+    def ask_for(self, rows: Tensor) -> None:
+        """Have rows brought into RAM, without waiting, if they are on a disk. Shapes: `rows` [N] int64."""
+        if self.is_on_disk:
+            for part in self.parts:
+                self._storage.ask_for(part, rows)
 
     def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Copy rows in. Shapes: `rows` [N] int64, `values` [N, D] or [N]."""
@@ -195,6 +209,7 @@ class HostTable:
 
     def _overwrite(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         # Copy on write: the old rows first.
+        self.ask_for(rows)  # a page is read before some of its bytes are written
         for snapshot in self._snapshots:
             snapshot.keep(rows)
         write_rows(self.parts, rows, values)

@@ -29,6 +29,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from torchrec_scratchpipe.core.batch import Batch, BatchState
 from torchrec_scratchpipe.core.fork import prepare_for_forks
 from torchrec_scratchpipe.core.host_table import LentMemories
 from torchrec_scratchpipe.core.pool import Pool
-from torchrec_scratchpipe.core.slot_map import CachePlan, SlotsHeldError
+from torchrec_scratchpipe.core.slot_map import CachePlan, PoolIds, SlotsHeldError
 from torchrec_scratchpipe.core.slot_ops import Count
 from torchrec_scratchpipe.core.stages import run_stages
 from torchrec_scratchpipe.core.streams import StageStreams
@@ -311,6 +312,7 @@ class OverlappedStageRunner(StageRunner):
         super().__init__(device, streams or StageStreams(device, is_overlapped=True))
         self._thread: threading.Thread | None = None
         self._refreshed: torch.Event | None = None
+        self._asking: ThreadPoolExecutor | None = None
         prepare_for_forks(self, is_worker=True)
 
     def before_fork(self) -> None:
@@ -324,7 +326,7 @@ class OverlappedStageRunner(StageRunner):
     def after_fork_in_child(self) -> None:
         """See :class:`ForkAware`: the child has a worker of its own, from when it first needs one."""
         self._lock = threading.RLock()
-        self._thread = None
+        self._thread = self._asking = None
         self._queue.after_fork_in_child()
 
     @contextmanager
@@ -391,11 +393,20 @@ class OverlappedStageRunner(StageRunner):
             super()._see(batch)
 
     def _admit(self, batch: Batch) -> None:
+        self._ask_ahead(batch)
         # The ids are the work of the caller's stream; and its allocator must not give them away while Plan reads them.
         self.streams.wait(self.streams.plan, self.streams.record(None))
         for tensor in batch.ids:
             self.streams.record_use(tensor)
         super()._admit(batch)
+
+    def _ask_ahead(self, batch: Batch) -> None:
+        """Have rows on a disk brought into RAM while earlier batches run their stages; on a thread of its own."""
+        for pool, ids in zip(batch.pools, batch.pool_ids, strict=True):
+            if pool.host_table.is_on_disk and self.device.type == "cpu":
+                if self._asking is None:
+                    self._asking = ThreadPoolExecutor(1, "scratchpipe-asking")
+                self._asking.submit(_ask_for_absent, pool, ids)
 
     def _record_refresh(self) -> None:
         self._refreshed = self.streams.record(self.streams.plan)
@@ -418,6 +429,14 @@ class OverlappedStageRunner(StageRunner):
         )
         self._thread.start()
         weakref.finalize(self, _stop, self._queue, self._thread)
+
+
+def _ask_for_absent(pool: Pool, ids: PoolIds) -> None:
+    """Ask for the rows of a batch that sit in no slot now."""
+    rows = rows_of_ids(*ids)
+    rows = rows[rows >= 0]
+    # The worker may be at the map. What is read here is advice, and bad advice loses no row.
+    pool.host_table.ask_for(rows[pool.slot_map.maps.row_to_slot.index_select(0, rows) < 0])
 
 
 class _Work(NamedTuple):

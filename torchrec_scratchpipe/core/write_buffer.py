@@ -30,9 +30,14 @@ class WriteBuffer:
     """
 
     def __init__(
-        self, write_table: Callable[[Tensor, Sequence[Tensor]], None], num_rows: int, layout: RowLayout
+        self,
+        write_table: Callable[[Tensor, Sequence[Tensor]], None],
+        ask_for: Callable[[Tensor], None],
+        num_rows: int,
+        layout: RowLayout,
     ) -> None:
         self._write_table = write_table
+        self._ask_for = ask_for
         self._num_rows = num_rows
         self._capacity = max(1, min(self._num_rows, WRITE_BUFFER_BYTES // layout.row_bytes))
         self._buffer = layout.empty(self._capacity)
@@ -80,7 +85,7 @@ class WriteBuffer:
 
     def _make_room(self, num_places: int) -> None:
         freed = [self._free_places]
-        num_free = self._free_places.numel()
+        num_free, num_swept = self._free_places.numel(), 0
         # The hand goes on where it stopped, takes all rows in its way to the table, and begins again at the end.
         while num_free < num_places:
             first = self._hand
@@ -89,8 +94,13 @@ class WriteBuffer:
             places = self._row_to_place.index_select(0, waiting).long()
             self._write_table(waiting, [buffer.index_select(0, places) for buffer in self._buffer])
             self._row_to_place.index_fill_(0, waiting, -1)
+            num_swept += last - first
             freed.append(places)
             num_free += places.numel()
             if self._hand == self._num_rows:
                 self._hand = 0
         self._free_places = torch.cat(freed)
+        if num_swept:
+            # A page is read before some of its bytes are written. Next time, the hand is to find it there.
+            coming = self._row_to_place[self._hand : self._hand + num_swept]
+            self._ask_for((coming >= 0).nonzero().view(-1) + self._hand)
