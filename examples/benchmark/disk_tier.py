@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4096)
     parser.add_argument("--zipf", type=float, default=1.05)
     parser.add_argument("--load_factor", type=float, default=0.05)
-    parser.add_argument("--warmup", type=int, default=20, help="steps that are not timed")
+    parser.add_argument(
+        "--warmup", type=int, default=150, help="steps that are not timed; the write buffer fills in the first 80"
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ways", type=lambda text: text.split("/"), default=WAYS, help=f"some of: {'/'.join(WAYS)}")
