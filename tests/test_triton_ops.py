@@ -2,6 +2,7 @@
 """Each Triton kernel does what its torch twin does, on the same state; interpreted, unless there is a GPU."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from device_path import LaunchList
 from torch import Tensor
 
 from torchrec_scratchpipe.core import triton_ops
+from torchrec_scratchpipe.core.cuda_graph import CudaGraph
 from torchrec_scratchpipe.core.slot_map import PoolIds, SlotMap, _make_buffers, _make_order_buffers, _make_scratch
 from torchrec_scratchpipe.core.slot_ops import (
     BEING_PLACED,
@@ -496,6 +498,14 @@ def test_where_nothing_can_be_recorded_launches_go_one_by_one(caplog: pytest.Log
         ops.enqueue(buffers, "key", lambda: num_runs.append(1))
     assert len(num_runs) == 4
     assert caplog.text.count("launches cannot be recorded") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_without_a_driver_there_are_no_graphs_and_no_noise() -> None:
+    with pytest.raises(OSError, match="libcuda"):
+        CudaGraph()
+    gc.collect()
 
 
 def test_graphs_reach_the_driver_as_they_were_asked_for(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ class CudaGraph:
     """Compiled Triton kernels in the order in which they were added, for the current device."""
 
     def __init__(self, driver: Any = None) -> None:
+        self._graph = ctypes.c_void_p()  # first: there may be no driver, and :meth:`__del__` asks
         self._driver = driver or load_driver()
-        self._graph = ctypes.c_void_p()
         self._last = ctypes.c_void_p()
         self._call("cuGraphCreate", ctypes.byref(self._graph), ctypes.c_uint(0))
 

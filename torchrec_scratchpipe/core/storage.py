@@ -33,9 +33,7 @@ RANGES_PER_CALL = 1024  # the most that Linux takes
 class TableStorage(Protocol):
     """Where a host table's memory comes from."""
 
-    is_on_disk: (
-        bool  # whether rows may have to be brought into RAM, and should be gathered there before they are written
-    )
+    is_on_disk: bool  # whether rows may have to be brought into RAM, and are to be gathered there on their way back
     is_device_accessible: bool  # whether kernels on the device may read and write it in place
     is_copied_by_fork: bool  # whether a forked child has memory of its own, with the same content
 
