@@ -438,8 +438,8 @@ def test_criteo_dlrm_is_resumed_in_mid_epoch(tsv: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_the_run(number: signal.Signals, status: int, tsv: Path, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
-    run_example(*small_run(tsv, "--save_dir", str(whole), "--epochs", "30"))
-    job = Script(*small_run(tsv, "--save_dir", str(part), "--save_every", "7", "--epochs", "30"))
+    run_example(*small_run(tsv, "--save_dir", str(whole), "--epochs", "12"))
+    job = Script(*small_run(tsv, "--save_dir", str(part), "--save_every", "7", "--epochs", "12"))
     while not list(part.glob("step_*")):
         assert job.is_running
         time.sleep(0.01)
@@ -448,9 +448,9 @@ def test_a_signal_saves_and_ends_the_run(number: signal.Signals, status: int, ts
     assert result.returncode == status
     assert f"{number.name}: all is saved in {part}; go on with --resume" in result.stdout.splitlines()
     step = max(int(path.name[5:]) for path in part.glob("step_*"))
-    assert 7 <= step < 1200
-    run_example(*small_run(tsv, "--save_dir", str(part), "--resume", "--epochs", "30"))
-    assert_same_checkpoints(whole, part, 1200)
+    assert 7 <= step < 480
+    run_example(*small_run(tsv, "--save_dir", str(part), "--resume", "--epochs", "12"))
+    assert_same_checkpoints(whole, part, 480)
 
 
 @pytest.mark.dist
