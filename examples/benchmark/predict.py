@@ -12,6 +12,7 @@ was measured on an H200 (docs/benchmarks/h200.md), and what is assumed, stands b
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -23,7 +24,7 @@ import numpy as np
 from rivals import Shape
 from workloads import NUM_DENSE, WORKLOADS, Workload
 
-from torchrec_scratchpipe.planning.reuse import misses_of_pool
+from torchrec_scratchpipe.planning.reuse import Reuse, misses_of_pool
 from torchrec_scratchpipe.planning.zipf import zipf_reuse
 
 MACHINES = Path(__file__).with_name("machines.json")
@@ -102,6 +103,20 @@ class Simulation:
         return task
 
 
+@functools.cache
+def reuse_of(num_rows: int, num_ids: int, exponent: float, lookahead: int) -> Reuse:
+    """Of a table, by the planner."""
+    return zipf_reuse(num_rows, num_ids, exponent, lookahead, 0)
+
+
+@functools.cache
+def expected(num_rows: int, num_ids: int, exponent: float, first_rank: int) -> tuple[float, float]:
+    """Unique rows of a batch, and the share of its lookups, of all but the hottest rows of a table."""
+    weights = np.arange(1, num_rows + 1, dtype=np.float64) ** -exponent
+    shares = weights[first_rank:] / weights.sum()
+    return float(-np.expm1(num_ids * np.log1p(-shares)).sum()), float(shares.sum())
+
+
 class Point(NamedTuple):
     """What is predicted: a model, a machine, ids, and what caches get."""
 
@@ -117,29 +132,27 @@ class Point(NamedTuple):
     def misses(self, load_factor: float) -> float:
         """Unique rows of a batch that are not in so many slots, when they are full."""
         workload = self.shape.workload
-        reuse = zipf_reuse(workload.num_embeddings, self.ids_per_table, self.exponent, self.shape.lookahead, 0)
+        reuse = reuse_of(workload.num_embeddings, self.ids_per_table, self.exponent, self.shape.lookahead)
         slots = load_factor * workload.num_embeddings
         return workload.num_tables * float(misses_of_pool([reuse], slots)[0].sum())
 
     def fits(self) -> bool:
         """Whether the rows of all batches in flight have slots."""
         workload = self.shape.workload
-        reuse = zipf_reuse(workload.num_embeddings, self.ids_per_table, self.exponent, self.shape.lookahead, 0)
+        reuse = reuse_of(workload.num_embeddings, self.ids_per_table, self.exponent, self.shape.lookahead)
         return reuse.window(self.shape.lookahead + 1).mean <= self.shape.load_factor * workload.num_embeddings
 
     def unique(self, first_rank: int = 0) -> float:
         """Unique rows of a batch, of all but the hottest of each table."""
-        ranks = np.arange(1, self.shape.workload.num_embeddings + 1, dtype=np.float64)
-        shares = ranks**-self.exponent
-        shares /= shares.sum()
-        used = -np.expm1(self.ids_per_table * np.log1p(-shares[first_rank:]))
-        return self.shape.workload.num_tables * float(used.sum())
+        workload = self.shape.workload
+        used, _ = expected(workload.num_embeddings, self.ids_per_table, self.exponent, first_rank)
+        return workload.num_tables * used
 
     def cold_lookups(self, num_hot: int) -> float:
         """Lookups of rows that are not among the hottest of their table."""
-        ranks = np.arange(1, self.shape.workload.num_embeddings + 1, dtype=np.float64)
-        shares = ranks**-self.exponent
-        return self.shape.workload.ids_per_batch * float(shares[num_hot:].sum() / shares.sum())
+        workload = self.shape.workload
+        _, share = expected(workload.num_embeddings, self.ids_per_table, self.exponent, num_hot)
+        return workload.ids_per_batch * share
 
     def train_ms(self) -> float:
         """The device's time for forward, backward and update, all rows in its memory."""
