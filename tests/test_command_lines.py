@@ -20,8 +20,8 @@ OPTIONS: dict[str, str] = {
         --sizes_gb --dir --json --one
     """,
     "examples/benchmark/disk_tier.py": """
-        --table_dir --cap_gb --num_tables --num_embeddings --embedding_dim --batch_size --zipf --load_factor --warmup
-        --steps --rounds --ways --json --way --group
+        --table_dir --cap_gb --ram_budget_gb --num_tables --num_embeddings --embedding_dim --batch_size --zipf
+        --load_factor --warmup --steps --rounds --ways --json --way --group
     """,
     "examples/benchmark/expected_traffic.py": """
         --zipf --load_factor --lookahead --bus_gb_per_s
@@ -51,10 +51,13 @@ OPTIONS: dict[str, str] = {
         --profile_trace --json --plot
     """,
     "torchrec_scratchpipe/__main__.py": "",  # those of the command that it runs
+    "torchrec_scratchpipe/disk.py": """
+        --seconds --file_gb --json
+    """,
     "torchrec_scratchpipe/plan.py": """
         --tables --batches --working_sets --zipf --batch_size --max_batches --save_working_sets --world_size
-        --local_world_size --hbm_gb --scratchpad_gb --ddr_gb --lookahead --num_batches_seen_ahead --optimizer --plot
-        --json
+        --local_world_size --hbm_gb --scratchpad_gb --ddr_gb --ram_budget_gb --disk_reads_per_s --lookahead
+        --num_batches_seen_ahead --optimizer --plot --json
     """,
 }
 REMOVED: dict[str, list[str]] = {}
@@ -80,7 +83,7 @@ def options_of(command: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def takes_options(text: str) -> bool:
-    return "argparse" in text or "planning.command import main" in text
+    return "argparse" in text or "import main" in text
 
 
 def commands() -> list[str]:

@@ -87,8 +87,10 @@ def test_the_choice_of_victims_decides_no_bits(ops: type[TorchOps], monkeypatch:
     assert check_equal(Setting(), lookahead=3).num_victims > 100
 
 
-def test_memory_mapped_tables(tmp_path: Path) -> None:
-    assert check_equal(Setting(), table_dir=str(tmp_path)).num_victims > 100
+@pytest.mark.parametrize("ram_budget_gb", [0.5, 2e-6], ids=["all in RAM", "most on the disk"])
+def test_memory_mapped_tables(ram_budget_gb: float, tmp_path: Path) -> None:
+    ours = check_equal(Setting(), table_dir=str(tmp_path), ram_budget_gb=ram_budget_gb)
+    assert ours.num_victims > 100
     assert list(tmp_path.iterdir()) == []
 
 

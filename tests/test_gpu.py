@@ -110,8 +110,9 @@ def test_features_tables_and_shardings(setting: Setting) -> None:
     check_as_equal_as_stock(setting)
 
 
-def test_memory_mapped_tables(tmp_path: Path) -> None:
-    check_as_equal_as_stock(Setting(), table_dir=str(tmp_path))
+@pytest.mark.parametrize("ram_budget_gb", [0.5, 2e-6])
+def test_memory_mapped_tables(ram_budget_gb: float, tmp_path: Path) -> None:
+    check_as_equal_as_stock(Setting(), table_dir=str(tmp_path), ram_budget_gb=ram_budget_gb)
 
 
 def test_where_fbgemm_is_deterministic_the_difference_is_zero() -> None:

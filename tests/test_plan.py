@@ -71,6 +71,24 @@ def test_from_ids_to_a_plan(tables: str, npz: str, tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.splitlines()[0] == first.splitlines()[0]
 
 
+def test_tables_in_files(tables: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "plan.json"
+    arguments = ("--tables", tables, "--zipf", 1.05, "--batch_size", 512, "--scratchpad_gb", 0.002, "--json", figures)
+    found = []
+    for ram_budget_gb in (1e-3, 2e-3, 1.0):
+        assert run(*arguments, "--ram_budget_gb", ram_budget_gb, "--disk_reads_per_s", 30_000) == 0
+        disk = json.loads(figures.read_text())["disk"]
+        found.append(disk["rows_read"])
+        assert disk["floor_ms"] == pytest.approx(disk["pages_read"] / 30)
+        assert f"disk per rank and step: {disk['rows_read']:,.0f} rows read" in capsys.readouterr().out
+    assert found[0] > found[1] > found[2]
+    assert found[2] < 0.02 * found[0]  # a law without an end: no row is used for the first time
+    assert run(*arguments) == 0
+    assert json.loads(figures.read_text())["disk"] is None
+    assert run(*arguments, "--disk_reads_per_s", 1) == 2
+    assert "Give --ram_budget_gb, too." in capsys.readouterr().err
+
+
 def test_without_data_and_for_gpus_that_are_not_there(tables: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--tables", tables, "--zipf", 1.05, "--batch_size", 512, "--world_size", 4, "--hbm_gb", 0.005)
     assert run(*arguments, "--optimizer", "adam") == 0

@@ -9,11 +9,12 @@ from core_helpers import LAYOUT, max_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrec_scratchpipe.core import snapshot, write_buffer
+from torchrec_scratchpipe.core import snapshot
+from torchrec_scratchpipe.core.disk import MappedStorage, RamBudget
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.rows import TableSpec
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
-from torchrec_scratchpipe.core.storage import MappedStorage, RamStorage
+from torchrec_scratchpipe.core.storage import RamStorage
 from torchrec_scratchpipe.errors import TableStorageError
 
 NUM_ROWS = 30
@@ -21,7 +22,9 @@ TABLES = [TableSpec("a", 10, 0.5), TableSpec("b", 20, 0.5)]
 
 
 def make_table(directory: Path | None = None) -> HostTable:
-    table = HostTable(TABLES, LAYOUT, MappedStorage(directory) if directory else RamStorage())
+    table = HostTable(
+        TABLES, LAYOUT, MappedStorage(directory, RamBudget(7 * LAYOUT.row_bytes)) if directory else RamStorage()
+    )
     for number, part in enumerate(table.parts):
         part.copy_(torch.rand(part.shape) + number)
     table.accept_overwrite()
@@ -63,7 +66,6 @@ def test_snapshot_law(
     """Rows read are those at the time of the snapshot; rows in the table are those written last."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot, "SEGMENT_ROWS", segment_rows)
-        patch.setattr(write_buffer, "WRITE_BUFFER_BYTES", 7 * LAYOUT.row_bytes)
         table = make_table(Path("/tmp") if is_mapped else None)
         twin = [part.clone() for part in table.parts]
         expected = [part.clone() for part in twin]

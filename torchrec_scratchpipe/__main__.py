@@ -4,9 +4,9 @@
 import argparse
 import sys
 
-from torchrec_scratchpipe.planning import command
+from torchrec_scratchpipe.planning import command, disk_speed
 
-COMMANDS = {"plan": command.main}
+COMMANDS = {"plan": command.main, "disk": disk_speed.main}
 
 
 def main() -> int:
@@ -15,9 +15,13 @@ def main() -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="torchrec-scratchpipe", description="Run one of: plan.")
-    parser.add_argument("command", choices=COMMANDS, help="plan: a memory budget in, a sharding plan out")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="plan --help says what it takes")
+    parser = argparse.ArgumentParser(prog="torchrec-scratchpipe", description="Run one of: plan, disk.")
+    parser.add_argument(
+        "command",
+        choices=COMMANDS,
+        help="plan: a memory budget in, a sharding plan out; disk: how fast it is for tables",
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="plan --help and disk --help say what they take")
     args = parser.parse_args()
     return COMMANDS[args.command](args.arguments)
 

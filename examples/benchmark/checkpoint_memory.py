@@ -41,13 +41,9 @@ from torchrec_scratchpipe import (
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
 )
-from torchrec_scratchpipe.core import write_buffer
 
 NUM_TABLES, DIM, BATCH_SIZE = 4, 64, 4096
 SAMPLE_S = 0.005
-
-
-write_buffer.WRITE_BUFFER_BYTES = 64 * 1024 * 1024
 
 
 class Bags(nn.Module):
@@ -124,7 +120,8 @@ def run(size_gb: float, is_mapped: bool, directory: Path) -> dict[str, Any]:
         constraints=constraints,
         debug=False,
     )
-    sharders = [ScratchPipeEmbeddingBagCollectionSharder(table_dir=str(directory) if is_mapped else None)]
+    table_dir = str(directory) if is_mapped else None
+    sharders = [ScratchPipeEmbeddingBagCollectionSharder(table_dir=table_dir, ram_budget_gb=0.064)]
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
     optimizer = sharded.fused_optimizer

@@ -10,6 +10,7 @@ system reads pages that nobody has asked for. All train on the same ids. `--roun
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -20,7 +21,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rivals import Contender
 
 WAYS = ("RAM", "files", "files, one by one")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -48,45 +52,71 @@ def train(args: argparse.Namespace) -> None:
         (Path(args.group) / "cgroup.procs").write_text(str(os.getpid()))
     import torch
     import torch.distributed as dist
-    from rivals import Contender, Shape
+    from rivals import RIVALS, Contender, Shape
     from workloads import Workload
 
     from torchrec_scratchpipe import scratchpad_stats
-    from torchrec_scratchpipe.core.host_table import HostTable
+    from torchrec_scratchpipe.core.disk import MappedStorage
 
     if args.way == "files, one by one":
-        HostTable.ask_for = lambda self, rows: None  # type: ignore[method-assign]
+        MappedStorage.ask_for = lambda self, pages: None  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as directory:
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
         workload = Workload("disk", args.num_tables, args.num_embeddings, args.embedding_dim, 1, args.batch_size)
         shape = Shape(workload, "rowwise_adagrad", args.load_factor, 2)
         table_dir = None if args.way == "RAM" else args.table_dir
+        RIVALS["scratchpipe"] = dataclasses.replace(
+            RIVALS["scratchpipe"], sharder_kwargs={"ram_budget_gb": args.ram_budget_gb}
+        )
         contender = Contender("scratchpipe", shape, torch.device("cpu"), table_dir)
         contender.fill(args.zipf, seed=0)
         contender.start(args.zipf, 2, seed=1, num_batches=args.warmup + args.steps + 8)
         assert contender.batches is not None
         step_ms = []
-        before = resource.getrusage(resource.RUSAGE_SELF)
+        before = counts(contender)
         for step in range(args.warmup + args.steps):
             if step == args.warmup:
-                before = resource.getrusage(resource.RUSAGE_SELF)
+                before = counts(contender)
             contender.batches.prepare(1)
             start = time.perf_counter()
             contender.run(1)
             step_ms.append(1e3 * (time.perf_counter() - start))
-        after = resource.getrusage(resource.RUSAGE_SELF)
+        after = counts(contender)
         (stats,) = scratchpad_stats(contender.model)
         step_ms = sorted(step_ms[args.warmup :])
         figures = {
             "step_ms_p50": statistics.median(step_ms),
             "step_ms_p99": step_ms[min(len(step_ms) - 1, int(0.99 * len(step_ms)))],
             "misses": stats.num_unique_misses / stats.num_batches,
-            "faults_that_waited": (after.ru_majflt - before.ru_majflt) / args.steps,
-            "blocks_read": (after.ru_inblock - before.ru_inblock) / args.steps,  # of 512 bytes
+            **{name: (after[name] - before[name]) / args.steps for name in after},  # a batch
+            "anonymous_gb": memory_bytes("RssAnon") / 1e9,
             "last_loss": contender.last_loss.item(),
         }
         print(json.dumps(figures), flush=True)
         os._exit(0)  # whoever frees 7 GB under a limit takes his time
+
+
+def memory_bytes(field: str) -> int:
+    """A field of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def counts(contender: "Contender") -> dict[str, float]:
+    """What the system and the package have counted so far."""
+    from torchrec_scratchpipe import scratchpad_stats
+
+    (stats,) = scratchpad_stats(contender.model)
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return {
+        "faults_that_waited": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+        "read_mb": int(io["read_bytes"]) / 1e6,
+        "written_mb": int(io["write_bytes"]) / 1e6,
+        "rows_from_disk": stats.num_disk_rows_read,
+        "pages_from_disk": stats.num_disk_pages_read,
+        "pages_waited_for": stats.num_cold_pages_at_collect,
+        "tier_written_mb": stats.disk_bytes_written / 1e6,
+    }
 
 
 def run(way: str, args: argparse.Namespace, group: Path | None) -> dict[str, Any]:
@@ -103,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table_dir", required=True, help="on the disk that is to be measured")
     parser.add_argument("--cap_gb", type=float, default=3.0, help="memory of the limited processes")
+    parser.add_argument("--ram_budget_gb", type=float, default=1.1, help="GiB of it for rows that left the scratchpad")
     parser.add_argument("--num_tables", type=int, default=26)
     parser.add_argument("--num_embeddings", type=int, default=1_000_000)
     parser.add_argument("--embedding_dim", type=int, default=64)

@@ -35,9 +35,9 @@ from torchrec_scratchpipe.checkpoint.files import (
 )
 from torchrec_scratchpipe.checkpoint.optimizer_states import fit_states, load_wrapper_states, wrapper_states
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
+from torchrec_scratchpipe.core.disk import MappedStorage
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
-from torchrec_scratchpipe.core.storage import MappedStorage
 from torchrec_scratchpipe.errors import CheckpointMismatchError, CheckpointSaveError, ConfigError
 from torchrec_scratchpipe.sharding.model import only_read, scratchpad_collections
 from torchrec_scratchpipe.sharding.table_view import shown

@@ -403,10 +403,10 @@ class OverlappedStageRunner(StageRunner):
     def _ask_ahead(self, batch: Batch) -> None:
         """Have rows on a disk brought into RAM while earlier batches run their stages; on a thread of its own."""
         for pool, ids in zip(batch.pools, batch.pool_ids, strict=True):
-            if pool.host_table.is_on_disk and self.device.type == "cpu":
+            if pool.host_table.is_on_disk:
                 if self._asking is None:
-                    self._asking = ThreadPoolExecutor(1, "scratchpipe-asking")
-                self._asking.submit(_ask_for_absent, pool, ids)
+                    self._asking = ThreadPoolExecutor(1, "scratchpipe-asking", self.streams.use_device)
+                self._asking.submit(_ask_for_absent, pool, ids, self.streams, self.streams.record(None))
 
     def _record_refresh(self) -> None:
         self._refreshed = self.streams.record(self.streams.plan)
@@ -431,12 +431,15 @@ class OverlappedStageRunner(StageRunner):
         weakref.finalize(self, _stop, self._queue, self._thread)
 
 
-def _ask_for_absent(pool: Pool, ids: PoolIds) -> None:
+def _ask_for_absent(pool: Pool, ids: PoolIds, streams: StageStreams, has_ids: torch.Event | None) -> None:
     """Ask for the rows of a batch that sit in no slot now."""
-    rows = rows_of_ids(*ids)
-    rows = rows[rows >= 0]
-    # The worker may be at the map. What is read here is advice, and bad advice loses no row.
-    pool.host_table.ask_for(rows[pool.slot_map.maps.row_to_slot.index_select(0, rows) < 0])
+    with streams.on(streams.asking):
+        streams.wait(streams.asking, has_ids)
+        rows = rows_of_ids(*ids)
+        rows = rows[rows >= 0]
+        # The worker may be at the map. What is read here is advice, and bad advice loses no row.
+        absent = rows[pool.slot_map.maps.row_to_slot.index_select(0, rows) < 0].cpu()
+    pool.host_table.ask_for(absent)
 
 
 class _Work(NamedTuple):

@@ -103,6 +103,7 @@ def collect(pool: Pool, moves: RowMoves) -> StagedRows:
     miss_rows = moves.miss_rows.cpu()
     fill = pool.staging.take("fill", miss_rows.numel())
     pool.host_table.read(miss_rows, fill)
+    pool.host_table.make_room(moves.victim_rows.numel())
     if pool.slot_map.device.type == "cpu":
         writeback = pool.staging.take("writeback", moves.victim_slots.numel())
         read_rows(pool.scratchpad.parts, moves.victim_slots, writeback)

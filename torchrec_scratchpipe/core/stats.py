@@ -38,6 +38,9 @@ class PoolStats:
     `num_stalls` and `stall_ms` count batches for which Train had to wait for rows, and how long; pools of one kernel
     group wait together, and the first of them counts it.
     `num_growths` counts how often one batch needed more slots than there were, and got them.
+    `num_disk_rows_read` counts rows that came from files of `table_dir`, neither in the scratchpad nor in RAM before.
+    `num_disk_pages_read` are the pages in which they lie, and `num_cold_pages_at_collect` those of them that the system
+    had not yet brought into RAM when Collect needed them. `disk_bytes_written` are bytes of rows that left RAM.
     `num_misses_at_train` compares, at every lookup, each id's slot with the row that sits there.
     """
 
@@ -56,6 +59,10 @@ class PoolStats:
     stall_ms: float
     num_misses_at_train: int
     num_growths: int
+    num_disk_rows_read: int
+    num_disk_pages_read: int
+    num_cold_pages_at_collect: int
+    disk_bytes_written: int
     scratchpad_bytes: int
     table_bytes: int
     tables: tuple[TableStats, ...]
@@ -96,7 +103,7 @@ class PoolCounters:
         num_ids, num_unique, num_misses, num_victims = (
             numbers.tolist() for numbers in (counts.num_ids, counts.num_unique, counts.num_misses, counts.num_victims)
         )
-        row_bytes = self._host_table.layout.row_bytes
+        row_bytes, disk = self._host_table.layout.row_bytes, self._host_table.disk_counts
         return PoolStats(
             table_names=tuple(table.name for table in tables),
             num_slots=num_slots,
@@ -113,6 +120,10 @@ class PoolCounters:
             stall_ms=self.stall_ms,
             num_misses_at_train=int(counts.num_misses_at_train),
             num_growths=self.num_growths,
+            num_disk_rows_read=disk.num_rows_read,
+            num_disk_pages_read=disk.num_pages_read,
+            num_cold_pages_at_collect=disk.num_pages_waited_for,
+            disk_bytes_written=disk.num_bytes_written + self._host_table.num_log_bytes_written,
             scratchpad_bytes=num_slots * row_bytes,
             table_bytes=self._host_table.num_bytes,
             tables=tuple(

@@ -24,6 +24,7 @@ class StageStreams:
     plan: torch.Stream | None = None
     writeback: torch.Stream | None = None
     fill: torch.Stream | None = None
+    asking: torch.Stream | None = None  # reads ids for whoever asks a disk for rows; nothing waits for it
 
     def __init__(self, device: torch.device, *, is_overlapped: bool) -> None:
         self._module = torch.get_device_module(device) if device.type == "cuda" else None
@@ -35,6 +36,7 @@ class StageStreams:
         if self._module is not None and is_overlapped:
             # Before Train's: its kernels fill the device, and these are small.
             self.plan, self.writeback, self.fill = (self._module.Stream(device, priority=-1) for _ in range(3))
+            self.asking = self._module.Stream(device)
 
     @property
     def own(self) -> list[torch.Stream]:

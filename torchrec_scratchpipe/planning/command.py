@@ -117,6 +117,11 @@ def _check(args: argparse.Namespace) -> None:
                 raise ConfigError(f"--{name} is {size:g}, it must be below {MAX_GIB:,}. Give GiB, not bytes.")
     if args.zipf is not None:
         check_number("--zipf", args.zipf)
+    for name in ("ram_budget_gb", "disk_reads_per_s"):
+        if getattr(args, name) is not None:
+            check_number(f"--{name}", getattr(args, name), is_positive=True)
+    if args.disk_reads_per_s is not None and args.ram_budget_gb is None:
+        raise ConfigError("--disk_reads_per_s is of the disk that has the tables. Give --ram_budget_gb, too.")
     if args.local_world_size is None:
         args.local_world_size = max(n for n in range(1, MAX_RANKS_OF_HOST + 1) if args.world_size % n == 0)
     if args.world_size % args.local_world_size:
@@ -174,6 +179,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     budget.add_argument("--hbm_gb", type=float, help="device memory of each GPU for embeddings, in GiB")
     budget.add_argument("--scratchpad_gb", type=float, help="on a CPU: RAM of each rank for scratchpads, in GiB")
     parser.add_argument("--ddr_gb", type=float, default=1024, help="host memory of each rank, in GiB; default: 1024")
+    parser.add_argument("--ram_budget_gb", type=float, help="for tables in files: RAM of each rank for rows, in GiB")
+    parser.add_argument("--disk_reads_per_s", type=float, help="of their disk; torchrec-scratchpipe disk measures it")
     parser.add_argument("--lookahead", type=int, help="default: 2, or 1 where no more fits")
     parser.add_argument("--num_batches_seen_ahead", type=int, help="default: 0, or as measured")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
@@ -200,6 +207,8 @@ def _plan(args: argparse.Namespace) -> PlanReport:
         working_sets=working_sets,
         lookahead=args.lookahead,
         scratchpad_bytes=int(args.scratchpad_gb * GIB) if is_cpu else None,
+        ram_budget_gb=args.ram_budget_gb,
+        disk_reads_per_s=args.disk_reads_per_s,
         storage_reservation=FixedPercentageStorageReservation(0.0),
         debug=False,
     )
@@ -315,5 +324,6 @@ def _as_json(report: PlanReport) -> dict[str, Any]:
         "lookahead": report.lookahead,
         "num_batches_seen_ahead": report.num_batches_seen_ahead,
         "tables": tables,
+        "disk": None if report.disk is None else dataclasses.asdict(report.disk) | {"floor_ms": report.disk.floor_ms},
         "ranks": [{name: float(value) for name, value in dataclasses.asdict(rank).items()} for rank in report.ranks],
     }

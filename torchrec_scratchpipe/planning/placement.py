@@ -20,6 +20,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec_scratchpipe.core.memory import PoolDemand
 from torchrec_scratchpipe.errors import MeasurementError
 from torchrec_scratchpipe.planning.checks import did_you_mean, few
+from torchrec_scratchpipe.planning.disk_plan import DiskSettings, disk_report
 from torchrec_scratchpipe.planning.enumerators import FUSED, SCRATCHPAD
 from torchrec_scratchpipe.planning.report import PlanReport, RankReport, as_size, device_bytes_of, table_reports
 from torchrec_scratchpipe.planning.reuse import Floats, Reuse
@@ -84,8 +85,10 @@ class Sizer:
         working_sets: WorkingSets,
         scratchpad_bytes: int | None,
         advice: Advice,
+        disk: DiskSettings | None = None,
     ) -> None:
         self._topology = topology
+        self._disk = disk
         self._choices = choices
         self._advice = advice
         self._learned: dict[str, Choice] = {}  # of what the enumerator leaves
@@ -280,6 +283,7 @@ class Sizer:
             batch_size=batch_size or 0,
             step_ms=step_ms(options, self._topology.world_size),
             bus_bytes_per_ms=float(self._topology.hbm_to_ddr_mem_bw),
+            disk=None if self._disk is None else disk_report(sized, self._disk),
         )
 
     def _planned(self, given: CacheParams, load_factor: float | None, growth_bytes: int) -> PlannedCacheParams:

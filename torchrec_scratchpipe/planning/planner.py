@@ -32,6 +32,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharde
 
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError
 from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
+from torchrec_scratchpipe.planning.disk_plan import DiskSettings
 from torchrec_scratchpipe.planning.enumerators import FUSED, SCRATCHPAD, ScratchpadEnumerator
 from torchrec_scratchpipe.planning.placement import Advice, Choice, Sizer
 from torchrec_scratchpipe.planning.report import PlanReport
@@ -81,6 +82,10 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
             :attr:`lookahead` says what to give the pipeline.
         scratchpad_bytes: Budget of each rank on a CPU: RAM for scratchpads, and for tables kept whole instead. On CUDA
             it lowers what the topology allows.
+        ram_budget_gb: As the sharder will have it, for tables in files (`table_dir`): the report then says what each
+            step reads and writes there.
+        disk_reads_per_s: Of that disk, as ``torchrec-scratchpipe disk`` measures them: the report then says from
+            which step time on nothing waits for the disk.
 
     Raises:
         ConfigError: Constraints contradict each other or cannot be served, or a setting is missing or makes no sense.
@@ -111,8 +116,11 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         working_sets: WorkingSets | None = None,
         lookahead: int | None = None,
         scratchpad_bytes: int | None = None,
+        ram_budget_gb: float | None = None,
+        disk_reads_per_s: float | None = None,
     ) -> None:
         _check_numbers(batch_size, lookahead, scratchpad_bytes)
+        disk = _disk_settings(ram_budget_gb, disk_reads_per_s, working_sets)
         choices = {name: _choice_of(name, constraint) for name, constraint in (constraints or {}).items()}
         if working_sets is not None:  # stock passes over what contradicts itself
             for name, constraint in (constraints or {}).items():
@@ -141,7 +149,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         if working_sets is not None:
             _check_topology(self._topology, scratchpad_bytes)
             self._lookaheads = [lookahead] if lookahead is not None else _lookaheads_to_try(working_sets.lookahead)
-            self._sizer = Sizer(self._topology, choices, working_sets, scratchpad_bytes, self.advice)
+            self._sizer = Sizer(self._topology, choices, working_sets, scratchpad_bytes, self.advice, disk)
             self._enumerator = ScratchpadEnumerator(self._enumerator, self._sizer, is_cpu=is_cpu)
         elif scratchpad_bytes is not None:
             raise ConfigError(
@@ -356,6 +364,23 @@ def _check_words(table_name: str, setting: str, words: Any, known: Sequence[str]
     for word in words:
         if word not in known:
             raise ConfigError(f"table {table_name}: {setting} has {word!r}. Use of {', '.join(known)}.")
+
+
+def _disk_settings(
+    ram_budget_gb: float | None, disk_reads_per_s: float | None, working_sets: WorkingSets | None
+) -> DiskSettings | None:
+    """Refuse what makes no sense. Raises ConfigError."""
+    if ram_budget_gb is None and disk_reads_per_s is None:
+        return None
+    if ram_budget_gb is None or working_sets is None:
+        missing = "working_sets" if working_sets is None else "ram_budget_gb"
+        raise ConfigError(
+            f"ram_budget_gb and disk_reads_per_s say what to report of tables in files: they need {missing}, too."
+        )
+    ram_bytes = int(check_number("ram_budget_gb", ram_budget_gb, is_positive=True) * 1024**3)
+    if disk_reads_per_s is not None:
+        check_number("disk_reads_per_s", disk_reads_per_s, is_positive=True)
+    return DiskSettings(ram_bytes, disk_reads_per_s)
 
 
 def _check_numbers(batch_size: int | None, lookahead: int | None, scratchpad_bytes: int | None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from torchrec_scratchpipe.planning.checks import few
+from torchrec_scratchpipe.planning.disk_plan import DiskReport
 from torchrec_scratchpipe.planning.reuse import misses_of_pool
 from torchrec_scratchpipe.planning.sizing import ShardToSize, SizedTable
 
@@ -59,7 +60,8 @@ class RankReport:
 class PlanReport:
     """What a sharding plan gives for its memory.
 
-    `step_ms` is TorchRec's estimate for the busiest rank, without the bus; `bus_bytes_per_ms` the topology's.
+    `step_ms` is TorchRec's estimate for the busiest rank, without the bus; `bus_bytes_per_ms` the topology's. `disk` is
+    there if the planner was given `ram_budget_gb`.
     """
 
     tables: tuple[TableReport, ...]
@@ -69,6 +71,7 @@ class PlanReport:
     batch_size: int
     step_ms: float
     bus_bytes_per_ms: float
+    disk: DiskReport | None = None
 
     @property
     def bus_ms(self) -> float:
@@ -99,6 +102,7 @@ class PlanReport:
             f"bus per rank and step:  {min(bus) / MIB:.2f} to {max(bus) / MIB:.2f} MiB, {self.bus_ms:.3f} ms beside an "
             f"estimated step of {self.step_ms:.3f} ms: {self.bus_ms / max(step_ms, 1e-9):.0%}, hidden while below 100%",
             *self._about_misses(),
+            *([] if self.disk is None else str(self.disk).splitlines()),
         ]
 
     def _about_misses(self) -> list[str]:

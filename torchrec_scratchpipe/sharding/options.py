@@ -18,10 +18,11 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 
+from torchrec_scratchpipe.core.disk import MappedStorage, RamBudget
 from torchrec_scratchpipe.core.rows import RowLayout, StateSpec
 from torchrec_scratchpipe.core.scratchpad import Scratchpad
 from torchrec_scratchpipe.core.slot_ops import HALF_LIFE, SlotOps
-from torchrec_scratchpipe.core.storage import MappedStorage, PageLockedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.core.storage import PageLockedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.core.torch_ops import TorchOps
 from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.sharding.compat import WeightDecayMode
@@ -34,6 +35,7 @@ __all__ = [
     "ScratchpadBudget",
     "ScratchpadOptions",
     "check_load_factor",
+    "make_ram_budget",
     "num_slots_of",
     "optimizer_states",
     "row_layout",
@@ -166,6 +168,7 @@ class ScratchpadOptions:
     budget: ScratchpadBudget = field(default_factory=ScratchpadBudget)
     half_life: float = HALF_LIFE
     out_of_range_ids: str = "error"
+    ram_budget: RamBudget = field(default_factory=RamBudget)
     lookahead: int | None = None
     load_factors: Mapping[str, float] = field(default_factory=dict)
 
@@ -186,7 +189,7 @@ class ScratchpadOptions:
     def make_storage(self, ops: SlotOps) -> TableStorage:
         """Where host tables come from."""
         if self.table_dir is not None:
-            return MappedStorage(self.table_dir)
+            return MappedStorage(self.table_dir, self.ram_budget)
         is_direct = self.host_access == "direct" and not isinstance(ops, TorchOps)
         return PageLockedStorage() if is_direct else RamStorage()
 
@@ -203,6 +206,13 @@ class ScratchpadOptions:
             return TorchOps()
         ops: SlotOps = triton_ops.TritonOps(cuda_graph.CudaGraph)
         return ops
+
+
+def make_ram_budget(gb: float) -> RamBudget:
+    """What a user allows for rows of tables on a disk. Raises ConfigError."""
+    if not (isinstance(gb, int | float) and 0 < gb < math.inf):
+        raise ConfigError(f"ram_budget_gb is {gb!r}, it must be a number of GiB above 0.")
+    return RamBudget(int(gb * 1024**3))
 
 
 def warn_of_cache_settings(names: str, settings: Mapping[str, Any]) -> None:

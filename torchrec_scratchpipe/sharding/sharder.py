@@ -14,7 +14,7 @@ from torchrec_scratchpipe.sharding.collection import (
     ShardedScratchPipeEmbeddingBagCollection,
     ShardedScratchPipeEmbeddingCollection,
 )
-from torchrec_scratchpipe.sharding.options import ScratchpadBudget, ScratchpadOptions
+from torchrec_scratchpipe.sharding.options import ScratchpadBudget, ScratchpadOptions, make_ram_budget
 
 __all__ = [
     "ScratchPipeEmbeddingBagCollectionSharder",
@@ -46,6 +46,8 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that
             is kept whole too (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its
             `bounds_check_mode`; by default it warns and takes row 0.
+        ram_budget_gb: RAM, in GiB, in which tables of `table_dir` keep the rows that left the scratchpad
+            last. More of it saves reads of the disk. All tables of this sharder on a rank share it.
     """
 
     def __init__(
@@ -61,10 +63,14 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         max_scratchpad_bytes: int | None = None,
         half_life: float = HALF_LIFE,
         out_of_range_ids: Literal["error", "fbgemm"] = "error",
+        ram_budget_gb: float = 0.5,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
         budget = ScratchpadBudget(max_scratchpad_bytes)
-        self._options = ScratchpadOptions(table_dir, overlap, host_access, on_full, budget, half_life, out_of_range_ids)
+        ram = make_ram_budget(ram_budget_gb)
+        self._options = ScratchpadOptions(
+            table_dir, overlap, host_access, on_full, budget, half_life, out_of_range_ids, ram
+        )
 
     def shard(
         self,
@@ -131,6 +137,8 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         out_of_range_ids: ``"error"``: an id that is not in its table is an :class:`IdOutOfRangeError`, in a table that
             is kept whole too (on a CUDA device, only in scratchpad tables). ``"fbgemm"``: what FBGEMM does by its
             `bounds_check_mode`; by default it warns and takes row 0.
+        ram_budget_gb: RAM, in GiB, in which tables of `table_dir` keep the rows that left the scratchpad
+            last. More of it saves reads of the disk. All tables of this sharder on a rank share it.
     """
 
     def __init__(
@@ -146,10 +154,14 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         max_scratchpad_bytes: int | None = None,
         half_life: float = HALF_LIFE,
         out_of_range_ids: Literal["error", "fbgemm"] = "error",
+        ram_budget_gb: float = 0.5,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
         budget = ScratchpadBudget(max_scratchpad_bytes)
-        self._options = ScratchpadOptions(table_dir, overlap, host_access, on_full, budget, half_life, out_of_range_ids)
+        ram = make_ram_budget(ram_budget_gb)
+        self._options = ScratchpadOptions(
+            table_dir, overlap, host_access, on_full, budget, half_life, out_of_range_ids, ram
+        )
 
     def shard(
         self,

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables on a disk: rows of them that wait in RAM and in a log, pages that are asked for, and disks that fail."""
+
+import ctypes
+import errno
+import itertools
+import json
+import mmap
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_helpers import CPU, LAYOUT, expected_parts, make_pool, max_diff, planned, random_rows, run, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchrec import EmbeddingBagConfig
+
+from torchrec_scratchpipe.core import disk, row_log, row_tier, stages
+from torchrec_scratchpipe.core.disk import LogFile, MappedStorage, RamBudget, page_ranges
+from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.core.pool import Pool
+from torchrec_scratchpipe.core.row_log import Records
+from torchrec_scratchpipe.core.row_tier import HOME, LOG, RowTier
+from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec, write_rows
+from torchrec_scratchpipe.core.runner import OverlappedStageRunner
+from torchrec_scratchpipe.errors import TableStorageError
+from torchrec_scratchpipe.planning import disk_speed
+from torchrec_scratchpipe.planning.working_set import zipf_working_sets
+
+TABLES = [TableSpec("a", 5, 0.5), TableSpec("b", 7, 0.5)]
+LAYOUTS = [
+    LAYOUT,
+    RowLayout(4, torch.float16),
+    RowLayout(
+        4, torch.float16, (StateSpec("m", is_rowwise=True, dtype=torch.float16), StateSpec("v", is_rowwise=False))
+    ),
+    RowLayout(8, torch.float32, (StateSpec("m", is_rowwise=False), StateSpec("v", is_rowwise=True))),
+]
+
+
+def ram_of(num_rows: int) -> RamBudget:
+    """A budget in which so many rows of :data:`LAYOUT` find room."""
+    return RamBudget(num_rows * (Records(LAYOUT).num_bytes + 1))
+
+
+class Disk:
+    """Files that fail when they are told to."""
+
+    def __init__(self) -> None:
+        self.code = 0
+
+    def open(self, num_bytes: int) -> LogFile:
+        fail = self.fail
+
+        class File(LogFile):
+            def reserve(self, first: int, num_bytes: int) -> None:
+                fail((errno.ENOSPC,))
+                super().reserve(first, num_bytes)
+
+            def write(self, first: int, values: Tensor) -> None:
+                super().write(first, values[: len(values) // 2])
+                fail((errno.ENOSPC, errno.EIO))
+                super().write(first, values)
+
+            def read(self, first: int, num_bytes: int) -> Tensor:
+                fail((errno.EIO,))
+                return super().read(first, num_bytes)
+
+        return File(Path("/tmp"), num_bytes)
+
+    def fail(self, codes: tuple[int, ...]) -> None:
+        if self.code in codes:
+            raise OSError(self.code, os.strerror(self.code))
+
+
+NUM_ROWS = 30
+ROWS = st.sets(st.integers(0, NUM_ROWS - 1), min_size=1)
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(["write", "write", "write", "read"]), ROWS),
+    st.tuples(st.sampled_from(["drain", "break", "fill up", "mend"]), st.just({0})),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(STEPS, max_size=40),
+    st.integers(1, NUM_ROWS),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.sampled_from(LAYOUTS),
+)
+def test_row_tier_law(
+    steps: list[tuple[str, set[int]]], num_places: int, segment_rows: int, together: int, layout: RowLayout
+) -> None:
+    """Whatever is written is what is read, and after a drain it is in the table; whatever the disk does meanwhile."""
+    records, device = Records(layout), Disk()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_log, "SEGMENT_BYTES", segment_rows * records.num_bytes)
+        patch.setattr(row_log, "NUM_SPARE_SEGMENTS", 1)
+        patch.setattr(row_tier, "DRAIN_BYTES", together * records.num_bytes)
+        for name in ("MIN_SWEEP", "SCAN_ROWS", "PAGED_ROWS"):
+            patch.setattr(row_tier, name, together)
+        parts = [torch.zeros(shape, dtype=dtype) for shape, dtype, _ in layout.part_shapes(NUM_ROWS)]
+        expected = [part.clone() for part in parts]
+
+        def write_home(rows: Tensor, values: list[Tensor]) -> None:
+            device.fail((errno.EIO,))
+            write_rows(parts, rows, values)
+
+        tier = RowTier(
+            write_home, lambda _, __: None, layout, NUM_ROWS, lambda: num_places * (records.num_bytes + 1), device.open
+        )
+        for step, (kind, chosen) in enumerate(steps, start=1):
+            rows = torch.tensor(sorted(chosen))
+            device.code = {"break": errno.EIO, "fill up": errno.ENOSPC, "mend": 0}.get(kind, device.code)
+            if kind == "write":
+                values = [torch.full_like(part[rows], float(step)) for part in parts]
+                try:
+                    tier.write(rows, values)
+                except OSError:  # some may have been taken in, and no older row is lost
+                    assert device.code == errno.EIO
+                    device.code = 0
+                    tier.write(rows, values)
+                write_rows(expected, rows, values)
+            elif kind == "read":
+                check_read(tier, parts, expected, rows)
+            elif kind == "drain":
+                drain(tier, device)
+                assert max_diff(expected, parts) == 0.0
+            check_books(tier)
+            check_read(tier, parts, expected, torch.arange(NUM_ROWS))
+        device.code = 0
+        tier.drain()
+        check_books(tier)
+        assert tier.is_empty
+        assert max_diff(expected, parts) == 0.0
+
+
+def drain(tier: RowTier, device: Disk) -> None:
+    try:
+        tier.drain()
+    except OSError:
+        device.code = 0
+        tier.drain()
+
+
+def check_read(tier: RowTier, parts: list[Tensor], expected: list[Tensor], rows: Tensor) -> None:
+    out = [part[rows] for part in parts]
+    for part in out:
+        part.fill_(-1.0)
+    num_in_ram, at_home = tier.read(rows, out)
+    home_rows, in_log = tier.locate(rows)
+    assert num_in_ram + len(home_rows) + len(in_log) == len(rows)
+    assert rows[at_home].tolist() == home_rows.tolist()
+    write_rows(out, at_home, [part[home_rows] for part in parts])
+    assert max_diff([part[rows] for part in expected], out) == 0.0
+
+
+def check_books(tier: RowTier) -> None:
+    """Each place and each record has one row or none, and what counts them is right."""
+    where = tier._where
+    places = where[where >= 0].tolist()
+    assert sorted([*places, *tier._free_places.tolist()]) == list(range(len(tier._records)))
+    assert (tier._states[places] > 0).all()
+    assert (tier._states[tier._free_places] == 0).all()
+    if tier._log is not None:
+        log, positions = tier._log, LOG - where[where <= LOG].long()
+        assert len(set(positions.tolist())) == len(positions) == log.num_live
+        counted = torch.bincount(positions // log._segment, minlength=len(log._num_live))
+        assert counted.tolist() == log._num_live.tolist()
+        segments = [*log._free, *log._closed, *([] if log._open is None else [log._open])]
+        assert sorted(segments) == list(range(log._num_taken))
+    assert bool(((where == HOME) | (where >= 0) | (where <= LOG)).all())
+
+
+def test_a_log_writes_few_more_bytes_than_rows_and_keeps_to_its_size(tmp_path: Path) -> None:
+    num_rows, num_places = 4000, 400
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_log, "SEGMENT_BYTES", 64 * Records(LAYOUT).num_bytes)
+        table = HostTable([TableSpec("t0", num_rows, 0.1)], LAYOUT, MappedStorage(tmp_path, ram_of(num_places)))
+        tier = table._tier
+        assert tier is not None
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(1000):
+            rows = (torch.rand(100, generator=generator) * num_rows).long().unique()
+            table.write(rows, [torch.rand(len(rows), 4), torch.rand(len(rows))])
+            assert tier._log is None or tier._log._num_taken * 64 <= 2 * num_rows + 8 * 64
+    assert tier.num_passed_on > 50_000
+    assert tier.num_log_bytes_written <= 1.5 * tier.num_passed_on * Records(LAYOUT).num_bytes
+
+
+def train_through(pool: Pool, batches: list[Tensor], mend: Callable[[], None]) -> list[str]:
+    """Train all batches, and again those that a disk has failed, after it is mended; returns the errors."""
+    runner, errors = OverlappedStageRunner(CPU), []
+    for rows in batches:
+        for _ in range(2):
+            batch = planned(pool, rows, runner)
+            runner.submit(batch)
+            try:
+                slots = runner.wait(batch)
+            except TableStorageError as error:
+                errors.append(str(error))
+                mend()
+                continue
+            train(pool.scratchpad.parts, slots)
+            runner.release(batch, is_updated=True)
+            break
+    is_flushed = False
+    while not is_flushed:
+        try:
+            with runner.between_batches():
+                pool.flush()
+            is_flushed = True
+        except TableStorageError as error:
+            errors.append(str(error))
+            mend()
+    return errors
+
+
+@pytest.mark.parametrize("call", ["write", "read"])
+def test_a_disk_that_fails_is_an_error_that_names_tables_and_nothing_is_lost(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_log, "SEGMENT_BYTES", 4 * Records(LAYOUT).num_bytes)
+    original, num_calls = getattr(LogFile, call), 0
+
+    def fail_sometimes(self: LogFile, *args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls % 7 == 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(self, *args)
+
+    monkeypatch.setattr(LogFile, call, fail_sometimes)
+    pool = make_pool(storage=MappedStorage(tmp_path, ram_of(8)))
+    batches = random_rows(num_batches=150, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    errors = train_through(pool, batches, lambda: None)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    assert len(errors) >= 2
+    assert all(re.match(r"tables t0: rows cannot be moved .* \(Input/output error\)", error) for error in errors)
+    assert all(str(tmp_path) in error for error in errors)
+
+
+def test_a_disk_without_room_for_a_log_costs_time_and_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: LogFile, first: int, num_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LogFile, "reserve", refuse)
+    pool = make_pool(storage=MappedStorage(tmp_path, ram_of(8)))
+    batches = random_rows(num_batches=100, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    assert train_through(pool, batches, lambda: None) == []
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    stats = pool.stats()
+    assert stats.num_disk_rows_read > 100
+    assert stats.disk_bytes_written > 100 * LAYOUT.row_bytes
+    assert sum("no space for a log of rows" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_file_that_is_cut_is_an_error_and_does_not_end_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[int] = []
+    original = disk._map
+    monkeypatch.setattr(disk, "_map", lambda file, size: (files.append(os.dup(file)), original(file, size))[1])
+    storage = MappedStorage(tmp_path)
+    if not has_populate(storage):
+        pytest.skip("this system cannot bring pages in, and ends a process whose file was cut")
+    files.clear()
+    table = HostTable([TableSpec("t0", 4000, 0.5)], LAYOUT, storage)
+    for part in table.parts:
+        part.fill_(1.0)
+    size = os.fstat(files[0]).st_size
+    os.ftruncate(files[0], mmap.PAGESIZE)
+    out = LAYOUT.empty(2)
+    with pytest.raises(
+        TableStorageError, match=r"tables t0: rows cannot be moved .* \(the disk failed, or a file was cut"
+    ):
+        table.read(torch.tensor([5, 3999]), out)
+    table.write(torch.tensor([5, 3999]), [torch.zeros(2, 4), torch.zeros(2)])
+    with pytest.raises(TableStorageError, match=r"tables t0: rows cannot be moved"):
+        table.drain()
+    os.ftruncate(files[0], size)
+    table.drain()
+    table.read(torch.tensor([3999]), [part[:1] for part in out])
+    assert float(out[0][0].sum()) == 0.0
+    for file in files:
+        os.close(file)
+
+
+def has_populate(storage: MappedStorage) -> bool:
+    part = storage.allocate(1024, torch.float32, "a test")
+    storage.bring_in(page_ranges(part.view(-1, 1), torch.arange(1024)))
+    return bool(storage._bring_in[False]._ways)
+
+
+def test_insert_touches_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose victims had found no room would fail half-way."""
+    in_insert = False
+    original = stages.insert
+
+    def insert(*args: Any) -> None:
+        nonlocal in_insert
+        in_insert = True
+        original(*args)
+        in_insert = False
+
+    def write(self: LogFile, first: int, values: Tensor, write: Any = LogFile.write) -> None:
+        assert not in_insert
+        write(self, first, values)
+
+    monkeypatch.setattr(stages, "insert", insert)
+    monkeypatch.setattr(LogFile, "write", write)
+    pool = make_pool(storage=MappedStorage(tmp_path, ram_of(8)))
+    run(pool, random_rows(num_batches=100, ids_per_batch=6), OverlappedStageRunner(CPU), lookahead=2)
+    assert pool.stats().disk_bytes_written > 0
+
+
+def test_several_tables_share_the_ram(tmp_path: Path) -> None:
+    storage = MappedStorage(tmp_path, ram_of(40))
+    small, large = (HostTable([TableSpec("t", num_rows, 0.1)], LAYOUT, storage) for num_rows in (100, 300))
+    for table in (small, large):
+        rows = torch.arange(80)
+        table.write(rows, [torch.zeros(80, 4), torch.zeros(80)])
+    assert [len(table._tier._records) for table in (small, large) if table._tier] == [10, 30]
+
+
+def test_the_disk_is_measured_and_the_file_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "figures.json"
+    arguments = [str(tmp_path), "--seconds", "0.4", "--file_gb", "0.04", "--json", str(figures)]
+    if disk_speed.main(arguments):
+        pytest.skip(f"{tmp_path} is no disk: {capsys.readouterr().err}")
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    speed = json.loads(figures.read_text())
+    assert speed["file_bytes"] == int(0.04 * 1024**3) // mmap.PAGESIZE * mmap.PAGESIZE
+    assert min(speed["reads_per_s"].values()) > 0
+    assert f"--disk_reads_per_s {max(speed['reads_per_s'].values()):.0f}" in capsys.readouterr().out
+
+
+def test_a_directory_that_is_no_disk_is_said_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("this system has no /dev/shm")
+    assert disk_speed.main(["/dev/shm", "--seconds", "0.1", "--file_gb", "0.005"]) == 1
+    assert "the file did not leave RAM" in capsys.readouterr().err
+    assert disk_speed.main(["/none"]) == 1
+    assert "'/none' is not an existing directory" in capsys.readouterr().err
+
+
+def test_rows_that_a_plan_expects_from_the_disk_are_those_that_come(tmp_path: Path) -> None:
+    num_rows, num_ids, num_slots, num_places = 20_000, 512, 2_000, 4_000
+    generator = torch.Generator().manual_seed(3)
+    weights = 1 / torch.arange(1, num_rows + 1, dtype=torch.float64) ** 1.05
+    batches = [torch.multinomial(weights, num_ids, replacement=True, generator=generator) for _ in range(600)]
+    pool = make_pool(num_rows, num_slots, storage=MappedStorage(tmp_path, ram_of(num_places)))
+    before = pool.stats()
+    runner = OverlappedStageRunner(CPU)
+    for number, rows in enumerate(batches):
+        if number == 400:
+            before = pool.stats()
+        batch = planned(pool, rows, runner)
+        runner.submit(batch)
+        train(pool.scratchpad.parts, runner.wait(batch))
+        runner.release(batch, is_updated=True)
+    after = pool.stats()
+    counted = (after.num_disk_rows_read - before.num_disk_rows_read) / 200
+    config = EmbeddingBagConfig(name="t0", num_embeddings=num_rows, embedding_dim=4, feature_names=["f0"])
+    sets = zipf_working_sets([config], {"t0": num_ids}, 1.05, 2, 0, 1, num_ids)
+    predicted = sets.misses(["t0"], num_slots + num_places, "lru")["t0"]
+    assert counted == pytest.approx(predicted, rel=0.05)
+    assert after.disk_bytes_written - before.disk_bytes_written < 200 * 1.6 * predicted * Records(LAYOUT).num_bytes
+
+
+def test_mapped_table_leaves_no_file_name(tmp_path: Path) -> None:
+    table = HostTable(TABLES, LAYOUT, MappedStorage(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    table.parts[0].fill_(1.0)
+    table.persist()
+    assert float(table.parts[0].sum()) == 12 * 4
+
+
+@pytest.mark.parametrize("capacity", [1, 4, 1000])
+def test_training_over_a_mapped_table_is_exact(capacity: int, tmp_path: Path) -> None:
+    pool = make_pool(storage=MappedStorage(tmp_path, ram_of(capacity)))
+    batches = random_rows(num_batches=100, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, OverlappedStageRunner(CPU), lookahead=2)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    assert pool.stats().num_victims > 150
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(TableStorageError, match="is not an existing directory"):
+        MappedStorage(tmp_path / "missing")
+
+
+def test_directory_that_takes_no_files() -> None:
+    with pytest.raises(TableStorageError, match=r"'/proc' is not writable"):
+        MappedStorage("/proc")
+
+
+def test_disk_without_room_names_table_and_numbers(tmp_path: Path) -> None:
+    storage = MappedStorage(tmp_path)
+    with pytest.raises(
+        TableStorageError, match=r"cannot hold weights of big: it needs 16,000,000,000,000 bytes, .* free"
+    ):
+        HostTable([TableSpec("big", 10**12, 0.5)], LAYOUT, storage)
+    assert list(tmp_path.iterdir()) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.integers(0, 3000), min_size=1), st.sampled_from([4, 256, 260, 4096, 9000]))
+def test_ranges_of_pages_are_those_of_the_rows_each_once(rows: set[int], row_bytes: int) -> None:
+    page = mmap.PAGESIZE
+    part = torch.empty(3001, row_bytes, dtype=torch.uint8)
+    ranges = page_ranges(part, torch.tensor(sorted(rows)))
+    covered = [int(begin) + at for begin, length in ranges for at in range(0, int(length), page)]
+    firsts = [part.data_ptr() + row * row_bytes for row in rows]
+    expected = {at // page * page for first in firsts for at in range(first, first + row_bytes)}
+    assert covered == sorted(expected)
+    assert all(int(a[0] + a[1]) < int(b[0]) for a, b in itertools.pairwise(ranges))
+
+
+def resident_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Which pages of a mapped tensor are in RAM."""
+    num_pages = -(-tensor.nbytes // mmap.PAGESIZE)
+    state = torch.zeros(num_pages, dtype=torch.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    length = ctypes.c_size_t(tensor.nbytes)
+    assert libc.mincore(ctypes.c_void_p(tensor.data_ptr()), length, ctypes.c_void_p(state.data_ptr())) == 0
+    return (state & 1).bool()
+
+
+def test_rows_that_were_asked_for_come_into_ram(tmp_path: Path) -> None:
+    storage = MappedStorage(tmp_path)
+    table = HostTable([TableSpec("t0", 100_000, 0.5)], RowLayout(64, torch.float32), storage)
+    (part,) = table.parts
+    part.fill_(1.0)
+    table.persist()
+    storage.forget_pages()
+    if int(resident_pages(part).sum()) > 100:
+        pytest.skip(f"{tmp_path} is no disk, or pages stay in RAM")
+    rows = torch.arange(8, 100_000, 1600)
+    table.ask_for(rows)
+    pages = rows * 256 // mmap.PAGESIZE
+    end_s = time.monotonic() + 20
+    while not bool(resident_pages(part)[pages].all()):
+        assert time.monotonic() < end_s, "pages were asked for, and have not come"
+        time.sleep(0.01)
+    assert int(resident_pages(part).sum()) < 3 * pages.numel() + 100  # those, and few others
+
+
+def test_a_system_that_takes_no_advice_is_told_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(disk, "SYS_PROCESS_MADVISE", 100_000)
+    monkeypatch.setattr(mmap, "MADV_WILLNEED", 100_000)
+    table = HostTable(TABLES, LAYOUT, MappedStorage(tmp_path))
+    with caplog.at_level("INFO", logger="torchrec_scratchpipe"):
+        for _ in range(3):
+            table.ask_for(torch.arange(12))
+    assert [record.getMessage() for record in caplog.records] == [
+        "rows are read from the disk one after another (Invalid argument)"
+    ]
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_rows_are_asked_for_ahead_and_training_is_exact_whatever_comes_of_it(
+    is_broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, set[int]] = {}
+
+    def ask(self: HostTable, rows: torch.Tensor) -> None:
+        asked.setdefault(threading.current_thread().name.rstrip("_0123456789"), set()).update(rows.tolist())
+        if is_broken and threading.current_thread().name.startswith("scratchpipe-asking"):
+            raise RuntimeError("no advice today")
+
+    monkeypatch.setattr(HostTable, "ask_for", ask)
+    pool = make_pool(storage=MappedStorage(tmp_path, ram_of(4)))
+    batches = random_rows(num_batches=100, ids_per_batch=6)
+    expected = expected_parts(pool, batches)
+    run(pool, batches, OverlappedStageRunner(CPU), lookahead=2)
+    assert max_diff(expected, pool.host_table.parts) == 0.0
+    rows = set(torch.cat(batches).tolist())  # each was absent once
+    assert asked["scratchpipe-asking"] <= rows
+    assert len(asked["scratchpipe-asking"]) > len(rows) / 2  # a quick worker may have placed the others

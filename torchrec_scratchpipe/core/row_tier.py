@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Rows of a table on a disk that have left the scratchpad: the newer ones in RAM, the older ones in a log.
+
+Shapes: ``N`` rows, ``R`` rows of the table, ``P`` places in RAM, ``W`` words of a record.
+"""
+
+import errno
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torchrec_scratchpipe.core.disk import LogFile
+from torchrec_scratchpipe.core.row_log import Records, RowLog
+from torchrec_scratchpipe.core.rows import RowLayout, write_rows
+
+__all__ = ["RowTier"]
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+HOME = -1  # where a row is: its place in RAM, or HOME, its table, or LOG minus its position in the log
+LOG = -2
+FREE, ONCE, AGAIN = 0, 1, 2  # a place in RAM: what became of its row since the hand was there
+MIN_SWEEP = 1024  # places that the hand looks at together
+DRAIN_BYTES = 256 * 1024 * 1024  # of rows that are put into the order of the table together
+SCAN_ROWS = 1 << 20  # of the table that are looked at together
+PAGED_ROWS = 1 << 14  # whose pages are in RAM together: 64 MiB, if each has its own
+
+
+class RowTier:
+    """The newest values of rows that a table on a disk does not have yet.
+
+    The scratchpad gives rows back at random places of the table. To write a row there is to read and to write a page of
+    a disk, for 1/16 of its bytes. So rows stay in RAM first, where most are found again. Those that are not go to the
+    end of a log, many as one piece. They go to their table only when somebody wants to see it (:meth:`drain`).
+
+    Who leaves RAM is chosen by a hand that goes round the places: a row that has come back to its place since the hand
+    was there is passed over once.
+
+    Costs 4 bytes per row of the table, and `ram_bytes`, which is asked when the first row comes.
+
+    Raises OSError, or what `write_home` raises; then nothing is lost, and all may be tried again.
+    """
+
+    def __init__(
+        self,
+        write_home: Callable[[Tensor, Sequence[Tensor]], None],
+        bring_in: Callable[[Tensor, Tensor], None],
+        layout: RowLayout,
+        num_rows: int,
+        ram_bytes: Callable[[], int],
+        open_log: Callable[[int], LogFile],
+    ) -> None:
+        self._write_home = write_home
+        self._bring_in = bring_in
+        self._layout = layout
+        self._num_rows = num_rows
+        self._ram_bytes = ram_bytes
+        self._open_log = open_log
+        self._format = Records(layout)
+        self._where = torch.full((num_rows,), HOME, dtype=torch.int32)
+        self._records = self._format.empty(0)  # [P, W] int64
+        self._states = torch.empty(0, dtype=torch.uint8)  # [P]
+        self._free_places = torch.empty(0, dtype=torch.int64)
+        self._hand = 0
+        self._log: RowLog | None = None
+        self._is_log_full = False
+        self.num_passed_on = 0  # rows that left RAM
+
+    def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of some rows, those that lie in the table, and the positions of those that lie in the log.
+
+        Shapes: `rows` [N] int64, returns [N], [N] int64.
+        """
+        where = self._where.index_select(0, rows)
+        return rows[where == HOME], LOG - where[where <= LOG].long()
+
+    @property
+    def log_records(self) -> Tensor | None:
+        """[capacity, W] int64, mapped, if there is a log."""
+        return None if self._log is None else self._log.records
+
+    @property
+    def num_log_bytes_written(self) -> int:
+        """All that was ever written to the log."""
+        return 0 if self._log is None else self._log.num_bytes_written
+
+    def read(self, rows: Tensor, out: Sequence[Tensor]) -> tuple[int, Tensor]:
+        """Copy those rows out that are here; returns how many were in RAM, and where in `rows` those of the table are.
+
+        Shapes: `rows` [N] int64, `out` [N, D] or [N], returns int, [N] int64.
+        """
+        where = self._where.index_select(0, rows).long()
+        in_ram, in_log = ((is_there).nonzero().view(-1) for is_there in (where >= 0, where <= LOG))
+        for source, index, place in ((self._records, in_ram, where), (self.log_records, in_log, LOG - where)):
+            if source is not None and index.numel():
+                write_rows(out, index, self._format.unpack(source.index_select(0, place.index_select(0, index))))
+        return in_ram.numel(), (where == HOME).nonzero().view(-1)
+
+    def make_room(self, num_rows: int) -> None:
+        """Let so many rows be written without the disk, as far as there is RAM. Raises OSError."""
+        if len(self._records) == 0:
+            self._allocate()
+        num_missing = min(num_rows, len(self._records)) - self._free_places.numel()
+        if num_missing <= 0:
+            return
+        # 1. The hand goes on where it stopped.
+        found: list[Tensor] = []
+        while (num_wanted := num_missing - sum(map(len, found))) > 0:
+            first, last = self._hand, min(self._hand + max(MIN_SWEEP, num_wanted), len(self._records))
+            states = self._states[first:last]
+            found.append((states == ONCE).nonzero().view(-1) + first)
+            states -= (states > FREE).to(torch.uint8)  # passed over once, or free
+            self._hand = last % len(self._records)
+        leaving = torch.cat(found)
+        # 2. Whom it found leaves RAM.
+        try:
+            self._pass_on(self._records.index_select(0, leaving))
+        except BaseException:
+            self._states.index_fill_(0, leaving, ONCE)
+            raise
+        self._free_places = torch.cat([self._free_places, leaving])
+        self.num_passed_on += leaving.numel()
+
+    def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        """Take rows in. Shapes: `rows` [N] int64, `values` [N, D] or [N]. Raises OSError."""
+        first = 0
+        while first < rows.numel():
+            self.make_room(rows.numel() - first)
+            last = first + len(self._records)
+            self._write_some(rows[first:last], [value[first:last] for value in values])
+            first = last
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the table has everything."""
+        return self._free_places.numel() == len(self._records) and (self._log is None or self._log.num_live == 0)
+
+    def drain(self) -> None:
+        """Bring everything to the table, in the order of its rows. Raises OSError."""
+        if self.is_empty:
+            return
+        waiting: list[Tensor] = []
+        for first in range(0, self._num_rows, SCAN_ROWS):
+            waiting.append((self._where[first : first + SCAN_ROWS] != HOME).nonzero().view(-1) + first)
+            is_last = first + SCAN_ROWS >= self._num_rows
+            if is_last or sum(map(len, waiting)) * self._format.num_bytes >= DRAIN_BYTES:
+                self._bring_home(torch.cat(waiting))
+                waiting.clear()
+
+    def _bring_home(self, rows: Tensor) -> None:
+        # 1. The log is read in its own order.
+        values = self._layout.empty(rows.numel())
+        for index in self._where.index_select(0, rows).argsort(descending=True).split(PAGED_ROWS):
+            some = rows.index_select(0, index)
+            in_log = self.locate(some)[1]
+            if self._log is not None and in_log.numel():
+                self._bring_in(self._log.records, in_log)
+            here = self._layout.empty(some.numel())
+            self.read(some, here)
+            write_rows(values, index, here)
+        # 2. The table is written in its own.
+        for first in range(0, rows.numel(), PAGED_ROWS):
+            last = first + PAGED_ROWS
+            some = rows[first:last]
+            self._write_home(some, [value[first:last] for value in values])
+            self._leave(some)
+
+    def _leave(self, rows: Tensor) -> None:
+        """Forget rows that the table has now."""
+        where = self._where.index_select(0, rows).long()
+        places = where[where >= 0]
+        self._states.index_fill_(0, places, FREE)
+        self._free_places = torch.cat([self._free_places, places])
+        self._forget_in_log(where)
+        self._where.index_fill_(0, rows, HOME)
+
+    def _forget_in_log(self, where: Tensor) -> None:
+        if self._log is not None:
+            self._log.forget(LOG - where[where <= LOG])
+
+    def _allocate(self) -> None:
+        num_places = min(self._num_rows, max(1, self._ram_bytes() // (self._format.num_bytes + 1)))
+        self._records = self._format.empty(num_places)
+        self._states = torch.full((num_places,), FREE, dtype=torch.uint8)
+        self._free_places = torch.arange(num_places)
+
+    def _write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        # 1. A row that has a place keeps it; the others take free ones.
+        where = self._where.index_select(0, rows).long()
+        self._forget_in_log(where)
+        new = (where < 0).nonzero().view(-1)
+        self._states.index_fill_(0, where[where >= 0], AGAIN)
+        where[new] = self._free_places[: new.numel()]
+        self._free_places = self._free_places[new.numel() :]
+        self._states.index_fill_(0, where[new], ONCE)
+        # 2. Values go to their places.
+        self._records.index_copy_(0, where, self._format.pack(rows, values))
+        self._where.index_copy_(0, rows, where.int())
+
+    def _pass_on(self, records: Tensor) -> None:
+        """Records that have no place in RAM any more go to the end of the log, or, where there is no space, home."""
+        if not self._write_log(records):
+            rows, order = records[:, 0].sort()
+            values = self._format.unpack(records.index_select(0, order))
+            for first in range(0, rows.numel(), PAGED_ROWS):
+                last = first + PAGED_ROWS
+                self._write_home(rows[first:last], [value[first:last] for value in values])
+            self._where.index_fill_(0, rows, HOME)
+        elif self._log is not None and (found := self._log.emptiest()) is not None:
+            positions, records = found
+            is_live = self._where.index_select(0, records[:, 0]) == LOG - positions
+            live = records[is_live]
+            if self._write_log(live):
+                self._log.forget(positions[is_live])
+                self._log.give_back_dead()
+
+    def _write_log(self, records: Tensor) -> bool:
+        """Whether there was space for it."""
+        try:
+            if self._log is None:
+                self._log = RowLog(self._format, self._num_rows, self._open_log)
+            positions = self._log.append(records)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            if not self._is_log_full:
+                logger.warning(
+                    "no space for a log of rows (%s): they are written to their places in the tables, which is slower. "
+                    "Free space, or raise ram_budget_gb.",
+                    error.strerror,
+                )
+            self._is_log_full = True
+            return False
+        self._where.index_copy_(0, records[:, 0].contiguous(), (LOG - positions).int())
+        return True
