@@ -118,11 +118,14 @@ def make_pool(
     slot_map_class: type[SlotMap] = SlotMap,
     storage: TableStorage | None = None,
     streams: StageStreams | None = None,
+    layout: RowLayout = LAYOUT,
 ) -> Pool:
-    host_table = HostTable([TableSpec("t0", num_rows, num_slots / num_rows)], LAYOUT, storage or RamStorage())
+    host_table = HostTable([TableSpec("t0", num_rows, num_slots / num_rows)], layout, storage or RamStorage())
     for part in host_table.parts:
-        part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(7)))
-    memory = allocate_scratchpads([LAYOUT], [num_slots], CPU)
+        generator = torch.Generator().manual_seed(7)
+        for some in part.split(1 << 16):  # a table may be larger than RAM
+            some.copy_(torch.rand(some.shape, generator=generator))
+    memory = allocate_scratchpads([layout], [num_slots], CPU)
     slot_map = slot_map_class(num_rows, num_slots, host_table.row_offsets, ops or TorchOps(), CPU, streams)
     return Pool(host_table, memory.scratchpads[0], slot_map)
 

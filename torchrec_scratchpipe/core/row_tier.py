@@ -24,7 +24,7 @@ LOG = -2
 FREE, ONCE, AGAIN = 0, 1, 2  # a place in RAM: what became of its row since the hand was there
 MIN_SWEEP = 1024  # places that the hand looks at together
 DRAIN_BYTES = 256 * 1024 * 1024  # of rows that are put into the order of the table together
-SCAN_ROWS = 1 << 20  # of the table that are looked at together
+SCAN_ROWS = 1 << 18  # of the table that are looked at together
 PAGED_ROWS = 1 << 14  # whose pages are in RAM together: 64 MiB, if each has its own
 
 
@@ -122,6 +122,8 @@ class RowTier:
             raise
         self._free_places = torch.cat([self._free_places, leaving])
         self.num_passed_on += leaving.numel()
+        # 3. Last, because all is in order whether the log can be read or not.
+        self._clean_log()
 
     def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Take rows in. Shapes: `rows` [N] int64, `values` [N, D] or [N]. Raises OSError."""
@@ -141,13 +143,16 @@ class RowTier:
         """Bring everything to the table, in the order of its rows. Raises OSError."""
         if self.is_empty:
             return
-        waiting: list[Tensor] = []
+        # No more beside the rows in RAM than they take themselves.
+        num_together = max(1, min(DRAIN_BYTES // self._format.num_bytes, len(self._records)))
+        waiting = torch.empty(0, dtype=torch.int64)
         for first in range(0, self._num_rows, SCAN_ROWS):
-            waiting.append((self._where[first : first + SCAN_ROWS] != HOME).nonzero().view(-1) + first)
+            found = (self._where[first : first + SCAN_ROWS] != HOME).nonzero().view(-1) + first
+            waiting = torch.cat([waiting, found])
             is_last = first + SCAN_ROWS >= self._num_rows
-            if is_last or sum(map(len, waiting)) * self._format.num_bytes >= DRAIN_BYTES:
-                self._bring_home(torch.cat(waiting))
-                waiting.clear()
+            while waiting.numel() >= num_together or (is_last and waiting.numel()):
+                self._bring_home(waiting[:num_together])
+                waiting = waiting[num_together:]
 
     def _bring_home(self, rows: Tensor) -> None:
         # 1. The log is read in its own order.
@@ -208,11 +213,13 @@ class RowTier:
                 last = first + PAGED_ROWS
                 self._write_home(rows[first:last], [value[first:last] for value in values])
             self._where.index_fill_(0, rows, HOME)
-        elif self._log is not None and (found := self._log.emptiest()) is not None:
+
+    def _clean_log(self) -> None:
+        """Write the live records of one segment anew, if too few of the log are live."""
+        if self._log is not None and (found := self._log.emptiest()) is not None:
             positions, records = found
             is_live = self._where.index_select(0, records[:, 0]) == LOG - positions
-            live = records[is_live]
-            if self._write_log(live):
+            if self._write_log(records[is_live]):
                 self._log.forget(positions[is_live])
                 self._log.give_back_dead()
 
