@@ -643,7 +643,8 @@ def test_arguments_are_stocks_in_stocks_order_and_ours_by_keyword() -> None:
     ours = inspect.signature(ScratchPipeShardingPlanner.__init__).parameters
     shared = [(it.name, it.kind, it.default) for it in ours.values() if it.kind is not inspect.Parameter.KEYWORD_ONLY]
     assert [(it.name, it.kind, it.default) for it in stock.values()] == shared
-    assert ours.keys() - stock.keys() == {"working_sets", "lookahead", "scratchpad_bytes"}
+    added = {"working_sets", "lookahead", "scratchpad_bytes", "ram_budget_gb", "disk_reads_per_s"}
+    assert ours.keys() - stock.keys() == added
 
 
 def test_arguments_by_position_mean_what_they_mean_in_stock() -> None:
