@@ -31,7 +31,7 @@ from torchrec_scratchpipe.core import disk, row_log, row_tier, stages
 from torchrec_scratchpipe.core.disk import LogFile, MappedStorage, RamBudget, page_ranges
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.pool import Pool
-from torchrec_scratchpipe.core.row_log import Records
+from torchrec_scratchpipe.core.row_log import Records, RowLog
 from torchrec_scratchpipe.core.row_tier import HOME, LOG, RowTier
 from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec, write_rows
 from torchrec_scratchpipe.core.runner import OverlappedStageRunner
@@ -185,6 +185,25 @@ def check_books(tier: RowTier) -> None:
         segments = [*log._free, *log._closed, *([] if log._open is None else [log._open])]
         assert sorted(segments) == list(range(log._num_taken))
     assert bool(((where == HOME) | (where >= 0) | (where <= LOG)).all())
+
+
+def test_a_write_that_fails_half_way_takes_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = Records(LAYOUT)
+    log = RowLog(records, NUM_ROWS, MappedStorage(tmp_path).open_log)
+    rows = records.pack(torch.arange(40), [torch.ones(40, 4), torch.ones(40)])  # more than a segment of 30
+    write = LogFile.write
+
+    def fail_in_second_segment(self: LogFile, first: int, values: Tensor) -> None:
+        if first >= NUM_ROWS * records.num_bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write(self, first, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogFile, "write", fail_in_second_segment)
+        for _ in range(20):
+            with pytest.raises(OSError, match="Input/output error"):
+                log.append(rows)
+    assert log.append(rows).tolist() == list(range(40))
 
 
 def test_a_log_writes_few_more_bytes_than_rows_and_keeps_to_its_size(tmp_path: Path) -> None:
