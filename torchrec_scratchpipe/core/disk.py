@@ -24,11 +24,11 @@ from torch import Tensor
 
 from torchrec_scratchpipe.errors import TableStorageError
 
-__all__ = ["DEFAULT_RAM_BYTES", "LogFile", "MappedStorage", "PageRanges", "RamBudget", "page_ranges"]
+__all__ = ["DEFAULT_RAM_GIB", "LogFile", "MappedStorage", "PageRanges", "RamBudget", "page_ranges"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-DEFAULT_RAM_BYTES = 512 * 1024 * 1024  # for rows of tables on a disk
+DEFAULT_RAM_GIB = 0.5  # for rows of tables on a disk
 SYS_PROCESS_MADVISE = 440  # of Linux, on every processor
 RANGES_PER_CALL = 1024  # the most that Linux takes
 EHWPOISON = 133  # of Linux; the errno module has no name for it
@@ -41,7 +41,7 @@ PageRanges = npt.NDArray[np.uint64]  # [P, 2] beginning and length, in bytes
 class RamBudget:
     """RAM that rows of tables on a disk may take, shared by the tables in proportion to their bytes."""
 
-    def __init__(self, num_bytes: int = DEFAULT_RAM_BYTES) -> None:
+    def __init__(self, num_bytes: int = int(DEFAULT_RAM_GIB * 1024**3)) -> None:
         self.num_bytes = num_bytes
         self._tables: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
@@ -155,7 +155,7 @@ class LogFile:
     """
 
     def __init__(self, directory: Path, num_bytes: int) -> None:
-        # A file of Python's would be open twice in a forked child, and says nothing of a write that was cut short.
+        # Not buffered, and kept open: it is written by position.
         self._file: Any = tempfile.TemporaryFile(prefix="scratchpipe_log_", dir=directory, buffering=0)  # noqa: SIM115
         os.ftruncate(self._file.fileno(), num_bytes)
         self.memory = torch.frombuffer(_map(self._file.fileno(), num_bytes), dtype=torch.uint8)
@@ -207,6 +207,7 @@ class _PageCalls:
         first = 0
         while first < len(pages) and self._ways:
             some = pages[first : first + RANGES_PER_CALL]
+            ctypes.set_errno(0)  # what an earlier call has left would be taken for this one's
             num_done = self._ways[0](some)
             first += num_done
             code = ctypes.get_errno()

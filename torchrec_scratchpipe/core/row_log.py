@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrec_scratchpipe.core.disk import LogFile
 from torchrec_scratchpipe.core.rows import RowLayout
 
-__all__ = ["Records", "RowLog"]
+__all__ = ["SEGMENT_BYTES", "Records", "RowLog"]
 
 SEGMENT_BYTES = 8 * 1024 * 1024
 NUM_SPARE_SEGMENTS = 4  # that are not looked at when the log is said to be too empty
@@ -48,12 +48,8 @@ class Records:
 
     def unpack(self, records: Tensor) -> list[Tensor]:
         """The parts of records, as views. Shapes: `records` [N, W] int64, returns [N, D] or [N]."""
-        return [
-            records.view(torch.uint8)[:, first : first + num_bytes].view(dtype).squeeze(1)
-            if num_bytes == dtype.itemsize
-            else records.view(torch.uint8)[:, first : first + num_bytes].view(dtype)
-            for first, num_bytes, dtype in self._spans
-        ]
+        values = records.view(torch.uint8)
+        return [values[:, first : first + num_bytes].view(dtype).squeeze(1) for first, num_bytes, dtype in self._spans]
 
 
 class RowLog:

@@ -92,7 +92,7 @@ class RowTier:
         Shapes: `rows` [N] int64, `out` [N, D] or [N], returns int, [N] int64.
         """
         where = self._where.index_select(0, rows).long()
-        in_ram, in_log = ((is_there).nonzero().view(-1) for is_there in (where >= 0, where <= LOG))
+        in_ram, in_log = (is_there.nonzero().view(-1) for is_there in (where >= 0, where <= LOG))
         for source, index, place in ((self._records, in_ram, where), (self.log_records, in_log, LOG - where)):
             if source is not None and index.numel():
                 write_rows(out, index, self._format.unpack(source.index_select(0, place.index_select(0, index))))

@@ -2,11 +2,11 @@
 """What a sharding plan asks of a disk that has its tables, and whether the disk can give it."""
 
 import mmap
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torchrec_scratchpipe.planning.reuse import misses_of_pool
-from torchrec_scratchpipe.planning.sizing import ShardToSize, SizedTable
+from torchrec_scratchpipe.planning.pools import Members, misses_of_members, num_slots_of_members, pools_of
+from torchrec_scratchpipe.planning.sizing import SizedTable
 
 __all__ = ["DiskReport", "DiskSettings", "disk_report"]
 
@@ -50,45 +50,24 @@ class DiskReport:
 
 def disk_report(tables: Sequence[SizedTable], settings: DiskSettings) -> DiskReport:
     """Predict what a plan reads and writes, once the RAM is full."""
-    pools: dict[tuple[int, Hashable], list[tuple[SizedTable, ShardToSize]]] = {}
-    for sized in tables:
-        for shard in sized.table.shards:
-            if not sized.is_whole:
-                pools.setdefault((shard.rank, shard.pool), []).append((sized, shard))
+    pools = pools_of(tables)
+    table_bytes = {pool: sum(shard.demand.table_bytes for _, shard in members) for pool, members in pools.items()}
     bytes_of_rank: dict[int, float] = {}
-    for (rank, _), members in pools.items():
-        bytes_of_rank[rank] = bytes_of_rank.get(rank, 0.0) + _table_bytes(members)
-    reports: dict[int, DiskReport] = {}
-    for (rank, _), members in pools.items():
-        ram_bytes = settings.ram_bytes * _table_bytes(members) / bytes_of_rank[rank]
-        rows, pages, written = _of_pool(members, ram_bytes)
-        before = reports.get(rank, DiskReport(settings.ram_bytes, 0.0, 0.0, 0.0, settings.reads_per_s))
-        reports[rank] = DiskReport(
-            settings.ram_bytes,
-            before.rows_read + rows,
-            before.pages_read + pages,
-            before.bytes_written + written,
-            settings.reads_per_s,
-        )
-    nothing = DiskReport(settings.ram_bytes, 0.0, 0.0, 0.0, settings.reads_per_s)
-    return max(reports.values(), key=lambda report: report.pages_read, default=nothing)
+    for (rank, _), num_bytes in table_bytes.items():
+        bytes_of_rank[rank] = bytes_of_rank.get(rank, 0.0) + num_bytes
+    of_rank: dict[int, list[float]] = {}  # rows, pages, bytes
+    for (rank, pool), members in pools.items():
+        ram_bytes = settings.ram_bytes * table_bytes[rank, pool] / bytes_of_rank[rank]
+        before = of_rank.get(rank, [0.0, 0.0, 0.0])
+        of_rank[rank] = [sum(pair) for pair in zip(before, _of_pool(members, ram_bytes), strict=True)]
+    rows, pages, written = max(of_rank.values(), key=lambda of_one: of_one[1], default=[0.0, 0.0, 0.0])
+    return DiskReport(settings.ram_bytes, rows, pages, written, settings.reads_per_s)
 
 
-def _table_bytes(members: Sequence[tuple[SizedTable, ShardToSize]]) -> float:
-    return sum(shard.demand.table_bytes for _, shard in members)
-
-
-def _of_pool(members: Sequence[tuple[SizedTable, ShardToSize]], ram_bytes: float) -> tuple[float, float, float]:
+def _of_pool(members: Members, ram_bytes: float) -> tuple[float, float, float]:
     """Rows read, pages read and bytes written of a step."""
-    row_bytes = members[0][1].demand.row_bytes
-    record_bytes = 8 + -(-row_bytes // 8) * 8
-    reuses = [sized.table.reuse.scaled(share=shard.share) for sized, shard in members]
-    num_slots = sum(sized.num_slots * shard.share for sized, shard in members)
+    record_bytes = 8 + -(-members[0][1].demand.row_bytes // 8) * 8
     # RAM and scratchpad together. The hand that chooses who leaves RAM does as well as LRU, and no better.
-    num_places = num_slots + ram_bytes / record_bytes
-    rows = sum(
-        reuse.in_second_half(misses)
-        for reuse, misses in zip(reuses, misses_of_pool(reuses, num_places, "lru"), strict=True)
-    )
+    rows = sum(misses_of_members(members, num_slots_of_members(members) + ram_bytes / record_bytes, "lru"))
     # Values that are shorter than a row, as row-wise states, lie in few pages, which stay in the page cache.
     return rows, rows * (1 + (record_bytes - 8) / mmap.PAGESIZE), rows * record_bytes

@@ -22,13 +22,12 @@ from pathlib import Path
 import torch
 
 from torchrec_scratchpipe.core.disk import MappedStorage, page_ranges
+from torchrec_scratchpipe.core.row_log import SEGMENT_BYTES
 from torchrec_scratchpipe.errors import ScratchPipeError
 
 __all__ = ["DiskSpeed", "main", "measure_disk"]
 
 DEPTHS = (1, 32, 128, 1024)  # reads in flight; training asks for all rows of a batch at once
-WRITE_BYTES = 8 * 1024 * 1024  # a segment of the log
-SHARE_THAT_COUNTS = 0.5  # of the pages read: if less came from the disk, nothing was measured
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def measure_disk(directory: str | os.PathLike[str], seconds: float = 20.0, file_
     pages = storage.allocate(num_pages * mmap.PAGESIZE, torch.uint8, "a file to measure the disk").view(num_pages, -1)
     # 1. In order.
     start_s = time.perf_counter()
-    for some in pages.split(WRITE_BYTES // mmap.PAGESIZE):
+    for some in pages.split(SEGMENT_BYTES // mmap.PAGESIZE):
         some.fill_(1)
     storage.persist()
     write_bytes_per_s = pages.nbytes / (time.perf_counter() - start_s)

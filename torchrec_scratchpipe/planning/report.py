@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Explains a sharding plan: what each table gets, what it will miss, and what each rank's memory holds."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torchrec_scratchpipe.planning.checks import few
 from torchrec_scratchpipe.planning.disk_plan import DiskReport
-from torchrec_scratchpipe.planning.reuse import misses_of_pool
+from torchrec_scratchpipe.planning.pools import misses_of_members, num_slots_of_members, pools_of
 from torchrec_scratchpipe.planning.sizing import ShardToSize, SizedTable
 
 __all__ = [
@@ -181,16 +181,12 @@ def table_reports(tables: Sequence[tuple[SizedTable, str]]) -> tuple[list[TableR
     first_uses = dict.fromkeys(misses, 0.0)
     bus_bytes = dict.fromkeys(misses, 0.0)
     bus_bytes_of_rank: dict[int, float] = {}
-    pools: dict[tuple[int, Hashable], list[tuple[SizedTable, ShardToSize]]] = {}
-    for sized, _ in tables:
-        for shard in sized.table.shards:
-            if not sized.is_whole:
-                pools.setdefault((shard.rank, shard.pool), []).append((sized, shard))
+    pools = pools_of([sized for sized, _ in tables])
     known: dict[tuple[tuple[str, float], ...], list[float]] = {}
     for (rank, _), members in pools.items():
         key = tuple((sized.table.name, round(shard.share, 9)) for sized, shard in members)
         if key not in known:
-            known[key] = _misses_of(members)
+            known[key] = misses_of_members(members, num_slots_of_members(members))
         for (sized, shard), missed in zip(members, known[key], strict=True):
             misses[sized.table.name] += missed
             first_uses[sized.table.name] += sized.table.reuse.in_second_half(sized.table.reuse.first_uses) * shard.share
@@ -233,13 +229,6 @@ def _bytes_to_whole(table: TableReport) -> dict[int, float]:
         whole = shard.demand.whole_bytes + shard.demand.plan_bytes
         more[shard.rank] = more.get(shard.rank, 0.0) + whole - device_bytes_of(table.sized, shard)
     return more
-
-
-def _misses_of(members: Sequence[tuple[SizedTable, ShardToSize]]) -> list[float]:
-    num_slots = sum(sized.num_slots * shard.share for sized, shard in members)
-    reuses = [sized.table.reuse.scaled(share=shard.share) for sized, shard in members]
-    per_bin = misses_of_pool(reuses, num_slots)
-    return [reuse.in_second_half(misses) for reuse, misses in zip(reuses, per_bin, strict=True)]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

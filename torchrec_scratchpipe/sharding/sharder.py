@@ -9,6 +9,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_scratchpipe.core.disk import DEFAULT_RAM_GIB
 from torchrec_scratchpipe.core.slot_ops import HALF_LIFE
 from torchrec_scratchpipe.sharding.collection import (
     ShardedScratchPipeEmbeddingBagCollection,
@@ -63,7 +64,7 @@ class ScratchPipeEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         max_scratchpad_bytes: int | None = None,
         half_life: float = HALF_LIFE,
         out_of_range_ids: Literal["error", "fbgemm"] = "error",
-        ram_budget_gb: float = 0.5,
+        ram_budget_gb: float = DEFAULT_RAM_GIB,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
         budget = ScratchpadBudget(max_scratchpad_bytes)
@@ -154,7 +155,7 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         max_scratchpad_bytes: int | None = None,
         half_life: float = HALF_LIFE,
         out_of_range_ids: Literal["error", "fbgemm"] = "error",
-        ram_budget_gb: float = 0.5,
+        ram_budget_gb: float = DEFAULT_RAM_GIB,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
         budget = ScratchpadBudget(max_scratchpad_bytes)
