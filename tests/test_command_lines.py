@@ -21,10 +21,14 @@ OPTIONS: dict[str, str] = {
     """,
     "examples/benchmark/disk_tier.py": """
         --table_dir --cap_gb --ram_budget_gb --num_tables --num_embeddings --embedding_dim --batch_size --zipf
-        --load_factor --warmup --steps --rounds --ways --json --way --group
+        --num_batches_seen_ahead --load_factor --warmup --steps --rounds --ways --json --way --group
     """,
     "examples/benchmark/expected_traffic.py": """
         --zipf --load_factor --lookahead --bus_gb_per_s
+    """,
+    "examples/benchmark/larger_than_ram.py": """
+        --table_dir --stride --num_tables --num_embeddings --embedding_dim --batch_size --zipf --num_slots
+        --ram_budget_gb --steps --json --size
     """,
     "examples/benchmark/miss_rates.py": """
         --criteo_tsv --budgets_mb --skip_training --json

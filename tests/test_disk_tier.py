@@ -2,7 +2,6 @@
 """Tables on a disk: rows of them that wait in RAM and in a log, pages that are asked for, and disks that fail."""
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import itertools
@@ -12,9 +11,10 @@ import os
 import random
 import re
 import runpy
+import tempfile
 import threading
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from processes import end, start
 from torch import Tensor
 from torchrec import EmbeddingBagConfig
 
-from torchrec_scratchpipe.core import disk, row_log, row_tier, stages
+from torchrec_scratchpipe.core import disk, disk_reads, row_log, row_tier, stages
 from torchrec_scratchpipe.core.disk import LogFile, MappedStorage, RamBudget, page_ranges
+from torchrec_scratchpipe.core.disk_reads import DiskReader, Pieces, ReadFile
+from torchrec_scratchpipe.core.disk_rows import DiskRows, RowsAhead
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.row_log import Records, RowLog
@@ -120,7 +122,7 @@ def test_row_tier_law(
             write_rows(parts, rows, values)
 
         tier = RowTier(
-            write_home, lambda _, __: None, layout, NUM_ROWS, lambda: num_places * (records.num_bytes + 1), device.open
+            write_home, DiskReader(), layout, NUM_ROWS, lambda: num_places * (records.num_bytes + 1), device.open
         )
         for step, (kind, chosen) in enumerate(steps, start=1):
             rows = torch.tensor(sorted(chosen))
@@ -162,11 +164,15 @@ def check_read(tier: RowTier, parts: list[Tensor], expected: list[Tensor], rows:
     out = [part[rows] for part in parts]
     for part in out:
         part.fill_(-1.0)
-    num_in_ram, at_home = tier.read(rows, out)
-    home_rows, in_log = tier.locate(rows)
-    assert num_in_ram + len(home_rows) + len(in_log) == len(rows)
-    assert rows[at_home].tolist() == home_rows.tolist()
-    write_rows(out, at_home, [part[home_rows] for part in parts])
+    where = tier.where(rows)
+    places = [(chosen.nonzero().view(-1)) for chosen in (where >= 0, where == HOME, where <= LOG)]
+    in_ram, at_home, in_log = places
+    assert sum(map(len, places)) == len(rows)
+    write_rows(out, in_ram, tier.read_ram(where[in_ram]))
+    write_rows(out, at_home, [part[rows[at_home]] for part in parts])
+    if len(in_log):
+        (pieces,), _ = tier._reader.read([tier.pieces_of_log(where[in_log])])
+        write_rows(out, in_log, tier.unpack(pieces))
     assert max_diff([part[rows] for part in expected], out) == 0.0
 
 
@@ -211,7 +217,7 @@ def test_a_log_writes_few_more_bytes_than_rows_and_keeps_to_its_size(tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_log, "SEGMENT_BYTES", 64 * Records(LAYOUT).num_bytes)
         table = HostTable([TableSpec("t0", num_rows, 0.1)], LAYOUT, MappedStorage(tmp_path, ram_of(num_places)))
-        tier = table._tier
+        tier = table._disk_rows.tier
         assert tier is not None
         generator = torch.Generator().manual_seed(0)
         for _ in range(1000):
@@ -299,8 +305,7 @@ def test_a_file_that_is_cut_is_an_error_and_does_not_end_the_process(
     original = disk._map
     monkeypatch.setattr(disk, "_map", lambda file, size: (files.append(os.dup(file)), original(file, size))[1])
     storage = MappedStorage(tmp_path)
-    if not has_populate(storage):
-        pytest.skip("this system cannot bring pages in, and ends a process whose file was cut")
+    can_bring_in = has_populate(storage)
     files.clear()
     table = HostTable([TableSpec("t0", 4000, 0.5)], LAYOUT, storage)
     for part in table.parts:
@@ -312,6 +317,8 @@ def test_a_file_that_is_cut_is_an_error_and_does_not_end_the_process(
         TableStorageError, match=r"tables t0: rows cannot be moved .* \(the disk failed, or a file was cut"
     ):
         table.read(torch.tensor([5, 3999]), out)
+    if not can_bring_in:
+        pytest.skip("this system cannot bring pages in, and ends a process that writes to a file which was cut")
     table.write(torch.tensor([5, 3999]), [torch.zeros(2, 4), torch.zeros(2)])
     with pytest.raises(TableStorageError, match=r"tables t0: rows cannot be moved"):
         table.drain()
@@ -326,7 +333,7 @@ def test_a_file_that_is_cut_is_an_error_and_does_not_end_the_process(
 def has_populate(storage: MappedStorage) -> bool:
     part = storage.allocate(1024, torch.float32, "a test")
     storage.bring_in(page_ranges(part.view(-1, 1), torch.arange(1024)))
-    return bool(storage._bring_in[False]._ways)
+    return bool(storage._bring_in._ways)
 
 
 def test_insert_touches_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,12 +358,12 @@ def test_insert_touches_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert pool.stats().disk_bytes_written > 0
 
 
-LARGE_ROWS, LARGE_LAYOUT = 1_200_000, RowLayout(64, torch.float32, (StateSpec("sum", is_rowwise=True),))
-MEMORY_BYTES = 200_000_000
+LARGE_ROWS, LARGE_LAYOUT = 1_400_000, RowLayout(64, torch.float32, (StateSpec("sum", is_rowwise=True),))
+MEMORY_BYTES = 230_000_000
 
 
 def train_large_table(table_dir: str | None, group: str | None, result: str) -> None:
-    """A table of 312 MB, in memory for less than two thirds of it if there is a group; in a process of its own."""
+    """A table of 364 MB, in memory for less than two thirds of it if there is a group; in a process of its own."""
     if group is not None:
         (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
     torch.set_num_threads(1)
@@ -412,7 +419,7 @@ def test_several_tables_share_the_ram(tmp_path: Path) -> None:
     for table in (small, large):
         rows = torch.arange(80)
         table.write(rows, [torch.zeros(80, 4), torch.zeros(80)])
-    assert [len(table._tier._records) for table in (small, large) if table._tier] == [10, 30]
+    assert [len(table._disk_rows.tier._records) for table in (small, large) if table._disk_rows.tier] == [10, 30]
 
 
 def test_the_disk_is_measured_and_the_file_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -510,46 +517,194 @@ def test_ranges_of_pages_are_those_of_the_rows_each_once(rows: set[int], row_byt
     assert all(int(a[0] + a[1]) < int(b[0]) for a, b in itertools.pairwise(ranges))
 
 
-def resident_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Which pages of a mapped tensor are in RAM."""
-    num_pages = -(-tensor.nbytes // mmap.PAGESIZE)
-    state = torch.zeros(num_pages, dtype=torch.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    length = ctypes.c_size_t(tensor.nbytes)
-    assert libc.mincore(ctypes.c_void_p(tensor.data_ptr()), length, ctypes.c_void_p(state.data_ptr())) == 0
-    return (state & 1).bool()
+FILE_BYTES = 70_001  # the last block is not whole
+WAYS_TO_READ = ("direct", "blocks of 4096", "one by one")
 
 
-def test_rows_that_were_asked_for_come_into_ram(tmp_path: Path) -> None:
-    storage = MappedStorage(tmp_path)
-    table = HostTable([TableSpec("t0", 100_000, 0.5)], RowLayout(64, torch.float32), storage)
-    (part,) = table.parts
-    part.fill_(1.0)
-    table.persist()
-    storage.forget_pages()
-    if int(resident_pages(part).sum()) > 100:
-        pytest.skip(f"{tmp_path} is no disk, or pages stay in RAM")
-    rows = torch.arange(8, 100_000, 1600)
-    table.ask_for(rows)
-    pages = rows * 256 // mmap.PAGESIZE
-    end_s = time.monotonic() + 20
-    while not bool(resident_pages(part)[pages].all()):
-        assert time.monotonic() < end_s, "pages were asked for, and have not come"
-        time.sleep(0.01)
-    assert int(resident_pages(part).sum()) < 3 * pages.numel() + 100  # those, and few others
+def make_file(path: Path, way: str, patch: pytest.MonkeyPatch) -> tuple[ReadFile, bytes]:
+    """A file of random bytes, as a disk of one kind has it."""
+    content = random.Random(0).randbytes(FILE_BYTES)
+    path.write_bytes(content)
+    if way == "one by one":
+        patch.setattr(disk_reads, "SYSTEM_CALLS", {})
+    if way == "blocks of 4096":
+        patch.setattr(disk_reads, "BLOCK_BYTES", (4096,))
+    with path.open("rb") as file:
+        return ReadFile(file.fileno(), FILE_BYTES), content
+
+
+@pytest.mark.parametrize("way", WAYS_TO_READ)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([2, 8, 24, 256, 272, 512, 1000, 9000]), st.lists(st.integers(0), max_size=40)))
+)
+def test_pieces_of_files_are_what_is_there(way: str, wanted: list[tuple[int, list[int]]]) -> None:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
+        patch.setattr(disk_reads, "MAX_DEPTH", 8)
+        file, content = make_file(Path(directory) / "file", way, patch)
+        pieces = [
+            Pieces(file, torch.tensor([number % (FILE_BYTES // size) * size for number in numbers]).long(), size)
+            for size, numbers in wanted
+        ]
+        found, num_reads = DiskReader().read(pieces)
+        for some, values in zip(pieces, found, strict=True):
+            expected = [content[begin : begin + some.num_bytes] for begin in some.begins.tolist()]
+            assert [bytes(value.tolist()) for value in values] == expected
+        assert num_reads <= sum(len(some.begins) for some in pieces)
+
+
+def test_neighbours_are_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _ = make_file(tmp_path / "file", "direct", monkeypatch)
+    size = file.block_bytes
+    begins = torch.tensor([0, 8, size, 2 * size, 20 * size, 20 * size + 8])
+    assert DiskReader().read([Pieces(file, begins, 8)])[1] == 2
+
+
+@pytest.mark.parametrize("way", WAYS_TO_READ)
+def test_a_file_that_is_shorter_than_it_was_is_an_error(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content = make_file(tmp_path / "file", way, monkeypatch)
+    os.truncate(tmp_path / "file", 10_000)
+    begins = torch.tensor([0, 20_000])
+    with pytest.raises(OSError, match="the file was cut"):
+        DiskReader().read([Pieces(file, begins, 8)])
+    (values,), _ = DiskReader().read([Pieces(file, begins[:1], 8)])
+    assert bytes(values[0].tolist()) == content[:8]
+
+
+def test_an_error_of_the_disk_is_an_error_of_the_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, _ = make_file(tmp_path / "file", "direct", monkeypatch)
+    if not file.is_direct:
+        pytest.skip("this file system does not read past the page cache")
+    run_requests = disk_reads._Queue._run
+
+    def fail(self: Any, requests: Any) -> Any:
+        found = run_requests(self, requests)
+        found[-1] = -errno.EIO
+        return found
+
+    monkeypatch.setattr(disk_reads._Queue, "_run", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        DiskReader().read([Pieces(file, torch.tensor([0, 9000]), 8)])
+
+
+def test_threads_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, content = make_file(tmp_path / "file", "direct", monkeypatch)
+    reader = DiskReader()
+
+    def read(seed: int) -> bool:
+        begins = torch.randint(FILE_BYTES // 8, (500,), generator=torch.Generator().manual_seed(seed)) * 8
+        (values,), _ = reader.read([Pieces(file, begins, 8)])
+        return [bytes(value.tolist()) for value in values] == [content[at : at + 8] for at in begins.tolist()]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(40)))
+
+
+AHEAD_STEPS = st.one_of(
+    st.tuples(st.sampled_from(["write", "write", "ask", "ask", "read"]), ROWS),
+    st.tuples(st.sampled_from(["drain", "overwrite"]), ROWS),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(AHEAD_STEPS, max_size=40), st.integers(1, 10), st.integers(1, 4))
+def test_rows_that_were_read_ahead_are_used_only_if_they_are_as_they_were(
+    steps: list[tuple[str, set[int]]], num_places: int, segment_rows: int
+) -> None:
+    check_reading_ahead(steps, num_places, segment_rows)
+
+
+def check_reading_ahead(steps: list[tuple[str, set[int]]], num_places: int, segment_rows: int) -> None:
+    """Whatever happens between asking for rows and needing them, what is read is what was written last."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
+        patch.setattr(row_log, "SEGMENT_BYTES", segment_rows * Records(LAYOUT).num_bytes)
+        patch.setattr(row_log, "NUM_SPARE_SEGMENTS", 1)
+        patch.setattr(row_tier, "MIN_SWEEP", 1)
+        table = HostTable([TableSpec("t0", NUM_ROWS, 0.5)], LAYOUT, MappedStorage(directory, ram_of(num_places)))
+        expected = [part.clone() for part in table.parts]
+        asked: list[RowsAhead] = []
+        for step, (kind, chosen) in enumerate(steps, start=1):
+            rows = torch.tensor(sorted(chosen))
+            values = [torch.full_like(part[rows], float(step)) for part in expected]
+            if kind == "ask":
+                asked.append(table.read_ahead(rows))
+            elif kind == "drain":
+                table.drain()
+            elif kind == "read":
+                ahead = asked.pop(0) if asked else None
+                out = [torch.full_like(part, -1.0) for part in expected]
+                table.read(torch.arange(NUM_ROWS), out, ahead)
+                assert max_diff(expected, out) == 0.0
+            else:
+                if kind == "write":
+                    table.write(rows, values)
+                else:
+                    table.drain()
+                    write_rows(table.parts, rows, values)
+                    assert table.is_overwritten
+                    table.accept_overwrite()
+                write_rows(expected, rows, values)
+
+
+@pytest.mark.parametrize("guard", ["home", "log", "place"])
+def test_hazard_7_a_row_that_was_read_ahead_and_has_changed_is_seen(
+    guard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each guard, taken away, lets an old value through."""
+    is_as_it_was = DiskRows._is_as_it_was
+
+    def is_taken_for_same(self: DiskRows, ahead: RowsAhead, places: Tensor, where: Tensor) -> Tensor:
+        if guard == "home":
+            ahead.stamps = self._num_home_writes, ahead.stamps[1]
+        elif guard == "log":
+            ahead.stamps = ahead.stamps[0], 10**9
+        else:
+            return torch.ones_like(places, dtype=torch.bool)
+        return is_as_it_was(self, ahead, places, where)
+
+    def some_rows(seed: int) -> set[int]:
+        die = random.Random(seed)
+        return {die.randrange(NUM_ROWS) for _ in range(die.randrange(1, NUM_ROWS))}
+
+    all_rows, half = set(range(NUM_ROWS)), set(range(NUM_ROWS // 2))
+    fill = [("write", all_rows)]
+    cases = {
+        "home": [[("ask", all_rows), ("overwrite", half), ("read", all_rows)]],
+        "place": [[("ask", all_rows), ("write", half), ("read", all_rows)]],
+        # Some rows come back to the places in the log where they were.
+        "log": [
+            [*fill, ("ask", all_rows), *(("write", some_rows(seed)) for _ in range(seed)), ("read", all_rows)]
+            for seed in range(40)
+        ],
+    }
+
+    def check_all() -> None:
+        for steps in cases[guard]:
+            check_reading_ahead(steps, 1, 2)
+
+    check_all()
+    monkeypatch.setattr(DiskRows, "_is_as_it_was", is_taken_for_same)
+    with pytest.raises(AssertionError):
+        check_all()
 
 
 def test_a_system_that_takes_no_advice_is_told_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(disk, "SYS_PROCESS_MADVISE", 100_000)
-    monkeypatch.setattr(mmap, "MADV_WILLNEED", 100_000)
+    for module, name in ((disk, "SYS_PROCESS_MADVISE"), (disk, "MADV_POPULATE_WRITE"), (mmap, "MADV_WILLNEED")):
+        monkeypatch.setattr(module, name, 100_000)
     table = HostTable(TABLES, LAYOUT, MappedStorage(tmp_path))
+    rows = torch.arange(12)
     with caplog.at_level("INFO", logger="torchrec_scratchpipe"):
-        for _ in range(3):
-            table.ask_for(torch.arange(12))
+        for step in (1.0, 2.0, 3.0):
+            table.write(rows, [torch.full((12, 4), step), torch.full((12,), step)])
+            table.drain()
+    assert float(table.parts[0].sum()) == 12 * 4 * 3.0
     assert [record.getMessage() for record in caplog.records] == [
-        "rows are read from the disk one after another (Invalid argument)"
+        "pages are read from the disk one after another (Invalid argument)",
+        "the process ends if the disk fails (Invalid argument)",
     ]
 
 
@@ -557,19 +712,24 @@ def test_a_system_that_takes_no_advice_is_told_none(
 def test_rows_are_asked_for_ahead_and_training_is_exact_whatever_comes_of_it(
     is_broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, set[int]] = {}
+    read, asked = DiskRows.read_ahead, set()
 
-    def ask(self: HostTable, rows: torch.Tensor) -> None:
-        asked.setdefault(threading.current_thread().name.rstrip("_0123456789"), set()).update(rows.tolist())
-        if is_broken and threading.current_thread().name.startswith("scratchpipe-asking"):
+    def read_ahead(self: DiskRows, rows: torch.Tensor) -> RowsAhead:
+        assert threading.current_thread().name.startswith("scratchpipe-asking")
+        asked.update(rows.tolist())
+        if is_broken:
             raise RuntimeError("no advice today")
+        return read(self, rows)
 
-    monkeypatch.setattr(HostTable, "ask_for", ask)
+    monkeypatch.setattr(DiskRows, "read_ahead", read_ahead)
     pool = make_pool(storage=MappedStorage(tmp_path, ram_of(4)))
     batches = random_rows(num_batches=100, ids_per_batch=6)
     expected = expected_parts(pool, batches)
     run(pool, batches, OverlappedStageRunner(CPU), lookahead=2)
     assert max_diff(expected, pool.host_table.parts) == 0.0
     rows = set(torch.cat(batches).tolist())  # each was absent once
-    assert asked["scratchpipe-asking"] <= rows
-    assert len(asked["scratchpipe-asking"]) > len(rows) / 2  # a quick worker may have placed the others
+    assert asked <= rows
+    assert len(asked) > len(rows) / 2  # a quick worker may have placed the others
+    stats = pool.stats()
+    assert stats.num_disk_rows_read > 100
+    assert stats.num_disk_pages_read > 0

@@ -79,7 +79,7 @@ def test_tables_in_files(tables: str, tmp_path: Path, capsys: pytest.CaptureFixt
         assert run(*arguments, "--ram_budget_gb", ram_budget_gb, "--disk_reads_per_s", 30_000) == 0
         disk = json.loads(figures.read_text())["disk"]
         found.append(disk["rows_read"])
-        assert disk["floor_ms"] == pytest.approx(disk["pages_read"] / 30)
+        assert disk["floor_ms"] == pytest.approx(disk["rows_read"] / 30)
         assert f"disk per rank and step: {disk['rows_read']:,.0f} rows read" in capsys.readouterr().out
     assert found[0] > found[1] > found[2]
     assert found[2] < 0.02 * found[0]  # a law without an end: no row is used for the first time

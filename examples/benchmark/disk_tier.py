@@ -4,8 +4,8 @@
     sudo python examples/benchmark/disk_tier.py --table_dir DIR --cap_gb 3 --json out.json
 
 Each way is a process of its own: *RAM*, tables in RAM, without a limit; *files*, tables in files of DIR, in a control
-group whose memory is limited; *files, one by one*, the same, but rows are waited for one after another, as the
-system reads pages that nobody has asked for. All train on the same ids. `--rounds` repeats them in turns.
+group whose memory is limited; *files, one by one*, the same, but each row is waited for before the next is asked for,
+and none is read ahead. All train on the same ids. `--rounds` repeats them in turns.
 """
 
 import argparse
@@ -56,17 +56,21 @@ def train(args: argparse.Namespace) -> None:
     from workloads import Workload
 
     from torchrec_scratchpipe import scratchpad_stats
-    from torchrec_scratchpipe.core.disk import MappedStorage
+    from torchrec_scratchpipe.core import disk_reads
+    from torchrec_scratchpipe.core.runner import OverlappedStageRunner
 
     if args.way == "files, one by one":
-        MappedStorage.ask_for = lambda self, pages: None  # type: ignore[method-assign]
+        disk_reads.MAX_DEPTH = 1
+        OverlappedStageRunner._ask_ahead = lambda self, batch: None  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as directory:
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
         workload = Workload("disk", args.num_tables, args.num_embeddings, args.embedding_dim, 1, args.batch_size)
         shape = Shape(workload, "rowwise_adagrad", args.load_factor, 2)
         table_dir = None if args.way == "RAM" else args.table_dir
         RIVALS["scratchpipe"] = dataclasses.replace(
-            RIVALS["scratchpipe"], sharder_kwargs={"ram_budget_gb": args.ram_budget_gb}
+            RIVALS["scratchpipe"],
+            sharder_kwargs={"ram_budget_gb": args.ram_budget_gb},
+            pipeline_kwargs={"num_batches_seen_ahead": args.num_batches_seen_ahead},
         )
         contender = Contender("scratchpipe", shape, torch.device("cpu"), table_dir)
         contender.fill(args.zipf, seed=0)
@@ -133,16 +137,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table_dir", required=True, help="on the disk that is to be measured")
     parser.add_argument("--cap_gb", type=float, default=3.0, help="memory of the limited processes")
-    parser.add_argument("--ram_budget_gb", type=float, default=1.1, help="GiB of it for rows that left the scratchpad")
+    parser.add_argument("--ram_budget_gb", type=float, default=1.4, help="GiB of it for rows that left the scratchpad")
     parser.add_argument("--num_tables", type=int, default=26)
     parser.add_argument("--num_embeddings", type=int, default=1_000_000)
     parser.add_argument("--embedding_dim", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=4096)
+    parser.add_argument("--num_batches_seen_ahead", type=int, default=1, help="beyond the lookahead, of 2")
     parser.add_argument("--zipf", type=float, default=1.05)
     parser.add_argument("--load_factor", type=float, default=0.05)
-    parser.add_argument(
-        "--warmup", type=int, default=150, help="steps that are not timed; the write buffer fills in the first 80"
-    )
+    parser.add_argument("--warmup", type=int, default=420, help="steps that are not timed; the RAM is full after 400")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ways", type=lambda text: text.split("/"), default=WAYS, help=f"some of: {'/'.join(WAYS)}")

@@ -68,6 +68,7 @@ class Rival:
     kernel: str = "fused_uvm_caching"
     make_pipeline: Callable[..., TrainPipelineSparseDist[Any, Any]] = TrainPipelineSparseDist
     sharder_kwargs: dict[str, Any] = field(default_factory=dict)
+    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     prefetches: bool = False
     is_static: bool = False
 
@@ -184,6 +185,7 @@ class Contender:
         """
         self.finish()
         kwargs = {"lookahead": lookahead} if self.rival.is_scratchpad else {}
+        kwargs.update(self.rival.pipeline_kwargs)
         make = ScratchPipeTrainPipeline if self.rival.is_scratchpad else self.rival.make_pipeline
         self.pipeline = make(self.model, self.optimizer, self.device, **kwargs)
         self.batches = PowerLawBatches(self.shape.workload, exponent, seed, self.device, num_batches, self.num_hot)

@@ -172,7 +172,7 @@ class CheckpointManager:
             table.read_snapshot(snapshot, part, first, out)
 
         def take() -> RowBlockSavePlanner:
-            storage = MappedStorage(self._directory)
+            storage = MappedStorage(self._directory, keeps_files=False)
             for collection in scratchpad_collections(model):
                 taken.extend(collection.snapshot(storage))
             planner = _planner([pool for pool, _ in taken], read)

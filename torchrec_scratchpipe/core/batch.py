@@ -7,11 +7,13 @@ Shapes: ``I`` ids, ``F`` features.
 import enum
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchrec_scratchpipe.core.disk_rows import RowsAhead
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.slot_map import CachePlan, PoolIds
 from torchrec_scratchpipe.core.slot_ops import FeatureIds, FeatureRows
@@ -60,6 +62,7 @@ class Batch:
         self.error: BaseException | None = None
         self.pool_ids = [PoolIds(ids, rows) for rows in rows_of_features]
         self.tickets: list[int | None] = [None] * len(pools)  # from SlotMap.see
+        self.asked: list[Future[RowsAhead] | None] = [None] * len(pools)  # rows on a disk, until Collect
         self.plans: list[CachePlan] = []  # of the first pools, in their order
         self.held: deque[tuple[Pool, CachePlan]] = deque()  # what is still to be released
         self.inserted: torch.Event | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Files under host tables: mapped into memory, asked for page by page, and logs that are written in order.
+"""Files under host tables: mapped into memory, and logs that are written in order.
 
 Shapes: ``N`` rows, ``P`` ranges of pages.
 """
@@ -9,7 +9,6 @@ import errno
 import logging
 import mmap
 import os
-import resource
 import shutil
 import tempfile
 import weakref
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchrec_scratchpipe.core.disk_reads import ReadFile, read_fully
 from torchrec_scratchpipe.errors import TableStorageError
 
 __all__ = ["DEFAULT_RAM_GIB", "LogFile", "MappedStorage", "PageRanges", "RamBudget", "page_ranges"]
@@ -33,7 +33,7 @@ SYS_PROCESS_MADVISE = 440  # of Linux, on every processor
 RANGES_PER_CALL = 1024  # the most that Linux takes
 EHWPOISON = 133  # of Linux; the errno module has no name for it
 MADV_PAGEOUT = 21  # of Linux since 5.4; the mmap module has no name for it
-MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # since 5.14
+MADV_POPULATE_WRITE = 23  # since 5.14
 
 PageRanges = npt.NDArray[np.uint64]  # [P, 2] beginning and length, in bytes
 
@@ -67,15 +67,20 @@ class MappedStorage:
     is_device_accessible = False
     is_copied_by_fork = False
 
-    def __init__(self, directory: str | os.PathLike[str], ram_budget: RamBudget | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        ram_budget: RamBudget | None = None,
+        *,
+        keeps_files: bool = True,  # for `file_of`; each takes a file descriptor
+    ) -> None:
+        self._keeps_files = keeps_files
         self.ram_budget = ram_budget or RamBudget()
         self._directory = Path(directory)
         self._mappings: list[mmap.mmap] = []
-        self._ask = _PageCalls(mmap.MADV_WILLNEED, "rows are read from the disk one after another")
-        self._bring_in = {
-            is_written: _PageCalls(advice, "the process ends if the disk fails")
-            for is_written, advice in ((False, MADV_POPULATE_READ), (True, MADV_POPULATE_WRITE))
-        }
+        self._files: dict[int, ReadFile] = {}  # by address
+        self._ask = _PageCalls(mmap.MADV_WILLNEED, "pages are read from the disk one after another")
+        self._bring_in = _PageCalls(MADV_POPULATE_WRITE, "the process ends if the disk fails")
         if not self._directory.is_dir():
             raise TableStorageError(
                 f"table_dir {str(directory)!r} is not an existing directory. Create it, or name one that exists."
@@ -96,6 +101,7 @@ class MappedStorage:
             with tempfile.TemporaryFile(prefix="scratchpipe_table_", dir=self._directory) as file:
                 os.posix_fallocate(file.fileno(), 0, num_bytes)
                 mapped = _map(file.fileno(), num_bytes)
+                read_file = ReadFile(file.fileno(), num_bytes) if self._keeps_files else None
         except OSError as error:
             free_bytes = shutil.disk_usage(self._directory).free
             raise TableStorageError(
@@ -103,27 +109,29 @@ class MappedStorage:
                 f"{free_bytes:,} are free ({error.strerror}). Free space there, or name another directory."
             ) from error
         self._mappings.append(mapped)
-        return torch.frombuffer(mapped, dtype=dtype, count=num_values) if num_values else torch.empty(0, dtype=dtype)
+        if not num_values:
+            return torch.empty(0, dtype=dtype)
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=num_values)
+        if read_file is not None:
+            self._files[tensor.data_ptr()] = read_file
+        return tensor
+
+    def file_of(self, tensor: Tensor) -> ReadFile | None:
+        """The file in which an allocated tensor lies, from its beginning; None if it lies in none."""
+        return self._files.get(tensor.data_ptr())
 
     def open_log(self, num_bytes: int) -> "LogFile":
         """A file that takes space when it is written, and at most so much. Raises OSError."""
         return LogFile(self._directory, num_bytes)
 
-    def ask_for(self, pages: PageRanges) -> None:
-        """Have pages of files brought into RAM, all at once, without waiting."""
-        try:
-            self._ask(pages)
-        except OSError as error:  # advice; whoever reads the rows will wait for them
-            logger.debug("pages were asked for in vain (%s)", error)
-
-    def bring_in(self, pages: PageRanges, *, is_written: bool = False) -> int:
-        """Wait until pages of files are in RAM; returns for how many there was something to wait for.
+    def bring_in(self, pages: PageRanges) -> None:
+        """Have pages of files in RAM, to be written; all are asked for at once.
 
         A page that cannot be read is an error here. Whoever touches it ends the process. Raises OSError.
         """
-        num_waits = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
-        self._bring_in[is_written](pages)
-        return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt - num_waits
+        with suppress(OSError):  # advice
+            self._ask(pages)
+        self._bring_in(pages)
 
     def failure(self, label: str, error: OSError) -> TableStorageError:
         """What to say when the disk fails under tables that are in use."""
@@ -149,16 +157,16 @@ class MappedStorage:
 
 
 class LogFile:
-    """A file without a name that takes space piece by piece, written by calls and read through `memory`.
+    """A file without a name that takes space piece by piece, written by calls and read in `pieces`.
 
-    Shapes: `memory` [num_bytes] uint8. Raises OSError.
+    Raises OSError.
     """
 
     def __init__(self, directory: Path, num_bytes: int) -> None:
         # Not buffered, and kept open: it is written by position.
         self._file: Any = tempfile.TemporaryFile(prefix="scratchpipe_log_", dir=directory, buffering=0)  # noqa: SIM115
         os.ftruncate(self._file.fileno(), num_bytes)
-        self.memory = torch.frombuffer(_map(self._file.fileno(), num_bytes), dtype=torch.uint8)
+        self.pieces = ReadFile(self._file.fileno(), num_bytes)
 
     def reserve(self, first: int, num_bytes: int) -> None:
         """Take space on the disk for a range of bytes. Raises OSError."""
@@ -166,20 +174,17 @@ class LogFile:
 
     def write(self, first: int, values: Tensor) -> None:
         """Write a contiguous tensor. Raises OSError."""
+        begin = first
         rest = memoryview(values.view(torch.uint8).view(-1).numpy())  # type: ignore[arg-type]  # numpy has buffers
         while rest:
             num_written = os.pwrite(self._file.fileno(), rest, first)
             first, rest = first + num_written, rest[num_written:]
+        self.pieces.start_writing(begin, first - begin)
 
     def read(self, first: int, num_bytes: int) -> Tensor:
         """Read a range, in order. Shapes: returns [num_bytes] uint8. Raises OSError."""
         values = torch.empty(num_bytes, dtype=torch.uint8)
-        rest = memoryview(values.numpy())  # type: ignore[arg-type]
-        while rest:
-            num_read = os.preadv(self._file.fileno(), [rest], first)
-            if num_read == 0:
-                raise OSError(errno.EIO, "the file was cut")
-            first, rest = first + num_read, rest[num_read:]
+        read_fully(self._file.fileno(), values, first, num_bytes)
         return values
 
 

@@ -5,37 +5,25 @@ Shapes: ``R`` rows of all tables of the pool, ``D`` row width.
 """
 
 import ctypes
-import mmap
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe.core.disk import MappedStorage, PageRanges, page_ranges
+from torchrec_scratchpipe.core.disk import MappedStorage
+from torchrec_scratchpipe.core.disk_rows import DiskCounts, DiskRows, RowsAhead
 from torchrec_scratchpipe.core.fork import prepare_for_forks
-from torchrec_scratchpipe.core.row_tier import RowTier
 from torchrec_scratchpipe.core.rows import RowLayout, TableSpec, read_rows, write_rows
 from torchrec_scratchpipe.core.snapshot import SnapshotStorage, TableSnapshot
-from torchrec_scratchpipe.core.storage import TableStorage
+from torchrec_scratchpipe.core.storage import RamStorage, TableStorage
 from torchrec_scratchpipe.errors import TableStorageError
 
 __all__ = ["HostTable", "LentMemories", "LentMemory"]
-
-
-@dataclass
-class DiskCounts:
-    """What a table's disk did since construction; pages are those of :data:`mmap.PAGESIZE` bytes."""
-
-    num_rows_read: int = 0  # that were neither in the scratchpad nor in RAM
-    num_pages_read: int = 0  # in which they lie; some were in the system's page cache
-    num_pages_waited_for: int = 0  # of these, those that were not in RAM when they were needed
-    num_bytes_written: int = 0  # to tables; those of the log are its own
 
 
 class HostTable:
@@ -56,22 +44,14 @@ class HostTable:
         self.parts: list[Tensor] = []
         for shape, dtype, part_name in layout.part_shapes(self.num_rows):
             num_values = int(torch.Size(shape).numel())
-            self.parts.append(storage.allocate(num_values, dtype, f"{part_name} of {names}").view(shape))
+            # One value per row is less than a file's pages would cost: each has the values of a thousand rows.
+            is_kept = len(shape) == 1 and isinstance(storage, MappedStorage)
+            home = RamStorage() if is_kept else storage
+            self.parts.append(home.allocate(num_values, dtype, f"{part_name} of {names}").view(shape))
         self._storage = storage
-        self._disk = storage if isinstance(storage, MappedStorage) else None
-        self._tier: RowTier | None = None  # rows that `parts` do not have yet
-        self.disk_counts = DiskCounts()
-        if self._disk is not None:
-            disk = self._disk
-            disk.ram_budget.register(self, self.num_bytes)
-            self._tier = RowTier(
-                self._overwrite,
-                lambda tensor, rows: self._bring_in([(tensor, rows)]),
-                layout,
-                self.num_rows,
-                lambda: disk.ram_budget.share_of(self),
-                disk.open_log,
-            )
+        self._disk_rows = (
+            DiskRows(self.parts, layout, storage, self._keep_old) if isinstance(storage, MappedStorage) else None
+        )
         self._own_versions = self._versions()
         self._is_overwritten = False
         self.lent = LentMemories()
@@ -119,8 +99,8 @@ class HostTable:
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether rows may have to be brought into RAM; :meth:`ask_for` has it done early."""
-        return self._disk is not None
+        """Whether rows may have to be brought into RAM; :meth:`read_ahead` has it done early."""
+        return self._disk_rows is not None
 
     @property
     def has_snapshots(self) -> bool:
@@ -154,12 +134,17 @@ class HostTable:
     @property
     def is_drained(self) -> bool:
         """Whether `parts` have every :meth:`write`; else :meth:`drain` brings them up to date."""
-        return self._tier is None or self._tier.is_empty
+        return self._disk_rows is None or self._disk_rows.tier.is_empty
+
+    @property
+    def disk_counts(self) -> DiskCounts:
+        """What the disk did; nothing for tables in RAM."""
+        return DiskCounts() if self._disk_rows is None else self._disk_rows.counts
 
     @property
     def num_log_bytes_written(self) -> int:
         """Bytes of rows that went to the log of a table on a disk."""
-        return 0 if self._tier is None else self._tier.num_log_bytes_written
+        return 0 if self._disk_rows is None else self._disk_rows.tier.num_log_bytes_written
 
     def mark_overwritten(self) -> None:
         """Say that `parts` will be, or may have been, written by somebody else."""
@@ -171,6 +156,8 @@ class HostTable:
             self._lose_snapshots_of_overwritten()
             self._is_overwritten = False
             self._own_versions = self._versions()
+            if self._disk_rows is not None:
+                self._disk_rows.note_overwritten()
 
     def locate(self, tensor: Tensor) -> tuple[int, int] | None:
         """The part that a view of this table shows, and the row where it begins; None if it shows something else."""
@@ -204,49 +191,51 @@ class HostTable:
         with self._snapshots_changed:
             self._snapshots_changed.wait_for(lambda: not self._snapshots)
 
-    def read(self, rows: Tensor, out: Sequence[Tensor]) -> None:
-        """Copy rows out. Shapes: `rows` [N] int64, `out` [N, D] or [N]. Raises TableStorageError."""
-        if self._tier is None:
+    def read(self, rows: Tensor, out: Sequence[Tensor], ahead: RowsAhead | None = None) -> None:
+        """Copy rows out, of which some may have been read ahead.
+
+        Shapes: `rows` [N] int64, `out` [N, D] or [N]. Raises TableStorageError.
+        """
+        if self._disk_rows is None:
             read_rows(self.parts, rows, out)
             return
-        # 1. All that has to come from the disk, at once.
         with self._naming_disk():
-            pages = self._pages_of(rows)
-            self._bring_in(pages)
-        # 2. What the table does not have yet lies in the tier.
-        num_in_ram, at_home = self._tier.read(rows, out)
-        self.disk_counts.num_rows_read += rows.numel() - num_in_ram
-        rows = rows.index_select(0, at_home)
-        write_rows(out, at_home, [part.index_select(0, rows) for part in self.parts])
+            self._disk_rows.read(rows, out, ahead)
 
-    def ask_for(self, rows: Tensor) -> None:
-        """Have rows brought into RAM, without waiting, if they are on a disk. Shapes: `rows` [N] int64."""
-        if self._disk is not None:
-            self._disk.ask_for(self._ranges(self._pages_of(rows)))
+    def read_ahead(self, rows: Tensor) -> RowsAhead:
+        """Read rows of tables on a disk before they are needed. Shapes: `rows` [N] int64. Raises TableStorageError."""
+        assert self._disk_rows is not None, "tables in RAM need not be read ahead"
+        with self._naming_disk():
+            return self._disk_rows.read_ahead(rows)
+
+    def wait_for_rows(self, asked: "Future[RowsAhead] | None") -> RowsAhead | None:
+        """Rows that :meth:`read_ahead` was asked for, once they are there."""
+        return None if asked is None or self._disk_rows is None else self._disk_rows.wait_for_rows(asked)
 
     def make_room(self, num_rows: int) -> None:
         """Have the next :meth:`write` of so many rows find room in RAM, so that no disk can fail it.
 
         Raises TableStorageError.
         """
-        if self._tier is not None:
+        if self._disk_rows is not None:
             with self._own_writes(), self._naming_disk():
-                self._tier.make_room(num_rows)
+                self._disk_rows.tier.make_room(num_rows)
 
     def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Copy rows in. Shapes: `rows` [N] int64, `values` [N, D] or [N]. Raises TableStorageError."""
         with self._own_writes():
-            if self._tier is None:
-                self._overwrite(rows, values)
+            if self._disk_rows is None:
+                self._keep_old(rows)
+                write_rows(self.parts, rows, values)
             else:
                 with self._naming_disk():
-                    self._tier.write(rows, values)
+                    self._disk_rows.tier.write(rows, values)
 
     def drain(self) -> None:
         """Bring `parts` up to date with every :meth:`write`. Raises TableStorageError."""
-        if self._tier is not None:
+        if self._disk_rows is not None:
             with self._own_writes(), self._naming_disk():
-                self._tier.drain()
+                self._disk_rows.tier.drain()
 
     def persist(self) -> None:
         """Wait until every write has reached the table's medium, the disk of a memory-mapped table.
@@ -256,33 +245,10 @@ class HostTable:
         self.drain()
         self._storage.persist()
 
-    def _overwrite(self, rows: Tensor, values: Sequence[Tensor]) -> None:
-        # A page is read before some of its bytes are written.
-        if self._disk is not None:
-            self._bring_in([(part, rows) for part in self.parts], is_written=True)
-            self.disk_counts.num_bytes_written += rows.numel() * self.layout.row_bytes
+    def _keep_old(self, rows: Tensor) -> None:
         # Copy on write: the old rows first.
         for snapshot in self._snapshots:
             snapshot.keep(rows)
-        write_rows(self.parts, rows, values)
-
-    def _pages_of(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Where rows lie on a disk: tensors, and the rows of them."""
-        assert self._tier is not None, "tables in RAM have no pages to ask for"
-        at_home, in_log = self._tier.locate(rows)
-        log = self._tier.log_records
-        return [(part, at_home) for part in self.parts] + ([] if log is None else [(log, in_log)])
-
-    def _ranges(self, pages: Sequence[tuple[Tensor, Tensor]]) -> PageRanges:
-        return np.concatenate([page_ranges(tensor, rows) for tensor, rows in pages])
-
-    def _bring_in(self, pages: Sequence[tuple[Tensor, Tensor]], *, is_written: bool = False) -> None:
-        """Wait until rows of mapped tensors are in RAM; many wait together. Raises OSError."""
-        assert self._disk is not None, "tables in RAM are not brought in"
-        ranges = self._ranges(pages)
-        self._disk.ask_for(ranges)
-        self.disk_counts.num_pages_read += int(ranges[:, 1].sum()) // mmap.PAGESIZE
-        self.disk_counts.num_pages_waited_for += self._disk.bring_in(ranges, is_written=is_written)
 
     @contextmanager
     def _naming_disk(self) -> Iterator[None]:
@@ -293,9 +259,9 @@ class HostTable:
         try:
             yield
         except OSError as error:
-            assert self._disk is not None, "without a disk, no error of a disk"
+            assert isinstance(self._storage, MappedStorage), "without a disk, no error of a disk"
             names = ", ".join(table.name for table in self.tables)
-            raise self._disk.failure(f"tables {names}", error) from error
+            raise self._storage.failure(f"tables {names}", error) from error
 
     @contextmanager
     def _own_writes(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.core.disk import LogFile
+from torchrec_scratchpipe.core.disk_reads import Pieces
 from torchrec_scratchpipe.core.rows import RowLayout
 
 __all__ = ["SEGMENT_BYTES", "Records", "RowLog"]
@@ -58,7 +59,7 @@ class RowLog:
     A record is dead when its row was written anew, here or elsewhere; whoever knows says :meth:`forget`. At most about
     half of the records are dead: then :meth:`emptiest` names a segment to be written on.
 
-    Shapes: `records` [capacity, W] int64, mapped. Raises OSError.
+    Raises OSError.
     """
 
     def __init__(self, records: Records, num_rows: int, open_file: Callable[[int], LogFile]) -> None:
@@ -67,13 +68,14 @@ class RowLog:
         # Twice the rows, because half of the records are dead; positions are 31 bits.
         num_segments = min(2 * num_rows // self._segment + 2 * NUM_SPARE_SEGMENTS, (2**31 - 2) // self._segment)
         self._file = open_file(num_segments * self._segment * self._record_bytes)
-        self.records = self._file.memory.view(torch.int64).view(-1, records.num_bytes // 8)
         self._num_live = torch.zeros(num_segments, dtype=torch.int64)
         self._num_taken = 0  # segments that have space on the disk
         self._free: list[int] = []  # of them, those that have no records
         self._closed: list[int] = []  # and those that are full
         self._open: int | None = None
         self._num_in_open = 0
+        self.num_opened = 0  # how often a segment began to be filled
+        self._opened_at = torch.zeros(num_segments, dtype=torch.int64)  # of each segment, the last time
         self.num_bytes_written = 0
 
     @property
@@ -112,6 +114,17 @@ class RowLog:
         """Say that records are dead. Shapes: `positions` [N] int64."""
         self._count(positions, -1)
 
+    def pieces(self, positions: Tensor) -> Pieces:
+        """What to read for records. Shapes: `positions` [N] int64."""
+        return Pieces(self._file.pieces, positions * self._record_bytes, self._record_bytes)
+
+    def is_older(self, positions: Tensor, stamp: int) -> Tensor:
+        """Whether the segment of a record has not begun to be filled since `num_opened` was `stamp`.
+
+        Shapes: `positions` [N] int64, returns [N] bool.
+        """
+        return self._opened_at.index_select(0, positions // self._segment) <= stamp
+
     def emptiest(self) -> tuple[Tensor, Tensor] | None:
         """The segment with the fewest live records, if too few of the log are live: all its positions and records.
 
@@ -136,6 +149,8 @@ class RowLog:
             if self._open is None or self._num_in_open == self._segment:
                 self._closed += [] if self._open is None else [self._open]
                 self._open, self._num_in_open = self._free.pop(0), 0
+                self.num_opened += 1
+                self._opened_at[self._open] = self.num_opened
             num_here = self._segment - self._num_in_open
             yield records[:num_here]
             records = records[num_here:]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.core.disk import LogFile
+from torchrec_scratchpipe.core.disk_reads import DiskReader, Pieces
 from torchrec_scratchpipe.core.row_log import Records, RowLog
 from torchrec_scratchpipe.core.rows import RowLayout, write_rows
 
@@ -46,14 +47,14 @@ class RowTier:
     def __init__(
         self,
         write_home: Callable[[Tensor, Sequence[Tensor]], None],
-        bring_in: Callable[[Tensor, Tensor], None],
+        reader: DiskReader,
         layout: RowLayout,
         num_rows: int,
         ram_bytes: Callable[[], int],
         open_log: Callable[[int], LogFile],
     ) -> None:
         self._write_home = write_home
-        self._bring_in = bring_in
+        self._reader = reader
         self._layout = layout
         self._num_rows = num_rows
         self._ram_bytes = ram_bytes
@@ -68,35 +69,44 @@ class RowTier:
         self._is_log_full = False
         self.num_passed_on = 0  # rows that left RAM
 
-    def locate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of some rows, those that lie in the table, and the positions of those that lie in the log.
+    def where(self, rows: Tensor) -> Tensor:
+        """The place of each row in RAM, or `HOME`, or, below it, its place in the log; any thread may ask.
 
-        Shapes: `rows` [N] int64, returns [N], [N] int64.
+        Shapes: `rows` [N] int64, returns [N] int64.
         """
-        where = self._where.index_select(0, rows)
-        return rows[where == HOME], LOG - where[where <= LOG].long()
+        return self._where.index_select(0, rows).long()
+
+    def read_ram(self, where: Tensor) -> list[Tensor]:
+        """Rows that are in RAM. Shapes: `where` [N] int64, returns [N, D] or [N]."""
+        return self._format.unpack(self._records.index_select(0, where))
 
     @property
-    def log_records(self) -> Tensor | None:
-        """[capacity, W] int64, mapped, if there is a log."""
-        return None if self._log is None else self._log.records
+    def log_stamp(self) -> int:
+        """Now; see :meth:`is_older_in_log`."""
+        return 0 if self._log is None else self._log.num_opened
+
+    def is_older_in_log(self, where: Tensor, stamp: int) -> Tensor:
+        """Whether places in the log cannot have been given to other rows since a stamp; others are not.
+
+        Shapes: `where` [N] int64, returns [N] bool.
+        """
+        if self._log is None:
+            return torch.zeros_like(where, dtype=torch.bool)
+        return (where <= LOG) & self._log.is_older((LOG - where).clamp(min=0), stamp)
+
+    def pieces_of_log(self, where: Tensor) -> Pieces:
+        """What to read of the log for rows that are there. Shapes: `where` [N] int64."""
+        assert self._log is not None, "a row is in a log that does not exist"
+        return self._log.pieces(LOG - where)
+
+    def unpack(self, pieces: Tensor) -> list[Tensor]:
+        """Rows that were read from the log. Shapes: `pieces` [N, bytes] uint8, returns [N, D] or [N]."""
+        return self._format.unpack(pieces.view(torch.int64))
 
     @property
     def num_log_bytes_written(self) -> int:
         """All that was ever written to the log."""
         return 0 if self._log is None else self._log.num_bytes_written
-
-    def read(self, rows: Tensor, out: Sequence[Tensor]) -> tuple[int, Tensor]:
-        """Copy those rows out that are here; returns how many were in RAM, and where in `rows` those of the table are.
-
-        Shapes: `rows` [N] int64, `out` [N, D] or [N], returns int, [N] int64.
-        """
-        where = self._where.index_select(0, rows).long()
-        in_ram, in_log = (is_there.nonzero().view(-1) for is_there in (where >= 0, where <= LOG))
-        for source, index, place in ((self._records, in_ram, where), (self.log_records, in_log, LOG - where)):
-            if source is not None and index.numel():
-                write_rows(out, index, self._format.unpack(source.index_select(0, place.index_select(0, index))))
-        return in_ram.numel(), (where == HOME).nonzero().view(-1)
 
     def make_room(self, num_rows: int) -> None:
         """Let so many rows be written without the disk, as far as there is RAM. Raises OSError."""
@@ -157,14 +167,13 @@ class RowTier:
     def _bring_home(self, rows: Tensor) -> None:
         # 1. The log is read in its own order.
         values = self._layout.empty(rows.numel())
-        for index in self._where.index_select(0, rows).argsort(descending=True).split(PAGED_ROWS):
-            some = rows.index_select(0, index)
-            in_log = self.locate(some)[1]
-            if self._log is not None and in_log.numel():
-                self._bring_in(self._log.records, in_log)
-            here = self._layout.empty(some.numel())
-            self.read(some, here)
-            write_rows(values, index, here)
+        for index in self.where(rows).argsort(descending=True).split(PAGED_ROWS):
+            where = self.where(rows.index_select(0, index))
+            in_ram = where >= 0
+            write_rows(values, index[in_ram], self.read_ram(where[in_ram]))
+            if not bool(in_ram.all()):
+                (pieces,), _ = self._reader.read([self.pieces_of_log(where[~in_ram])])
+                write_rows(values, index[~in_ram], self.unpack(pieces))
         # 2. The table is written in its own.
         for first in range(0, rows.numel(), PAGED_ROWS):
             last = first + PAGED_ROWS
@@ -174,7 +183,7 @@ class RowTier:
 
     def _leave(self, rows: Tensor) -> None:
         """Forget rows that the table has now."""
-        where = self._where.index_select(0, rows).long()
+        where = self.where(rows)
         places = where[where >= 0]
         self._states.index_fill_(0, places, FREE)
         self._free_places = torch.cat([self._free_places, places])
@@ -193,7 +202,7 @@ class RowTier:
 
     def _write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         # 1. A row that has a place keeps it; the others take free ones.
-        where = self._where.index_select(0, rows).long()
+        where = self.where(rows)
         self._forget_in_log(where)
         new = (where < 0).nonzero().view(-1)
         self._states.index_fill_(0, where[where >= 0], AGAIN)
@@ -218,7 +227,7 @@ class RowTier:
         """Write the live records of one segment anew, if too few of the log are live."""
         if self._log is not None and (found := self._log.emptiest()) is not None:
             positions, records = found
-            is_live = self._where.index_select(0, records[:, 0]) == LOG - positions
+            is_live = self.where(records[:, 0]) == LOG - positions
             if self._write_log(records[is_live]):
                 self._log.forget(positions[is_live])
                 self._log.give_back_dead()

@@ -17,6 +17,7 @@ Hazards and guards; the numbers are those of docs/how_it_works.md:
 5.  A table must not be read while rows are newer in the scratchpad: :meth:`Pool.flush`, between two batches' stages.
 6.  Rows that a planned batch relies on must not stay old when their table is overwritten: no stage runs meanwhile
     (:meth:`StageRunner.pause`), then :meth:`Pool.refresh`.
+7.  Collect(N) must not use a row that was read ahead from a disk and has been written since: :meth:`DiskRows.read`.
 
 What stops the world, and how far:
 
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.core.batch import Batch, BatchState
+from torchrec_scratchpipe.core.disk_rows import RowsAhead
 from torchrec_scratchpipe.core.fork import prepare_for_forks
 from torchrec_scratchpipe.core.host_table import LentMemories
 from torchrec_scratchpipe.core.pool import Pool
@@ -401,12 +403,14 @@ class OverlappedStageRunner(StageRunner):
         super()._admit(batch)
 
     def _ask_ahead(self, batch: Batch) -> None:
-        """Have rows on a disk brought into RAM while earlier batches run their stages; on a thread of its own."""
-        for pool, ids in zip(batch.pools, batch.pool_ids, strict=True):
+        """Have rows on a disk read while earlier batches run their stages; on a thread of its own."""
+        for index, (pool, ids) in enumerate(zip(batch.pools, batch.pool_ids, strict=True)):
             if pool.host_table.is_on_disk:
                 if self._asking is None:
                     self._asking = ThreadPoolExecutor(1, "scratchpipe-asking", self.streams.use_device)
-                self._asking.submit(_ask_for_absent, pool, ids, self.streams, self.streams.record(None))
+                batch.asked[index] = self._asking.submit(
+                    _read_absent, pool, ids, self.streams, self.streams.record(None)
+                )
 
     def _record_refresh(self) -> None:
         self._refreshed = self.streams.record(self.streams.plan)
@@ -431,15 +435,15 @@ class OverlappedStageRunner(StageRunner):
         weakref.finalize(self, _stop, self._queue, self._thread)
 
 
-def _ask_for_absent(pool: Pool, ids: PoolIds, streams: StageStreams, has_ids: torch.Event | None) -> None:
-    """Ask for the rows of a batch that sit in no slot now."""
+def _read_absent(pool: Pool, ids: PoolIds, streams: StageStreams, has_ids: torch.Event | None) -> RowsAhead:
+    """Read the rows of a batch that sit in no slot now."""
     with streams.on(streams.asking):
         streams.wait(streams.asking, has_ids)
         rows = rows_of_ids(*ids)
         rows = rows[rows >= 0]
         # The worker may be at the map. What is read here is advice, and bad advice loses no row.
         absent = rows[pool.slot_map.maps.row_to_slot.index_select(0, rows) < 0].cpu()
-    pool.host_table.ask_for(absent)
+    return pool.host_table.read_ahead(absent)
 
 
 class _Work(NamedTuple):

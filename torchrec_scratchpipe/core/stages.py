@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from torchrec_scratchpipe.core.batch import Batch
+from torchrec_scratchpipe.core.disk_rows import RowsAhead
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.rows import Stage, StagedRows, read_rows, write_rows
 from torchrec_scratchpipe.core.slot_map import CachePlan, RowMoves
@@ -47,6 +48,8 @@ def run_stages(batch: Batch, streams: StageStreams) -> None:
     """Run the stages of the next pool of a batch. Raises SlotsHeldError or StageFailedError."""
     pool = batch.pools[len(batch.plans)]
     is_in_place = pool.host_table.is_device_accessible and not pool.host_table.has_snapshots
+    # Before Plan: who reads ahead looks which rows have no slot, and Plan gives them slots.
+    ahead = pool.host_table.wait_for_rows(batch.asked[len(batch.plans)])
     start_s = time.perf_counter()
     is_confirmed = False
     while not is_confirmed:
@@ -63,7 +66,8 @@ def run_stages(batch: Batch, streams: StageStreams) -> None:
     if not is_in_place:
         # Earlier stages may still write the tables on other streams. Here the host reads them.
         streams.synchronize()
-        _move_through_staging(pool, plan)
+        _move_through_staging(pool, plan, ahead)
+    batch.asked[len(batch.plans)] = None
     batch.plans.append(plan)
 
 
@@ -80,11 +84,11 @@ def plan_rows(batch: Batch, start_s: float) -> CachePlan:
     return plan
 
 
-def _move_through_staging(pool: Pool, plan: CachePlan) -> None:
+def _move_through_staging(pool: Pool, plan: CachePlan, ahead: RowsAhead | None) -> None:
     moves = plan.moves()
     try:
         with plan.timed(Stage.COLLECT, BOTH):
-            staged = collect(pool, moves)
+            staged = collect(pool, moves, ahead)
         with plan.timed(Stage.EXCHANGE, BOTH):
             staged = exchange(pool, staged)
     except BaseException:
@@ -95,14 +99,14 @@ def _move_through_staging(pool: Pool, plan: CachePlan) -> None:
         insert(pool, moves, staged)
 
 
-def collect(pool: Pool, moves: RowMoves) -> StagedRows:
+def collect(pool: Pool, moves: RowMoves, ahead: RowsAhead | None = None) -> StagedRows:
     """Collect: copy missing rows out of the table, and victims out of the scratchpad, into staging.
 
     `fill` comes to lie on the host, `writeback` on the device.
     """
     miss_rows = moves.miss_rows.cpu()
     fill = pool.staging.take("fill", miss_rows.numel())
-    pool.host_table.read(miss_rows, fill)
+    pool.host_table.read(miss_rows, fill, ahead)
     pool.host_table.make_room(moves.victim_rows.numel())
     if pool.slot_map.device.type == "cpu":
         writeback = pool.staging.take("writeback", moves.victim_slots.numel())

@@ -39,8 +39,8 @@ class PoolStats:
     group wait together, and the first of them counts it.
     `num_growths` counts how often one batch needed more slots than there were, and got them.
     `num_disk_rows_read` counts rows that came from files of `table_dir`, neither in the scratchpad nor in RAM before.
-    `num_disk_pages_read` are the pages in which they lie, and `num_cold_pages_at_collect` those of them that the system
-    had not yet brought into RAM when Collect needed them. `disk_bytes_written` are bytes of rows that left RAM.
+    `num_disk_pages_read` are the reads that this took, and `num_cold_pages_at_collect` those of them that had not ended
+    when their batch was to be planned. `disk_bytes_written` are bytes of rows that left RAM.
     `num_misses_at_train` compares, at every lookup, each id's slot with the row that sits there.
     """
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a sharding plan asks of a disk that has its tables, and whether the disk can give it."""
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,18 +24,17 @@ class DiskReport:
 
     ram_bytes: int
     rows_read: float
-    pages_read: float
     bytes_written: float
     reads_per_s: float | None
 
     @property
     def floor_ms(self) -> float | None:
-        """No step can be shorter than the disk takes for its pages; None if nothing is known of the disk."""
-        return None if self.reads_per_s is None else 1e3 * self.pages_read / self.reads_per_s
+        """No step can be shorter than the disk takes for its reads; None if nothing is known of the disk."""
+        return None if self.reads_per_s is None else 1e3 * self.rows_read / self.reads_per_s
 
     def __str__(self) -> str:
         lines = [
-            f"disk per rank and step: {self.rows_read:,.0f} rows read, in {self.pages_read:,.0f} pages; "
+            f"disk per rank and step: {self.rows_read:,.0f} rows read, each by one read; "
             f"{self.bytes_written / 1024**2:.2f} MiB written in order; "
             f"with {self.ram_bytes / 1024**3:.3f} GiB of RAM for rows"
         ]
@@ -55,19 +53,19 @@ def disk_report(tables: Sequence[SizedTable], settings: DiskSettings) -> DiskRep
     bytes_of_rank: dict[int, float] = {}
     for (rank, _), num_bytes in table_bytes.items():
         bytes_of_rank[rank] = bytes_of_rank.get(rank, 0.0) + num_bytes
-    of_rank: dict[int, list[float]] = {}  # rows, pages, bytes
+    of_rank: dict[int, list[float]] = {}  # rows, bytes
     for (rank, pool), members in pools.items():
         ram_bytes = settings.ram_bytes * table_bytes[rank, pool] / bytes_of_rank[rank]
-        before = of_rank.get(rank, [0.0, 0.0, 0.0])
+        before = of_rank.get(rank, [0.0, 0.0])
         of_rank[rank] = [sum(pair) for pair in zip(before, _of_pool(members, ram_bytes), strict=True)]
-    rows, pages, written = max(of_rank.values(), key=lambda of_one: of_one[1], default=[0.0, 0.0, 0.0])
-    return DiskReport(settings.ram_bytes, rows, pages, written, settings.reads_per_s)
+    rows, written = max(of_rank.values(), key=lambda of_one: of_one[0], default=[0.0, 0.0])
+    return DiskReport(settings.ram_bytes, rows, written, settings.reads_per_s)
 
 
-def _of_pool(members: Members, ram_bytes: float) -> tuple[float, float, float]:
-    """Rows read, pages read and bytes written of a step."""
+def _of_pool(members: Members, ram_bytes: float) -> tuple[float, float]:
+    """Rows read and bytes written of a step."""
     record_bytes = 8 + -(-members[0][1].demand.row_bytes // 8) * 8
     # RAM and scratchpad together. The hand that chooses who leaves RAM does as well as LRU, and no better.
     rows = sum(misses_of_members(members, num_slots_of_members(members) + ram_bytes / record_bytes, "lru"))
-    # Values that are shorter than a row, as row-wise states, lie in few pages, which stay in the page cache.
-    return rows, rows * (1 + (record_bytes - 8) / mmap.PAGESIZE), rows * record_bytes
+    # A row that was trained lies in the log, in one piece.
+    return rows, rows * record_bytes

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from torchrec_scratchpipe.core.disk import MappedStorage, page_ranges
+from torchrec_scratchpipe.core.disk import MappedStorage
+from torchrec_scratchpipe.core.disk_reads import MAX_DEPTH, DiskReader, Pieces
 from torchrec_scratchpipe.core.row_log import SEGMENT_BYTES
 from torchrec_scratchpipe.errors import ScratchPipeError
 
 __all__ = ["DiskSpeed", "main", "measure_disk"]
 
-DEPTHS = (1, 32, 128, 1024)  # reads in flight; training asks for all rows of a batch at once
+DEPTHS = (1, 32, 128, MAX_DEPTH)  # reads in flight; training has the last so many
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,22 @@ def measure_disk(directory: str | os.PathLike[str], seconds: float = 20.0, file_
     write_bytes_per_s = pages.nbytes / (time.perf_counter() - start_s)
     # 2. At random, each page once.
     storage.forget_pages()
+    file, reader = storage.file_of(pages), DiskReader()
+    assert file is not None, "the file was just allocated"
     order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
-    first, num_waits, reads_per_s, waits_ms = 0, 0, {}, []
+    first, reads_per_s, waits_ms = 0, {}, []
+    bytes_before = _bytes_from_disks()
     for depth in DEPTHS:
         begin, start_s = first, time.perf_counter()
         last = begin + num_pages // len(DEPTHS)
         while (now_s := time.perf_counter()) < start_s + seconds / len(DEPTHS) and first + depth <= last:
-            ranges = page_ranges(pages, order[first : first + depth].sort().values)
-            storage.ask_for(ranges)
-            num_waits += storage.bring_in(ranges)
+            begins = order[first : first + depth].sort().values * mmap.PAGESIZE
+            reader.read([Pieces(file, begins, mmap.PAGESIZE)])
             first += depth
             if depth == 1:
                 waits_ms.append(1e3 * (time.perf_counter() - now_s))
         reads_per_s[depth] = (first - begin) / (time.perf_counter() - start_s)
-    if num_waits == 0:
+    if bytes_before is not None and bytes_before == _bytes_from_disks():
         raise ScratchPipeError(
             f"{str(directory)!r}: the file did not leave RAM, so that no disk was measured. Is it a tmpfs? Name a "
             "directory on the disk that is to have the tables."
@@ -106,6 +109,15 @@ def measure_disk(directory: str | os.PathLike[str], seconds: float = 20.0, file_
     waits = torch.tensor(waits_ms, dtype=torch.float64)
     p50, p99 = waits.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
     return DiskSpeed(str(directory), pages.nbytes, write_bytes_per_s, reads_per_s, p50, p99)
+
+
+def _bytes_from_disks() -> int | None:
+    """All that this process had read from disks so far; None if the system does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
