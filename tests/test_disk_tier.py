@@ -34,7 +34,7 @@ from torchrec_scratchpipe.core.disk_rows import DiskRows, RowsAhead
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.row_log import Records, RowLog
-from torchrec_scratchpipe.core.row_tier import HOME, LOG, RowTier
+from torchrec_scratchpipe.core.row_tier import HOME, LOG, PLACE_BYTES, RowTier
 from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec, write_rows
 from torchrec_scratchpipe.core.runner import OverlappedStageRunner
 from torchrec_scratchpipe.errors import TableStorageError
@@ -54,7 +54,7 @@ LAYOUTS = [
 
 def ram_of(num_rows: int) -> RamBudget:
     """A budget in which so many rows of :data:`LAYOUT` find room."""
-    return RamBudget(num_rows * (Records(LAYOUT).num_bytes + 1))
+    return RamBudget(num_rows * (Records(LAYOUT).num_bytes + PLACE_BYTES))
 
 
 class Disk:
@@ -122,7 +122,12 @@ def test_row_tier_law(
             write_rows(parts, rows, values)
 
         tier = RowTier(
-            write_home, DiskReader(), layout, NUM_ROWS, lambda: num_places * (records.num_bytes + 1), device.open
+            write_home,
+            DiskReader(),
+            layout,
+            NUM_ROWS,
+            lambda: num_places * (records.num_bytes + PLACE_BYTES),
+            device.open,
         )
         for step, (kind, chosen) in enumerate(steps, start=1):
             rows = torch.tensor(sorted(chosen))
@@ -182,6 +187,7 @@ def check_books(tier: RowTier) -> None:
     places = where[where >= 0].tolist()
     assert sorted([*places, *tier._free_places.tolist()]) == list(range(len(tier._records)))
     assert (tier._states[places] > 0).all()
+    assert tier._num_newer == int((~tier._is_copy[places]).sum())
     assert (tier._states[tier._free_places] == 0).all()
     if tier._log is not None:
         log, positions = tier._log, LOG - where[where <= LOG].long()
@@ -632,23 +638,24 @@ def check_reading_ahead(steps: list[tuple[str, set[int]]], num_places: int, segm
                 asked.append(table.read_ahead(rows))
             elif kind == "drain":
                 table.drain()
-            elif kind == "read":
+            elif kind == "write":
+                table.write(rows, values)
+                write_rows(expected, rows, values)
+            elif kind == "overwrite":
+                table.drain()
+                write_rows(table.parts, rows, values)
+                write_rows(expected, rows, values)
+                assert table.is_overwritten
+            if kind in ("read", "overwrite"):
                 ahead = asked.pop(0) if asked else None
                 out = [torch.full_like(part, -1.0) for part in expected]
                 table.read(torch.arange(NUM_ROWS), out, ahead)
                 assert max_diff(expected, out) == 0.0
-            else:
-                if kind == "write":
-                    table.write(rows, values)
-                else:
-                    table.drain()
-                    write_rows(table.parts, rows, values)
-                    assert table.is_overwritten
-                    table.accept_overwrite()
-                write_rows(expected, rows, values)
+            if kind == "overwrite":
+                table.accept_overwrite()
 
 
-@pytest.mark.parametrize("guard", ["home", "log", "place"])
+@pytest.mark.parametrize("guard", ["home", "log", "place", "copy"])
 def test_hazard_7_a_row_that_was_read_ahead_and_has_changed_is_seen(
     guard: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -671,6 +678,7 @@ def test_hazard_7_a_row_that_was_read_ahead_and_has_changed_is_seen(
     all_rows, half = set(range(NUM_ROWS)), set(range(NUM_ROWS // 2))
     fill = [("write", all_rows)]
     cases = {
+        "copy": [[*fill, ("overwrite", all_rows)]],
         "home": [[("ask", all_rows), ("overwrite", half), ("read", all_rows)]],
         "place": [[("ask", all_rows), ("write", half), ("read", all_rows)]],
         # Some rows come back to the places in the log where they were.
@@ -685,7 +693,10 @@ def test_hazard_7_a_row_that_was_read_ahead_and_has_changed_is_seen(
             check_reading_ahead(steps, 1, 2)
 
     check_all()
-    monkeypatch.setattr(DiskRows, "_is_as_it_was", is_taken_for_same)
+    if guard == "copy":
+        monkeypatch.setattr(RowTier, "forget_copies", lambda self: None)
+    else:
+        monkeypatch.setattr(DiskRows, "_is_as_it_was", is_taken_for_same)
     with pytest.raises(AssertionError):
         check_all()
 

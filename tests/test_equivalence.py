@@ -24,6 +24,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_scratchpipe.core import stages
 from torchrec_scratchpipe.core.torch_ops import TorchOps
+from torchrec_scratchpipe.sharding import kernel
 from torchrec_scratchpipe.sharding.options import ScratchpadOptions
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
@@ -92,6 +93,22 @@ def test_memory_mapped_tables(ram_budget_gb: float, tmp_path: Path) -> None:
     ours = check_equal(Setting(), table_dir=str(tmp_path), ram_budget_gb=ram_budget_gb)
     assert ours.num_victims > 100
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize("num_together", [7, 1 << 24])
+def test_initial_weights_are_stocks_and_are_written_once(
+    is_mapped: bool, num_together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that is drawn later differs either."""
+    monkeypatch.setattr(kernel, "NUM_DRAWN_TOGETHER", num_together)
+    stock = Trainer(Setting())
+    drawn = torch.rand(3, dtype=torch.float32)
+    ours = Trainer.scratchpipe(Setting(), table_dir=str(tmp_path) if is_mapped else None)
+    assert torch.equal(torch.rand(3, dtype=torch.float32), drawn)
+    assert_same_bits(stock, ours)
+    for pool in ours.model.module.ebc.pools:  # torch counts what is written to a tensor; once per table
+        assert pool.host_table.parts[0]._version == len(pool.host_table.tables)
 
 
 def test_optimizer_by_fused_params() -> None:

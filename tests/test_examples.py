@@ -72,7 +72,10 @@ def test_criteo_dlrm_equals_stock_to_the_bit(extra: list[str], tsv: Path, tmp_pa
     assert figures["scratchpad"][0]["num_victims"] > 0
     assert figures["scratchpad"][0]["num_misses_at_train"] == 0
     assert {"auroc", "logloss", "samples_per_second", "step_ms_p50", "step_ms_p90", "peak_rss_bytes"} <= set(figures)
-    assert out.splitlines()[-1].startswith("summary: auroc")
+    summary = out.splitlines()[-1]
+    assert summary.startswith("summary: auroc")
+    num_rows_read = figures["scratchpad"][0]["num_disk_rows_read"]
+    assert (f"from the disk {num_rows_read:,} rows" in summary) == (num_rows_read > 0) == ("--table_dir" in extra)
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 

@@ -35,16 +35,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
     from rivals import RIVALS, Contender, Shape
-    from torchrec.distributed import DistributedModelParallel
+    from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
     from workloads import PowerLawBatches, Workload
 
     from torchrec_scratchpipe import scratchpad_stats
     from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 
     stride = args.stride if args.size == "large" else 1
-    # All rows are written below. A file of 60 GB is not written three times.
-    DistributedModelParallel._init_parameters = lambda self, module: None  # type: ignore[method-assign]
-    ScratchpadKernel.init_parameters = lambda self: None  # type: ignore[method-assign]
+    # All rows are written below, once.
+    ShardedEmbeddingBagCollection.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    ScratchpadKernel._draw_as_stock = lambda self: None  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as directory:
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
     workload = Workload("large", args.num_tables, args.num_embeddings * stride, args.embedding_dim, 1, args.batch_size)
@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(index)
         for first in range(0, args.num_embeddings, ROWS_TOGETHER):
             last = min(first + ROWS_TOGETHER, args.num_embeddings)
-            values = torch.rand(last - first, args.embedding_dim, generator=generator) - 0.5
+            values = torch.rand(last - first, args.embedding_dim, generator=generator, dtype=torch.float32) - 0.5
             weight[first * stride : last * stride].copy_(values.repeat_interleave(stride, dim=0))
     built_s = time.perf_counter() - start_s
     print(f"{args.size}: built in {built_s:.0f} s", file=sys.stderr, flush=True)

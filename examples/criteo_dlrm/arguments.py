@@ -164,6 +164,7 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
     add("--num_batches_seen_ahead", type=whole(0, WINDOW_BITS), default=0, help="known beyond those, to evict less")
     add("--host_access", choices=["direct", "staged"], default="direct", help="how a GPU reaches tables")
     add("--table_dir", help="existing directory for memory-mapped tables; default: RAM")
+    add("--ram_budget_gb", type=real(0), default=0.5, help="with --table_dir: GiB of RAM per rank for their rows")
 
 
 def _add_saving(group: argparse._ArgumentGroup) -> None:

@@ -143,7 +143,9 @@ def shard(
     is_cached = args.embedding_cache == "scratchpipe"
     planner = make_planner(args, source, model, device)
     sharders = [
-        ScratchPipeEmbeddingBagCollectionSharder(table_dir=args.table_dir, host_access=args.host_access)
+        ScratchPipeEmbeddingBagCollectionSharder(
+            table_dir=args.table_dir, ram_budget_gb=args.ram_budget_gb, host_access=args.host_access
+        )
         if is_cached
         else EmbeddingBagCollectionSharder()
     ]

@@ -265,6 +265,12 @@ def _of_scratchpad(figures: Mapping[str, Any]) -> list[str]:
             f"misses per batch from {first_batch} to {last_batch}: planned {misses['planned']:,.1f}, counted "
             f"{misses['counted']:,.1f}"
         )
+    if num_reads := total["num_disk_pages_read"]:
+        parts.append(
+            f"from the disk {total['num_disk_rows_read']:,} rows by {num_reads:,} reads, "
+            f"{1 - total['num_cold_pages_at_collect'] / num_reads:.1%} of them ahead of need, "
+            f"{total['disk_bytes_written'] / 1e6:,.1f} MB to it"
+        )
     return [
         *parts,
         f"evictions {total['num_victims']:,}",

@@ -144,7 +144,11 @@ class DiskRows:
             write_rows(out, missing, values)
 
     def note_overwritten(self) -> None:
-        """Take in that others have written tables: what was read ahead of them is old."""
+        """Take in that others may have written tables: what was read of them is old."""
+        self.tier.forget_copies()
+        self._note_home_write()
+
+    def _note_home_write(self) -> None:
         self._num_home_writes += 1
         self._is_settled = False
 
@@ -192,7 +196,7 @@ class DiskRows:
         mapped = [part for part, file in zip(self._parts, self._files, strict=True) if file is not None]
         ranges = np.concatenate([page_ranges(part, rows) for part in mapped])
         self._storage.bring_in(ranges)
-        self.note_overwritten()
+        self._note_home_write()
         self.counts.num_bytes_written += rows.numel() * self._layout.row_bytes
         self._keep_old(rows)
         write_rows(self._parts, rows, values)

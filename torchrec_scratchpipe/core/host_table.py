@@ -199,6 +199,8 @@ class HostTable:
         if self._disk_rows is None:
             read_rows(self.parts, rows, out)
             return
+        if self.is_overwritten:
+            self._disk_rows.note_overwritten()
         with self._naming_disk():
             self._disk_rows.read(rows, out, ahead)
 

@@ -23,6 +23,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 HOME = -1  # where a row is: its place in RAM, or HOME, its table, or LOG minus its position in the log
 LOG = -2
 FREE, ONCE, AGAIN = 0, 1, 2  # a place in RAM: what became of its row since the hand was there
+PLACE_BYTES = 2  # beside its record: what became of it, and whether it is a copy
 MIN_SWEEP = 1024  # places that the hand looks at together
 DRAIN_BYTES = 256 * 1024 * 1024  # of rows that are put into the order of the table together
 SCAN_ROWS = 1 << 18  # of the table that are looked at together
@@ -37,7 +38,7 @@ class RowTier:
     end of a log, many as one piece. They go to their table only when somebody wants to see it (:meth:`drain`).
 
     Who leaves RAM is chosen by a hand that goes round the places: a row that has come back to its place since the hand
-    was there is passed over once.
+    was there is passed over once. A row that was brought to its table stays in RAM, too, as a copy.
 
     Costs 4 bytes per row of the table, and `ram_bytes`, which is asked when the first row comes.
 
@@ -63,11 +64,13 @@ class RowTier:
         self._where = torch.full((num_rows,), HOME, dtype=torch.int32)
         self._records = self._format.empty(0)  # [P, W] int64
         self._states = torch.empty(0, dtype=torch.uint8)  # [P]
+        self._is_copy = torch.empty(0, dtype=torch.bool)  # [P], whether the table has the same value
+        self._num_newer = 0  # rows in RAM that the table does not have
         self._free_places = torch.empty(0, dtype=torch.int64)
         self._hand = 0
         self._log: RowLog | None = None
         self._is_log_full = False
-        self.num_passed_on = 0  # rows that left RAM
+        self.num_passed_on = 0  # rows that left RAM, and were not there as copies
 
     def where(self, rows: Tensor) -> Tensor:
         """The place of each row in RAM, or `HOME`, or, below it, its place in the log; any thread may ask.
@@ -126,12 +129,16 @@ class RowTier:
         leaving = torch.cat(found)
         # 2. Whom it found leaves RAM.
         try:
-            self._pass_on(self._records.index_select(0, leaving))
+            is_copy = self._is_copy.index_select(0, leaving)
+            newer = leaving[~is_copy]
+            self._pass_on(self._records.index_select(0, newer))
         except BaseException:
             self._states.index_fill_(0, leaving, ONCE)
             raise
+        self._where.index_fill_(0, self._records[leaving[is_copy], 0], HOME)
         self._free_places = torch.cat([self._free_places, leaving])
-        self.num_passed_on += leaving.numel()
+        self._num_newer -= newer.numel()
+        self.num_passed_on += newer.numel()
         # 3. Last, because all is in order whether the log can be read or not.
         self._clean_log()
 
@@ -147,7 +154,7 @@ class RowTier:
     @property
     def is_empty(self) -> bool:
         """Whether the table has everything."""
-        return self._free_places.numel() == len(self._records) and (self._log is None or self._log.num_live == 0)
+        return self._num_newer == 0 and (self._log is None or self._log.num_live == 0)
 
     def drain(self) -> None:
         """Bring everything to the table, in the order of its rows. Raises OSError."""
@@ -157,7 +164,11 @@ class RowTier:
         num_together = max(1, min(DRAIN_BYTES // self._format.num_bytes, len(self._records)))
         waiting = torch.empty(0, dtype=torch.int64)
         for first in range(0, self._num_rows, SCAN_ROWS):
-            found = (self._where[first : first + SCAN_ROWS] != HOME).nonzero().view(-1) + first
+            where = self._where[first : first + SCAN_ROWS].long()
+            is_newer = where <= LOG
+            in_ram = (where >= 0).nonzero().view(-1)
+            is_newer[in_ram] = ~self._is_copy.index_select(0, where.index_select(0, in_ram))
+            found = is_newer.nonzero().view(-1) + first
             waiting = torch.cat([waiting, found])
             is_last = first + SCAN_ROWS >= self._num_rows
             while waiting.numel() >= num_together or (is_last and waiting.numel()):
@@ -179,25 +190,28 @@ class RowTier:
             last = first + PAGED_ROWS
             some = rows[first:last]
             self._write_home(some, [value[first:last] for value in values])
-            self._leave(some)
+            where = self.where(some)
+            self._num_newer -= int((where >= 0).sum())
+            self._is_copy.index_fill_(0, where[where >= 0], True)
+            self._forget_in_log(where)
+            self._where.index_fill_(0, some[where <= LOG], HOME)
 
-    def _leave(self, rows: Tensor) -> None:
-        """Forget rows that the table has now."""
-        where = self.where(rows)
-        places = where[where >= 0]
+    def forget_copies(self) -> None:
+        """Somebody else may have written the table: what RAM has of it may be old."""
+        places = (self._is_copy & (self._states != FREE)).nonzero().view(-1)
+        self._where.index_fill_(0, self._records[places, 0], HOME)
         self._states.index_fill_(0, places, FREE)
         self._free_places = torch.cat([self._free_places, places])
-        self._forget_in_log(where)
-        self._where.index_fill_(0, rows, HOME)
 
     def _forget_in_log(self, where: Tensor) -> None:
         if self._log is not None:
             self._log.forget(LOG - where[where <= LOG])
 
     def _allocate(self) -> None:
-        num_places = min(self._num_rows, max(1, self._ram_bytes() // (self._format.num_bytes + 1)))
+        num_places = min(self._num_rows, max(1, self._ram_bytes() // (self._format.num_bytes + PLACE_BYTES)))
         self._records = self._format.empty(num_places)
         self._states = torch.full((num_places,), FREE, dtype=torch.uint8)
+        self._is_copy = torch.zeros(num_places, dtype=torch.bool)
         self._free_places = torch.arange(num_places)
 
     def _write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
@@ -205,11 +219,13 @@ class RowTier:
         where = self.where(rows)
         self._forget_in_log(where)
         new = (where < 0).nonzero().view(-1)
+        self._num_newer += new.numel() + int(self._is_copy.index_select(0, where[where >= 0]).sum())
         self._states.index_fill_(0, where[where >= 0], AGAIN)
         where[new] = self._free_places[: new.numel()]
         self._free_places = self._free_places[new.numel() :]
         self._states.index_fill_(0, where[new], ONCE)
         # 2. Values go to their places.
+        self._is_copy.index_fill_(0, where, False)
         self._records.index_copy_(0, where, self._format.pack(rows, values))
         self._where.index_copy_(0, rows, where.int())
 

@@ -53,7 +53,7 @@ from torchrec_scratchpipe.sharding.options import (
     tables_by_width,
     warn_of_ignored_settings,
 )
-from torchrec_scratchpipe.sharding.table_view import TableParameter, TableView
+from torchrec_scratchpipe.sharding.table_view import NUM_DRAWN_TOGETHER, TableParameter, TableView
 from torchrec_scratchpipe.sharding.tbe import ScratchpadTbe
 
 __all__ = ["ScratchPipeEmbedding", "ScratchPipeEmbeddingBag", "ScratchpadKernel"]
@@ -77,7 +77,6 @@ class ScratchpadKernel(FusedOptimizerModule):
     _local_cols: list[int]
     _feature_table_map: list[int]
     table_name_to_count: dict[str, int]
-    init_parameters: Callable[[], None]
 
     def _set_up(
         self,
@@ -110,11 +109,21 @@ class ScratchpadKernel(FusedOptimizerModule):
         ]
         self._rows_of_features = feature_rows(self.pools, self._features, self._scratchpad_device)
         self._optim: FusedOptimizer = self._make_optimizer()
-        # As stock, draw for draw. Elsewhere the collection's reset_parameters() is enough.
         if self._scratchpad_device.type == "cpu":
-            self.init_parameters()
+            self._draw_as_stock()
         # The stages' streams are not ordered after the caller's, which all of this was made on
         runner.wait_for_device()
+
+    def _draw_as_stock(self) -> None:
+        """Draw what stock's kernel draws for its weights, and drop it: what is drawn later is as stock's then.
+
+        The collection's reset_parameters() writes the weights. To write a large file twice takes minutes. A CPU draws
+        one value after another: in pieces, the same.
+        """
+        for weights in self.split_embedding_weights():
+            drawn = torch.empty(min(NUM_DRAWN_TOGETHER, weights.numel()), dtype=weights.dtype)
+            for first in range(0, weights.numel(), NUM_DRAWN_TOGETHER):
+                drawn[: weights.numel() - first].uniform_()
 
     def make_batch(self, features: KeyedJaggedTensor) -> Batch:
         """What this group's pools know of one batch."""
