@@ -131,10 +131,14 @@ def make_pool(
 
 
 def make_pool_in_place(
-    ops: SlotOps, num_rows: int = 60, num_slots: int = 20, streams: StageStreams | None = None
+    ops: SlotOps,
+    num_rows: int = 60,
+    num_slots: int = 20,
+    streams: StageStreams | None = None,
+    storage: TableStorage | None = None,
 ) -> Pool:
-    """As :func:`make_pool`, filled by operations that reach the table."""
-    return make_pool(num_rows, num_slots, ops, storage=ReachableRam(), streams=streams)
+    """As :func:`make_pool`, filled by operations that reach the table, unless a storage is given that they do not."""
+    return make_pool(num_rows, num_slots, ops, storage=storage or ReachableRam(), streams=streams)
 
 
 def random_rows(num_batches: int, ids_per_batch: int, num_rows: int = 60, seed: int = 0) -> list[Tensor]:

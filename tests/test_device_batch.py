@@ -4,14 +4,17 @@
 import random
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from core_helpers import (
     CPU,
+    LAYOUT,
     RandomVictims,
     check_training,
     expected_parts,
@@ -27,15 +30,18 @@ from helpers import Setting, Trainer, check_equal, drain, make_batches, max_abs_
 from simulated_streams import DeferredOps, Device, InlineRunner, SimulatedStreams
 from torch import Tensor
 
-from torchrec_scratchpipe.core import slot_map
+from torchrec_scratchpipe.core import row_log, slot_map
 from torchrec_scratchpipe.core.batch import Batch, BatchState
+from torchrec_scratchpipe.core.disk import MappedStorage, RamBudget
+from torchrec_scratchpipe.core.disk_rows import DiskRows, RowsAhead
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.pool import Pool
+from torchrec_scratchpipe.core.row_log import Records
 from torchrec_scratchpipe.core.rows import Stage
 from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.core.slot_map import CachePlan, SlotMap
 from torchrec_scratchpipe.core.slot_ops import Count
-from torchrec_scratchpipe.core.storage import PageLockedStorage
+from torchrec_scratchpipe.core.storage import PageLockedStorage, TableStorage
 from torchrec_scratchpipe.core.torch_ops import TorchOps
 from torchrec_scratchpipe.core.triton_ops import TritonOps
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, ScratchpadFullError, StageFailedError
@@ -97,19 +103,24 @@ def simulate(
     batches: Sequence[Tensor],
     lookahead: int,
     drop_every: int = 0,
+    num_seen_ahead: int = 0,
 ) -> list[Tensor]:
     """As `run`, on a device whose streams run in random order; the host runs ahead of it. Returns what was trained."""
+    seen: deque[tuple[Batch, Tensor]] = deque()
     in_flight: deque[tuple[Batch, Tensor]] = deque()
     remaining = deque(batches)
     trained: list[Tensor] = []
     num_rounds = 0
-    while in_flight or remaining:
-        while remaining and len(in_flight) <= lookahead:
-            rows = remaining.popleft()
-            batch = planned(pool, rows, runner)
+    while in_flight or seen or remaining:
+        while (seen or remaining) and len(in_flight) <= lookahead:
             with runner.streams.on(device.load):  # as a pipeline's, which is not ordered after Train
-                runner.submit(batch)
-            in_flight.append((batch, rows))
+                while remaining and len(seen) <= num_seen_ahead:
+                    rows = remaining.popleft()
+                    seen.append((planned(pool, rows, runner), rows))
+                    if num_seen_ahead:
+                        runner.see(seen[-1][0])
+                in_flight.append(seen.popleft())
+                runner.submit(in_flight[-1][0])
             device.run_some()
         num_rounds += 1
         if drop_every and num_rounds % drop_every == 0:
@@ -133,10 +144,12 @@ def make_simulation(
     slow: Sequence[str] = (),
     num_slots: int = 30,
     is_certain: bool = True,
+    storage: TableStorage | None = None,
 ) -> tuple[Pool, Device, InlineRunner]:
     device = Device(seed, slow)
     streams = SimulatedStreams(device, missing_edges)
-    pool = make_pool_in_place(DeferredOps(RandomVictims(seed), device), num_slots=num_slots, streams=streams)
+    ops = DeferredOps(RandomVictims(seed), device)
+    pool = make_pool_in_place(ops, num_slots=num_slots, streams=streams, storage=storage)
     if is_certain:  # else Plan waits for the device while slots are few, and little can go wrong
         pool.slot_map._is_certain = lambda num_ids: True
     return pool, device, InlineRunner(CPU, streams)
@@ -289,6 +302,44 @@ def test_rows_pass_through_staging_while_there_are_snapshots(monkeypatch: pytest
         simulate(pool, device, runner, batches, lookahead=2)
         assert max_diff(expected, pool.host_table.parts) == 0.0
         assert pool.stats().num_victims > 60
+
+
+class AtOnce(Executor):
+    """Runs what it is given when it is given."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+@pytest.mark.parametrize("is_falsified", [False, True])
+def test_rows_of_files_are_read_long_before_a_device_needs_them(
+    is_falsified: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pass through staging, in any order of the streams; and what was read ahead is what is used."""
+    read_ahead = DiskRows.read_ahead
+
+    def falsify(self: DiskRows, rows: Tensor) -> RowsAhead:
+        ahead = read_ahead(self, rows)
+        ahead.values[0].zero_()
+        return ahead
+
+    if is_falsified:
+        monkeypatch.setattr(DiskRows, "read_ahead", falsify)
+    monkeypatch.setattr(row_log, "SEGMENT_BYTES", 4 * Records(LAYOUT).num_bytes)
+    num_wrong = num_from_disk = 0
+    for seed in range(8):
+        storage = MappedStorage(tmp_path, RamBudget(3 * Records(LAYOUT).num_bytes))
+        pool, device, runner = make_simulation(seed, storage=storage)
+        runner._asking = AtOnce()
+        batches = random_rows(num_batches=60, ids_per_batch=6, seed=seed)
+        expected = expected_parts(pool, batches)
+        simulate(pool, device, runner, batches, lookahead=1, num_seen_ahead=6)
+        num_wrong += max_diff(expected, pool.host_table.parts) > 0.0
+        num_from_disk += pool.stats().num_disk_rows_read
+    assert num_wrong == (8 if is_falsified else 0)
+    assert num_from_disk > 500
 
 
 @pytest.mark.parametrize("runner_class", RUNNERS)

@@ -30,7 +30,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -314,7 +314,7 @@ class OverlappedStageRunner(StageRunner):
         super().__init__(device, streams or StageStreams(device, is_overlapped=True))
         self._thread: threading.Thread | None = None
         self._refreshed: torch.Event | None = None
-        self._asking: ThreadPoolExecutor | None = None
+        self._asking: Executor | None = None
         prepare_for_forks(self, is_worker=True)
 
     def before_fork(self) -> None:

@@ -24,7 +24,7 @@ class StageStreams:
     plan: torch.Stream | None = None
     writeback: torch.Stream | None = None
     fill: torch.Stream | None = None
-    asking: torch.Stream | None = None  # reads ids for whoever asks a disk for rows; nothing waits for it
+    asking: torch.Stream | None = None  # looks up ids for whoever reads rows from a disk; no other stream waits for it
 
     def __init__(self, device: torch.device, *, is_overlapped: bool) -> None:
         self._module = torch.get_device_module(device) if device.type == "cuda" else None
