@@ -143,6 +143,10 @@ class DiskRows:
             self.counts.num_pages_waited_for += num_reads
             write_rows(out, missing, values)
 
+    def hand_over(self, rows: Tensor) -> None:
+        """Rows are in the scratchpad now, which has their only value until it writes them. Shapes: `rows` [N] int64."""
+        self.tier.forget(rows)
+
     def note_overwritten(self) -> None:
         """Take in that others may have written tables: what was read of them is old."""
         self.tier.forget_copies()

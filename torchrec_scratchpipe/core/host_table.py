@@ -223,6 +223,14 @@ class HostTable:
             with self._own_writes(), self._naming_disk():
                 self._disk_rows.tier.make_room(num_rows)
 
+    def hand_over(self, rows: Tensor) -> None:
+        """Rows that were read are in the scratchpad now, which will :meth:`write` them before anybody reads them here.
+
+        The last :meth:`drain` is still in `parts`. Shapes: `rows` [N] int64.
+        """
+        if self._disk_rows is not None:
+            self._disk_rows.hand_over(rows)
+
     def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Copy rows in. Shapes: `rows` [N] int64, `values` [N, D] or [N]. Raises TableStorageError."""
         with self._own_writes():

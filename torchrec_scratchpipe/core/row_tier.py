@@ -22,7 +22,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 HOME = -1  # where a row is: its place in RAM, or HOME, its table, or LOG minus its position in the log
 LOG = -2
-FREE, ONCE, AGAIN = 0, 1, 2  # a place in RAM: what became of its row since the hand was there
+FREE = 0  # a place in RAM; else how often the hand will come by before the row leaves
+NUM_PASSES = 2  # so rows leave nearly in the order in which they came
 PLACE_BYTES = 2  # beside its record: what became of it, and whether it is a copy
 MIN_SWEEP = 1024  # places that the hand looks at together
 DRAIN_BYTES = 256 * 1024 * 1024  # of rows that are put into the order of the table together
@@ -37,8 +38,9 @@ class RowTier:
     a disk, for 1/16 of its bytes. So rows stay in RAM first, where most are found again. Those that are not go to the
     end of a log, many as one piece. They go to their table only when somebody wants to see it (:meth:`drain`).
 
-    Who leaves RAM is chosen by a hand that goes round the places: a row that has come back to its place since the hand
-    was there is passed over once. A row that was brought to its table stays in RAM, too, as a copy.
+    Rows leave RAM in the order in which they came, or nearly: a hand goes round the places, and takes a row when it has
+    come by for the last time. A row that goes up to the scratchpad again is not kept here (:meth:`forget`), so that
+    together they have room for as many rows as both. A row that was brought to its table stays in RAM, as a copy.
 
     Costs 4 bytes per row of the table, and `ram_bytes`, which is asked when the first row comes.
 
@@ -66,7 +68,8 @@ class RowTier:
         self._states = torch.empty(0, dtype=torch.uint8)  # [P]
         self._is_copy = torch.empty(0, dtype=torch.bool)  # [P], whether the table has the same value
         self._num_newer = 0  # rows in RAM that the table does not have
-        self._free_places = torch.empty(0, dtype=torch.int64)
+        self._free_places = torch.empty(0, dtype=torch.int64)  # [P], of which the first so many are free
+        self._num_free = 0
         self._hand = 0
         self._log: RowLog | None = None
         self._is_log_full = False
@@ -115,7 +118,7 @@ class RowTier:
         """Let so many rows be written without the disk, as far as there is RAM. Raises OSError."""
         if len(self._records) == 0:
             self._allocate()
-        num_missing = min(num_rows, len(self._records)) - self._free_places.numel()
+        num_missing = min(num_rows, len(self._records)) - self._num_free
         if num_missing <= 0:
             return
         # 1. The hand goes on where it stopped.
@@ -123,8 +126,8 @@ class RowTier:
         while (num_wanted := num_missing - sum(map(len, found))) > 0:
             first, last = self._hand, min(self._hand + max(MIN_SWEEP, num_wanted), len(self._records))
             states = self._states[first:last]
-            found.append((states == ONCE).nonzero().view(-1) + first)
-            states -= (states > FREE).to(torch.uint8)  # passed over once, or free
+            found.append((states == 1).nonzero().view(-1) + first)
+            states -= (states > FREE).to(torch.uint8)
             self._hand = last % len(self._records)
         leaving = torch.cat(found)
         # 2. Whom it found leaves RAM.
@@ -133,10 +136,10 @@ class RowTier:
             newer = leaving[~is_copy]
             self._pass_on(self._records.index_select(0, newer))
         except BaseException:
-            self._states.index_fill_(0, leaving, ONCE)
+            self._states.index_fill_(0, leaving, 1)
             raise
         self._where.index_fill_(0, self._records[leaving[is_copy], 0], HOME)
-        self._free_places = torch.cat([self._free_places, leaving])
+        self._free(leaving)
         self._num_newer -= newer.numel()
         self.num_passed_on += newer.numel()
         # 3. Last, because all is in order whether the log can be read or not.
@@ -196,12 +199,28 @@ class RowTier:
             self._forget_in_log(where)
             self._where.index_fill_(0, some[where <= LOG], HOME)
 
+    def forget(self, rows: Tensor) -> None:
+        """Rows are in the scratchpad now, which will write them, whatever becomes of them; touches no disk.
+
+        Shapes: `rows` [N] int64.
+        """
+        where = self.where(rows)
+        places = where[where >= 0]
+        self._num_newer -= int((~self._is_copy.index_select(0, places)).sum())
+        self._free(places)
+        self._forget_in_log(where)
+        self._where.index_fill_(0, rows, HOME)
+
     def forget_copies(self) -> None:
         """Somebody else may have written the table: what RAM has of it may be old."""
         places = (self._is_copy & (self._states != FREE)).nonzero().view(-1)
         self._where.index_fill_(0, self._records[places, 0], HOME)
+        self._free(places)
+
+    def _free(self, places: Tensor) -> None:
         self._states.index_fill_(0, places, FREE)
-        self._free_places = torch.cat([self._free_places, places])
+        self._free_places[self._num_free : self._num_free + len(places)] = places
+        self._num_free += len(places)
 
     def _forget_in_log(self, where: Tensor) -> None:
         if self._log is not None:
@@ -212,7 +231,7 @@ class RowTier:
         self._records = self._format.empty(num_places)
         self._states = torch.full((num_places,), FREE, dtype=torch.uint8)
         self._is_copy = torch.zeros(num_places, dtype=torch.bool)
-        self._free_places = torch.arange(num_places)
+        self._free_places, self._num_free = torch.arange(num_places), num_places
 
     def _write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         # 1. A row that has a place keeps it; the others take free ones.
@@ -220,10 +239,9 @@ class RowTier:
         self._forget_in_log(where)
         new = (where < 0).nonzero().view(-1)
         self._num_newer += new.numel() + int(self._is_copy.index_select(0, where[where >= 0]).sum())
-        self._states.index_fill_(0, where[where >= 0], AGAIN)
-        where[new] = self._free_places[: new.numel()]
-        self._free_places = self._free_places[new.numel() :]
-        self._states.index_fill_(0, where[new], ONCE)
+        where[new] = self._free_places[self._num_free - new.numel() : self._num_free]
+        self._num_free -= new.numel()
+        self._states.index_fill_(0, where, NUM_PASSES)
         # 2. Values go to their places.
         self._is_copy.index_fill_(0, where, False)
         self._records.index_copy_(0, where, self._format.pack(rows, values))
