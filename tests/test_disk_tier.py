@@ -2,6 +2,7 @@
 """Tables on a disk: rows of them that wait in RAM and in a log, pages that are asked for, and disks that fail."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import re
 import runpy
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +29,7 @@ from processes import end, start
 from torch import Tensor
 from torchrec import EmbeddingBagConfig
 
-from torchrec_scratchpipe.core import disk, disk_reads, row_log, row_tier, stages
+from torchrec_scratchpipe.core import disk, disk_reads, disk_rows, row_log, row_tier, stages
 from torchrec_scratchpipe.core.disk import LogFile, MappedStorage, RamBudget, page_ranges
 from torchrec_scratchpipe.core.disk_reads import DiskReader, Pieces, ReadFile
 from torchrec_scratchpipe.core.disk_rows import DiskRows, RowsAhead
@@ -189,7 +191,7 @@ def check_books(tier: RowTier) -> None:
     assert sorted([*places, *free.tolist()]) == list(range(len(tier._records)))
     assert (tier._states[places] > 0).all()
     assert tier._num_newer == int((~tier._is_copy[places]).sum())
-    assert (tier._states[free] == 0).all()
+    assert (tier._states[free.long()] == 0).all()
     if tier._log is not None:
         log, positions = tier._log, LOG - where[where <= LOG].long()
         assert len(set(positions.tolist())) == len(positions) == log.num_live
@@ -727,6 +729,42 @@ def test_hazard_7_a_row_that_was_read_ahead_and_has_changed_is_seen(
         monkeypatch.setattr(DiskRows, "_is_as_it_was", is_taken_for_same)
     with pytest.raises(AssertionError):
         check_all()
+
+
+def resident_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Which pages of a mapped tensor are in RAM."""
+    num_pages = -(-tensor.nbytes // mmap.PAGESIZE)
+    state = torch.zeros(num_pages, dtype=torch.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    length = ctypes.c_size_t(tensor.nbytes)
+    assert libc.mincore(ctypes.c_void_p(tensor.data_ptr()), length, ctypes.c_void_p(state.data_ptr())) == 0
+    return (state & 1).bool()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_piece_of_a_table_that_is_looked_at_is_read_as_one(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MappedStorage(tmp_path)
+    table = HostTable([TableSpec("t0", 100_000, 0.5)], LARGE_LAYOUT, storage)
+    part, state = table.parts
+    part.fill_(1.0)
+    table.persist()
+    storage.forget_pages()
+    if int(resident_pages(part).sum()) > 100:
+        pytest.skip(f"{tmp_path} is no disk, or pages stay in RAM")
+    table.ask_for(state[:100])  # in RAM
+    table.ask_for(part[32_000:64_000:step])
+    pages = resident_pages(part)
+    end_s = time.monotonic() + 20
+    while not bool(pages[2000 : 3990 if step == 1 else 3980].all()):
+        assert time.monotonic() < end_s, "pages were asked for, and have not come"
+        time.sleep(0.01)
+        pages = resident_pages(part)
+    assert int(pages[4000:].sum()) == 0
+    monkeypatch.setattr(disk_rows, "MAX_ASKED_BYTES", 1_000_000)
+    table.ask_for(part[64_000:])  # would not fit
+    assert int(resident_pages(part)[4000:].sum()) == 0
 
 
 def test_a_system_that_takes_no_advice_is_told_none(

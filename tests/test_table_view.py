@@ -346,7 +346,7 @@ def test_control_lent_memory_that_is_not_watched_loses_what_is_written(monkeypat
 
 
 def test_control_a_view_that_asks_nobody_loses_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchrec_scratchpipe.sharding.kernel._PoolOwner.prepare_write", lambda self: None)
+    monkeypatch.setattr("torchrec_scratchpipe.sharding.kernel._PoolOwner.prepare_write", lambda self, shown: None)
     with pytest.raises((AssertionError, TableOverwrittenError)):
         check_write("model.named_parameters", "data.clamp_", True)
 

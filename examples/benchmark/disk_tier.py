@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table_dir", required=True, help="on the disk that is to be measured")
     parser.add_argument("--cap_gb", type=float, default=3.0, help="memory of the limited processes")
-    parser.add_argument("--ram_budget_gb", type=float, default=1.4, help="GiB of it for rows that left the scratchpad")
+    parser.add_argument("--ram_budget_gb", type=float, default=1.3, help="GiB of it for rows that left the scratchpad")
     parser.add_argument("--num_tables", type=int, default=26)
     parser.add_argument("--num_embeddings", type=int, default=1_000_000)
     parser.add_argument("--embedding_dim", type=int, default=64)

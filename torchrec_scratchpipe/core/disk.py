@@ -129,9 +129,17 @@ class MappedStorage:
 
         A page that cannot be read is an error here. Whoever touches it ends the process. Raises OSError.
         """
-        with suppress(OSError):  # advice
-            self._ask(pages)
+        self._advise(pages)
         self._bring_in(pages)
+
+    def ask_for(self, begin: int, num_bytes: int) -> None:
+        """Have a range of a mapped file brought into RAM, by its address; it is read as one piece."""
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._advise(np.array([[first, begin + num_bytes - first]], dtype=np.uint64))
+
+    def _advise(self, pages: PageRanges) -> None:
+        with suppress(OSError):  # advice; whoever touches them will find out
+            self._ask(pages)
 
     def failure(self, label: str, error: OSError) -> TableStorageError:
         """What to say when the disk fails under tables that are in use."""

@@ -28,6 +28,8 @@ __all__ = ["DiskCounts", "DiskRows", "RowsAhead"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+MAX_ASKED_BYTES = 256 * 1024 * 1024  # of a piece of a table that somebody reads or writes in order
+
 
 @dataclass
 class DiskCounts:
@@ -143,9 +145,15 @@ class DiskRows:
             self.counts.num_pages_waited_for += num_reads
             write_rows(out, missing, values)
 
-    def hand_over(self, rows: Tensor) -> None:
-        """Rows are in the scratchpad now, which has their only value until it writes them. Shapes: `rows` [N] int64."""
-        self.tier.forget(rows)
+    def ask_for(self, part_index: int, shown: Tensor) -> None:
+        """Have a piece of a part brought into the page cache: to touch it page by page takes ten times as long.
+
+        Not a piece that would push itself out again.
+        """
+        num_values = 1 + sum((size - 1) * stride for size, stride in zip(shown.shape, shown.stride(), strict=True))
+        num_bytes = num_values * shown.dtype.itemsize
+        if self._files[part_index] is not None and num_bytes <= MAX_ASKED_BYTES:
+            self._storage.ask_for(shown.data_ptr(), num_bytes)
 
     def note_overwritten(self) -> None:
         """Take in that others may have written tables: what was read of them is old."""

@@ -176,6 +176,7 @@ class HostTable:
 
     def read_snapshot(self, snapshot: TableSnapshot, part_index: int, first_row: int, out: Tensor) -> None:
         """See :meth:`TableSnapshot.read`. Shapes: `out` [N, D] or [N]. Raises TableStorageError."""
+        self.ask_for(self.parts[part_index][first_row : first_row + out.shape[0]])
         with self._snapshots_changed:
             self._lose_snapshots_of_overwritten()
             snapshot.read(part_index, first_row, out)
@@ -204,6 +205,11 @@ class HostTable:
         with self._naming_disk():
             self._disk_rows.read(rows, out, ahead)
 
+    def ask_for(self, shown: Tensor) -> None:
+        """Have the system read what a view of `parts` shows into its page cache, if it lies in a file."""
+        if self._disk_rows is not None and (place := self.locate(shown)) is not None:
+            self._disk_rows.ask_for(place[0], shown)
+
     def read_ahead(self, rows: Tensor) -> RowsAhead:
         """Read rows of tables on a disk before they are needed. Shapes: `rows` [N] int64. Raises TableStorageError."""
         assert self._disk_rows is not None, "tables in RAM need not be read ahead"
@@ -226,10 +232,10 @@ class HostTable:
     def hand_over(self, rows: Tensor) -> None:
         """Rows that were read are in the scratchpad now, which will :meth:`write` them before anybody reads them here.
 
-        The last :meth:`drain` is still in `parts`. Shapes: `rows` [N] int64.
+        What the last :meth:`drain` has brought to `parts` stays there. Shapes: `rows` [N] int64.
         """
-        if self._disk_rows is not None:
-            self._disk_rows.hand_over(rows)
+        assert self._disk_rows is not None, "tables in RAM keep all rows"
+        self._disk_rows.tier.forget(rows)
 
     def write(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Copy rows in. Shapes: `rows` [N] int64, `values` [N, D] or [N]. Raises TableStorageError."""

@@ -24,7 +24,7 @@ HOME = -1  # where a row is: its place in RAM, or HOME, its table, or LOG minus 
 LOG = -2
 FREE = 0  # a place in RAM; else how often the hand will come by before the row leaves
 NUM_PASSES = 2  # so rows leave nearly in the order in which they came
-PLACE_BYTES = 2  # beside its record: what became of it, and whether it is a copy
+PLACE_BYTES = 6  # beside its record: when it leaves, whether it is a copy, and its number while it is free
 MIN_SWEEP = 1024  # places that the hand looks at together
 DRAIN_BYTES = 256 * 1024 * 1024  # of rows that are put into the order of the table together
 SCAN_ROWS = 1 << 18  # of the table that are looked at together
@@ -68,7 +68,7 @@ class RowTier:
         self._states = torch.empty(0, dtype=torch.uint8)  # [P]
         self._is_copy = torch.empty(0, dtype=torch.bool)  # [P], whether the table has the same value
         self._num_newer = 0  # rows in RAM that the table does not have
-        self._free_places = torch.empty(0, dtype=torch.int64)  # [P], of which the first so many are free
+        self._free_places = torch.empty(0, dtype=torch.int32)  # [P], of which the first so many are free
         self._num_free = 0
         self._hand = 0
         self._log: RowLog | None = None
@@ -231,7 +231,7 @@ class RowTier:
         self._records = self._format.empty(num_places)
         self._states = torch.full((num_places,), FREE, dtype=torch.uint8)
         self._is_copy = torch.zeros(num_places, dtype=torch.bool)
-        self._free_places, self._num_free = torch.arange(num_places), num_places
+        self._free_places, self._num_free = torch.arange(num_places, dtype=torch.int32), num_places
 
     def _write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         # 1. A row that has a place keeps it; the others take free ones.
@@ -239,7 +239,7 @@ class RowTier:
         self._forget_in_log(where)
         new = (where < 0).nonzero().view(-1)
         self._num_newer += new.numel() + int(self._is_copy.index_select(0, where[where >= 0]).sum())
-        where[new] = self._free_places[self._num_free - new.numel() : self._num_free]
+        where[new] = self._free_places[self._num_free - new.numel() : self._num_free].long()
         self._num_free -= new.numel()
         self._states.index_fill_(0, where, NUM_PASSES)
         # 2. Values go to their places.

@@ -135,7 +135,8 @@ def insert(pool: Pool, moves: RowMoves, staged: StagedRows) -> None:
     """Insert: write victims to their table and missing rows to their slots."""
     pool.host_table.write(moves.victim_rows.cpu(), staged.writeback)
     write_rows(pool.scratchpad.parts, moves.miss_slots, staged.fill)
-    pool.host_table.hand_over(moves.miss_rows.cpu())
+    if pool.host_table.is_on_disk:
+        pool.host_table.hand_over(moves.miss_rows.cpu())
 
 
 def _move_in_place(pool: Pool, plan: CachePlan, streams: StageStreams) -> None:

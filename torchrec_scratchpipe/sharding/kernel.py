@@ -444,28 +444,29 @@ class _PoolOwner:
         self._has_warned = False
         self.drawing_device = None if runner.device.type == "cpu" else runner.device
 
-    def prepare_read(self) -> None:
+    def prepare_read(self, shown: Tensor) -> None:
         # Hazard 5.
         self._pool.host_table.check_process()
-        if self._pool.is_flushed:
-            return
-        self._runner.wait_until_idle()
-        with self._runner.between_batches():
-            self._pool.flush()
+        if not self._pool.is_flushed:
+            self._runner.wait_until_idle()
+            with self._runner.between_batches():
+                self._pool.flush()
+        self._pool.host_table.ask_for(shown)
 
-    def prepare_write(self) -> None:
+    def prepare_write(self, shown: Tensor) -> None:
         # Hazard 6.
         self._pool.host_table.check_process()
         self._runner.pause()
         with self._runner.between_batches():
             self._pool.purge()
+        self._pool.host_table.ask_for(shown)
 
     def note_lent(self, memory: LentMemory) -> None:
         # What is written through it raises no version counter. So nothing runs ahead, and nothing is taken for current,
         # until it is given back.
         self._runner.lent.add(memory)
         self._pool.host_table.lent.add(memory)
-        self.prepare_write()
+        self.prepare_write(torch.empty(0, dtype=torch.float32))
         if not self._has_warned:
             self._has_warned = True
             logger.info(

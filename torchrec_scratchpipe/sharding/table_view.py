@@ -37,11 +37,11 @@ class TableOwner(Protocol):
     # Draws random numbers for the host, which draws them one after another; None if there is none.
     drawing_device: torch.device | None
 
-    def prepare_read(self) -> None:
-        """The table is read now: bring it up to date."""
+    def prepare_read(self, shown: Tensor) -> None:
+        """The table is read now, where it lies in the memory of a tensor: bring it up to date."""
 
-    def prepare_write(self) -> None:
-        """The table is written now, and perhaps until the next batch.
+    def prepare_write(self, shown: Tensor) -> None:
+        """The table is written now, and perhaps until the next batch, where it lies in the memory of a tensor.
 
         Bring it up to date, and read resident rows anew then.
         """
@@ -69,9 +69,9 @@ class _ShowsTable:
             written = _written(func, args, kwargs)
             for view in views:
                 if any(view is other for other in written):
-                    view._owner.prepare_write()
+                    view._owner.prepare_write(view._shown)
                 else:
-                    view._owner.prepare_read()
+                    view._owner.prepare_read(view._shown)
         device = views[0]._owner.drawing_device if func in _DRAWS else None
         if device is not None and plain_kwargs.get("generator") is None and plain_args[0].is_contiguous():
             result = _draw(func, *plain_args, device=device, **plain_kwargs)
@@ -81,7 +81,7 @@ class _ShowsTable:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
-            self._owner.prepare_read()
+            self._owner.prepare_read(self._shown)
             memo[id(self)] = self._copied()
         return memo[id(self)]
 
@@ -90,15 +90,15 @@ class _ShowsTable:
         return nn.Parameter(alias, self.requires_grad) if isinstance(self, nn.Parameter) else alias
 
     def __format__(self, spec: str) -> str:
-        self._owner.prepare_read()
+        self._owner.prepare_read(self._shown)
         return self._shown.detach().__format__(spec)
 
     def __repr__(self, **kwargs: Any) -> str:
-        self._owner.prepare_read()
+        self._owner.prepare_read(self._shown)
         return repr(self._shown)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self._owner.prepare_read()
+        self._owner.prepare_read(self._shown)
         return self._copied().__reduce_ex__(protocol)  # files, and other processes, get a tensor of torch
 
     def _copied(self) -> Tensor:
@@ -138,7 +138,7 @@ class _ShowsTable:
 
     def data_ptr(self) -> int:
         """As of a tensor; what is written there counts until the next batch."""
-        self._owner.prepare_write()
+        self._owner.prepare_write(self._shown)
         return self._shown.data_ptr()
 
     def is_pinned(self, *args: Any, **kwargs: Any) -> bool:
@@ -154,7 +154,7 @@ class _ShowsTable:
 
     def tolist(self) -> Any:
         """As of a tensor."""
-        self._owner.prepare_read()
+        self._owner.prepare_read(self._shown)
         return self._shown.tolist()
 
 
@@ -190,7 +190,7 @@ class TableParameter(_ShowsTable, TableBatchedEmbeddingSlice):
         return copied.requires_grad_(self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self._owner.prepare_read()
+        self._owner.prepare_read(self._shown)
         return nn.Parameter(self._shown.clone(), self.requires_grad).__reduce_ex__(protocol)
 
 
