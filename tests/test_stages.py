@@ -4,7 +4,7 @@
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -26,9 +26,11 @@ from core_helpers import (
 from torch import Tensor
 
 from torchrec_scratchpipe.core import stages
+from torchrec_scratchpipe.core.batch import Batch, FeatureSource
 from torchrec_scratchpipe.core.rows import StagedRows
 from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.core.slot_map import CachePlan
+from torchrec_scratchpipe.core.slot_ops import FeatureIds, FeatureRows
 from torchrec_scratchpipe.core.stages import collect, exchange, insert, plan_rows
 from torchrec_scratchpipe.core.torch_ops import TorchOps, rows_of_ids
 from torchrec_scratchpipe.errors import (
@@ -480,3 +482,19 @@ def test_a_worker_that_only_enqueues_waits_until_forward_is_issued_or_somebody_w
         runner.wait(batch)
     for batch in batches:
         runner.release(batch)
+
+
+def test_a_batch_that_was_interrupted_while_it_was_made_leaves_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", errors.append)
+    pool = make_pool()
+
+    class Interrupting(list[FeatureRows]):
+        def __iter__(self) -> Iterator[FeatureRows]:
+            raise KeyboardInterrupt
+
+    ids = FeatureIds(torch.arange(3), torch.tensor([0, 3]))
+    with pytest.raises(KeyboardInterrupt):
+        Batch([pool], [FeatureSource("f0", 0, 0)], ids, Interrupting(), StageRunner(CPU).release)
+    gc.collect()
+    assert errors == []

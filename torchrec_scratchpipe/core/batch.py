@@ -47,6 +47,8 @@ class Batch:
     It holds its slots until it is released. `let_go` releases a batch that nobody owns any more.
     """
 
+    state = BatchState.RELEASED  # until it is whole: Ctrl-C may come before
+
     def __init__(
         self,
         pools: Sequence[Pool],
@@ -58,7 +60,6 @@ class Batch:
         self.pools = pools
         self.features = features
         self.ids = ids
-        self.state = BatchState.SUBMITTED
         self.error: BaseException | None = None
         self.pool_ids = [PoolIds(ids, rows) for rows in rows_of_features]
         self.tickets: list[int | None] = [None] * len(pools)  # from SlotMap.see
@@ -69,6 +70,7 @@ class Batch:
         self.train_start_s: float | None = None
         self.train_stream: torch.Stream | None = None
         self.let_go = let_go
+        self.state = BatchState.SUBMITTED
 
     @property
     def num_ids(self) -> int:
