@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe.core.disk_reads import ReadFile, read_fully
+from torchrec_scratchpipe.core.disk_reads import ReadFile, blocks_of, read_fully
 from torchrec_scratchpipe.errors import TableStorageError
 
 __all__ = ["DEFAULT_RAM_GIB", "LogFile", "MappedStorage", "PageRanges", "RamBudget", "page_ranges"]
@@ -264,10 +264,6 @@ def page_ranges(part: Tensor, rows: Tensor) -> PageRanges:
     """The pages in which rows of a tensor lie, each page once, ascending. Shapes: `rows` [N] int64."""
     num_bytes = part[:1].nbytes
     addresses: npt.NDArray[np.int64] = part.data_ptr() + rows.numpy() * num_bytes
-    first, last = addresses // mmap.PAGESIZE, (addresses + (num_bytes - 1)) // mmap.PAGESIZE
-    span = int((last - first).max(initial=0)) + 1
-    pages = np.unique(np.minimum(first[:, None] + np.arange(span), last[:, None]))
-    # Neighbours make one range.
-    begins = np.flatnonzero(np.diff(pages, prepend=pages[:1] - 2) != 1)
-    lengths = np.diff(begins, append=len(pages))
-    return np.stack([pages[begins], lengths], axis=1).astype(np.uint64) * np.uint64(mmap.PAGESIZE)
+    pages, starts = blocks_of(addresses, num_bytes, mmap.PAGESIZE)
+    lengths = np.diff(starts, append=len(pages))
+    return np.stack([pages[starts], lengths], axis=1).astype(np.uint64) * np.uint64(mmap.PAGESIZE)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_DEPTH", "DiskReader", "Pieces", "ReadFile", "read_fully"]
+__all__ = ["MAX_DEPTH", "DiskReader", "Pieces", "ReadFile", "blocks_of", "read_fully"]
 
 MAX_DEPTH = 256  # reads in flight; more did not make the disk quicker, and 64 took a third more of a processor
 BLOCK_BYTES = (512, 4096)  # that disks read at least
@@ -115,6 +115,17 @@ class DiskReader:
         return values, num_reads
 
 
+def blocks_of(begins: Numbers, num_bytes: int, block_bytes: int) -> tuple[Numbers, Numbers]:
+    """The blocks in which pieces lie, each once, ascending; and where among them runs of neighbours start.
+
+    Shapes: `begins` [N], in bytes, returns [B] numbers of blocks, [U] places in those.
+    """
+    first, last = begins // block_bytes, (begins + (num_bytes - 1)) // block_bytes
+    span = int((last - first).max(initial=0)) + 1
+    blocks = np.unique(np.minimum(first[:, None] + np.arange(span), last[:, None]))
+    return blocks, np.flatnonzero(np.diff(blocks, prepend=blocks[:1] - 2) != 1)
+
+
 class _Blocks:
     """The blocks of a file in which pieces lie, each once, ascending; neighbours make one run."""
 
@@ -122,13 +133,10 @@ class _Blocks:
         self.file, self._piece_bytes = pieces.file, pieces.num_bytes
         size = self.file.block_bytes
         begins: Numbers = pieces.begins.numpy()
-        first, last = begins // size, (begins + (pieces.num_bytes - 1)) // size
-        span = int((last - first).max(initial=0)) + 1
-        blocks = np.unique(np.minimum(first[:, None] + np.arange(span), last[:, None]))
+        blocks, starts = blocks_of(begins, pieces.num_bytes, size)
         self.num_bytes = len(blocks) * size
         # Where pieces begin in memory that has these blocks and no others.
-        self._places: Numbers = np.searchsorted(blocks, first) * size + begins % size
-        starts = np.flatnonzero(np.diff(blocks, prepend=blocks[:1] - 2) != 1)
+        self._places: Numbers = np.searchsorted(blocks, begins // size) * size + begins % size
         self.run_begins: Numbers = blocks[starts] * size  # [U], in the file
         self.run_places: Numbers = starts * size  # [U], in memory
         self.run_bytes: Numbers = np.diff(starts, append=len(blocks)) * size  # [U]
