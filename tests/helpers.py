@@ -22,6 +22,8 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.types import CacheParams, ModuleSharder, QuantizedCommCodecs
 from torchrec.modules.embedding_configs import DataType
@@ -202,7 +204,13 @@ def make_sharders(setting: Setting, is_stock: bool, **kwargs: Any) -> list[Modul
     given = (setting.fused_params, setting.qcomm_codecs_registry)
     bags = bags_class(*given, **kwargs)
     sequences = sequences_class(*given, setting.use_index_dedup, **kwargs)
-    return [bags, sequences, FeatureProcessedEmbeddingBagCollectionSharder(ebc_sharder=bags)]
+    return [
+        bags,
+        sequences,
+        FeatureProcessedEmbeddingBagCollectionSharder(ebc_sharder=bags),
+        ManagedCollisionEmbeddingBagCollectionSharder(ebc_sharder=bags),
+        ManagedCollisionEmbeddingCollectionSharder(ec_sharder=sequences),
+    ]
 
 
 def is_embedding(parameter_name: str) -> bool:

@@ -37,7 +37,7 @@ from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCo
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe import ConfigError, ScratchPipeError, scratchpad_stats
+from torchrec_scratchpipe import ScratchPipeError, scratchpad_stats
 from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 from torchrec_scratchpipe.sharding.options import CPU_OPTIMIZERS, IGNORED_ON_CPU, OPTIMIZER_STATES
 
@@ -390,14 +390,6 @@ def test_plain_forward_while_postprocs_are_pipelined_is_refused() -> None:
         ours.model(batches[20])
     pipeline.detach()
     ours.model(batches[20])
-
-
-def test_resetting_rows_is_refused() -> None:
-    """Managed collision and in-training pruning reset rows by their number in the table, which is no slot's."""
-    ours = Trainer.scratchpipe(Setting())
-    (lookup,) = ours.model.module.ebc._lookups
-    with pytest.raises(ConfigError, match="tables t0, t1, t2: rows of scratchpad tables cannot be reset"):
-        lookup._emb_modules[0].emb_module.reset_embedding_weight_momentum(torch.tensor([3]), torch.tensor([0, 1]))
 
 
 def test_custom_model_fwd() -> None:

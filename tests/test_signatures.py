@@ -19,6 +19,8 @@ import pytest
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embedding_sharding import FusedKJTListSplitsAwaitable
+from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
+from torchrec.distributed.mc_modules import ShardedManagedCollisionCollection
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -80,6 +82,7 @@ OVERRIDDEN = {
     "device, qcomm_codecs_registry, module_fqn, sharded_module_order_overwrite",
     "ShardedEmbeddingBagCollection._create_lookups": "self",
     "ShardedEmbeddingBagCollection._initialize_torch_state": "self, skip_registering",
+    "ShardedEmbeddingBagCollection.compute": "self, ctx, dist_input",
     "ShardedEmbeddingBagCollection.compute_and_output_dist": "self, ctx, input",
     "ShardedEmbeddingBagCollection.create_context": "self",
     "ShardedEmbeddingBagCollection.input_dist": "self, ctx, features",
@@ -88,6 +91,7 @@ OVERRIDDEN = {
     "device, qcomm_codecs_registry, use_index_dedup, module_fqn",
     "ShardedEmbeddingCollection._create_lookups": "self",
     "ShardedEmbeddingCollection._initialize_torch_state": "self, skip_registering",
+    "ShardedEmbeddingCollection.compute": "self, ctx, dist_input",
     "ShardedEmbeddingCollection.compute_and_output_dist": "self, ctx, input",
     "ShardedEmbeddingCollection.create_context": "self",
     "ShardedEmbeddingCollection.input_dist": "self, ctx, features",
@@ -103,6 +107,8 @@ OVERRIDDEN = {
     "TrainPipelineSparseDist.reset": "self",
 }
 CALLED = {
+    "BaseShardedManagedCollisionEmbeddingCollection._evict": "self, evictions_per_table",
+    "BaseShardedManagedCollisionEmbeddingCollection.compute": "self, ctx, dist_input",
     "EmbeddingFusedOptimizer.__init__": "self, config, emb_module, pg, create_for_table, param_weight_for_table, "
     "embedding_weights_by_table, all_optimizer_states",
     "EmbeddingEnumerator._filter_compute_kernels": "self, name, allowed_compute_kernels, sharding_type",
@@ -111,6 +117,8 @@ CALLED = {
     "GroupedPooledEmbeddingsLookup._forward": "self, features_by_group",
     "GroupedPooledEmbeddingsLookup._merge_variable_batch_embeddings": "self, embeddings, splits",
     "GroupedPooledEmbeddingsLookup._vbe_splits": "self, features_by_group",
+    "ShardedManagedCollisionCollection.compute": "self, ctx, dist_input",
+    "ShardedManagedCollisionCollection.evict": "self",
     "TrainPipelineSparseDist._backward": "self, losses",
     "TrainPipelineSparseDist._init_pipelined_modules": "self, batch, context, pipelined_forward",
     "TrainPipelineSparseDist._set_module_context": "self, context",
@@ -133,10 +141,12 @@ NEWER = {"TrainPipelineSparseDist.__init__": f"{OVERRIDDEN['TrainPipelineSparseD
 CALLED_CLASSES = {
     kind.__name__: kind
     for kind in (
+        BaseShardedManagedCollisionEmbeddingCollection,
         EmbeddingEnumerator,
         EmbeddingFusedOptimizer,
         FusedKJTListSplitsAwaitable,
         GroupedPooledEmbeddingsLookup,
+        ShardedManagedCollisionCollection,
         TrainPipelineSparseDist,
     )
 }

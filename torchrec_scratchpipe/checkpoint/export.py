@@ -11,9 +11,15 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
+from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import (
+    ManagedCollisionEmbeddingBagCollection,
+    ManagedCollisionEmbeddingCollection,
+)
+from torchrec.modules.mc_modules import ManagedCollisionCollection
 
 from torchrec_scratchpipe.errors import ConfigError
 
@@ -54,6 +60,8 @@ def _convert_one(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if isinstance(module, ShardedFeatureProcessedEmbeddingBagCollection):
         bags = _convert(module._embedding_bag_collection, done)
         return FeatureProcessedEmbeddingBagCollection(bags, get_unwrapped_module(module._feature_processors))
+    if isinstance(module, BaseShardedManagedCollisionEmbeddingCollection):
+        return _without_sharding(module, _convert(module._embedding_module, done))
     if isinstance(module, ShardedEmbeddingBagCollection):
         collection = EmbeddingBagCollection(
             tables=module._embedding_bag_configs, is_weighted=module._is_weighted, device=torch.device("meta")
@@ -70,6 +78,25 @@ def _convert_one(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     return _with_children(module, children)
+
+
+def _without_sharding(
+    module: BaseShardedManagedCollisionEmbeddingCollection[Any],
+    tables: Any,
+) -> ManagedCollisionEmbeddingBagCollection | ManagedCollisionEmbeddingCollection:
+    """A collection with managed collision; its state is shared."""
+    if _num_ranks() > 1:
+        raise ConfigError(
+            f"tables {', '.join(module._managed_collision_collection._table_name_to_config)}: state of managed "
+            f"collision on {_num_ranks()} ranks cannot be put together, because each rank has remapped ids of its own. "
+            "Save a checkpoint, and load it in a job of one process."
+        )
+    collisions = module._managed_collision_collection
+    configs = list(collisions._table_name_to_config.values())
+    modules = {config.name: collisions._managed_collision_modules[config.name] for config in configs}
+    plain = ManagedCollisionCollection(modules, configs, collisions.need_preprocess)
+    kind = ManagedCollisionEmbeddingBagCollection if module.bagged else ManagedCollisionEmbeddingCollection
+    return kind(tables, plain, module._return_remapped_features, module._allow_in_place_embed_weight_update)
 
 
 def _with_children(module: M, children: dict[str, nn.Module | None]) -> M:

@@ -166,6 +166,16 @@ class HostTable:
                 return index, (tensor.data_ptr() - part.data_ptr()) // part[:1].nbytes
         return None
 
+    def locate_rows(self, tensor: Tensor) -> tuple[int, int] | None:
+        """As :meth:`locate`, of a view that shows whole rows in their order; None of any other."""
+        place = self.locate(tensor)
+        if place is None:
+            return None
+        part = self.parts[place[0]]
+        is_whole = tensor.shape[1:] == part.shape[1:] and tensor.stride() == part.stride()
+        is_at_row = (tensor.data_ptr() - part.data_ptr()) % part[:1].nbytes == 0
+        return place if is_whole and is_at_row else None
+
     def snapshot(self, storage: SnapshotStorage) -> TableSnapshot:
         """Keep all rows readable as they are now, until :meth:`close_snapshot`. Raises TableStorageError."""
         self.drain()

@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -191,6 +191,37 @@ class Pool:
             values = self.host_table.layout.empty(some_rows.numel())
             self.host_table.read(some_rows, values)
             write_rows(self.scratchpad.parts, some_slots, [value.to(self.slot_map.device) for value in values])
+
+    def read_some(self, rows: Tensor) -> list[Tensor]:
+        """Some rows as they are now, wherever they are; only between the stages of two batches.
+
+        Shapes: `rows` [N] int64 on the host, returns [N, D] or [N] on the host. Raises TableStorageError.
+        """
+        values = self.host_table.layout.empty(rows.numel())
+        self.host_table.read(rows, values)
+        is_resident, slots = self._find_resident(rows)
+        for value, part in zip(values, self.scratchpad.parts, strict=True):
+            value[is_resident] = part.index_select(0, slots).cpu()
+        return values
+
+    def write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
+        """Write some rows wherever they are (hazard 8); only between the stages of two batches.
+
+        The Train that comes next has them, and so has every later one, whether its batch is planned already or not.
+
+        Shapes: `rows` [N] int64 on the host, each once, `values` [N, D] or [N] on the host. Raises TableStorageError.
+        """
+        # The table first: its disk may fail, and then nothing has changed. It keeps what snapshots are to show.
+        self.host_table.write(rows, values)
+        is_resident, slots = self._find_resident(rows)
+        resident = [value[is_resident].to(self.slot_map.device) for value in values]
+        write_rows(self.scratchpad.parts, slots, resident)
+
+    def _find_resident(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows sit in a slot, [N] bool on the host, and those slots, on the device."""
+        slots = self.slot_map.maps.row_to_slot.index_select(0, rows.to(self.slot_map.device)).long()
+        is_resident = slots >= 0
+        return is_resident.cpu(), slots[is_resident]
 
     def check_usable(self) -> None:
         """Raise if an earlier stage failed half-way, or if this process must not touch the tables.

@@ -18,6 +18,8 @@ Hazards and guards; the numbers are those of docs/how_it_works.md:
 6.  Rows that a planned batch relies on must not stay old when their table is overwritten: no stage runs meanwhile
     (:meth:`StageRunner.pause`), then :meth:`Pool.refresh`.
 7.  Collect(N) must not use a row that was read ahead from a disk and has been written since: :meth:`DiskRows.read`.
+8.  A row that is reset between two Trains must be new for every later one, planned already or not, and old in no copy:
+    no stage runs meanwhile (:meth:`StageRunner.between_batches`), then :meth:`Pool.write_some`.
 
 What stops the world, and how far:
 
@@ -117,7 +119,7 @@ class StageRunner:
         if any(pool.is_overwritten for pool in batch.pools):
             with self.between_batches():
                 for pool in batch.pools:
-                    self._refresh_pool(pool)
+                    self.refresh_pool(pool)
 
     def release(self, batch: Batch, *, is_updated: bool = False) -> None:
         """Let go of a batch's slots; from any thread; later calls do nothing.
@@ -222,7 +224,7 @@ class StageRunner:
             while len(batch.plans) < len(batch.pools) and not batch.is_released:
                 pool = batch.pools[len(batch.plans)]
                 pool.check_usable()
-                self._refresh_pool(pool)  # hits must be as their table is (hazard 6)
+                self.refresh_pool(pool)  # hits must be as their table is (hazard 6)
                 try:
                     run_stages(batch, self.streams)
                 except SlotsHeldError as held:
@@ -237,7 +239,7 @@ class StageRunner:
             self.release(batch)
         return True
 
-    def _refresh_pool(self, pool: Pool) -> None:
+    def refresh_pool(self, pool: Pool) -> None:
         """Hazard 6; only between the stages of two batches."""
         if pool.is_overwritten:
             self.streams.synchronize()  # kernels may be at the tables that are read now

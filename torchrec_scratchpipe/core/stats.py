@@ -38,6 +38,7 @@ class PoolStats:
     `num_stalls` and `stall_ms` count batches for which Train had to wait for rows, and how long; pools of one kernel
     group wait together, and the first of them counts it.
     `num_growths` counts how often one batch needed more slots than there were, and got them.
+    `num_rows_reset` counts rows that managed collision gave to another id.
     `num_disk_rows_read` counts rows that came from files of `table_dir`, neither in the scratchpad nor in RAM before.
     `num_disk_pages_read` are the reads that this took, and `num_cold_pages_at_collect` those of them that had not ended
     when their batch was to be planned. `disk_bytes_written` are bytes of rows that left RAM.
@@ -59,6 +60,7 @@ class PoolStats:
     stall_ms: float
     num_misses_at_train: int
     num_growths: int
+    num_rows_reset: int
     num_disk_rows_read: int
     num_disk_pages_read: int
     num_cold_pages_at_collect: int
@@ -78,6 +80,7 @@ class PoolCounters:
         self.num_stalls = 0
         self.stall_ms = 0.0
         self.num_growths = 0
+        self.num_rows_reset = 0
         self.spans: deque[StageSpan] = deque(maxlen=MAX_STAGE_SPANS)
 
     def add_spans(self, batch_index: int, stages: list[TimedStage], counts: Sequence[int]) -> None:
@@ -120,6 +123,7 @@ class PoolCounters:
             stall_ms=self.stall_ms,
             num_misses_at_train=int(counts.num_misses_at_train),
             num_growths=self.num_growths,
+            num_rows_reset=self.num_rows_reset,
             num_disk_rows_read=disk.num_rows_read,
             num_disk_pages_read=disk.num_pages_read,
             num_cold_pages_at_collect=disk.num_pages_waited_for,

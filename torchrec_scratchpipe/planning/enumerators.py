@@ -135,7 +135,8 @@ class ScratchpadEnumerator(Enumerator):
         offered = list(filter_types(name, list(dict.fromkeys([*allowed, *ALL_TYPES])), *args, **kwargs))
         is_asked = not set(offered) >= ALWAYS_KEPT
         if not is_asked:
-            offered = [kind for kind in offered if kind in allowed]
+            # Managed collision takes row-wise alone, which stock offers on CUDA alone: on a CPU, nothing is left.
+            offered = [kind for kind in offered if kind in (allowed or [ShardingType.ROW_WISE.value])]
         if has_slots:
             self._filtered.add(name)
             return self._types_for_slots(name, offered, is_asked=is_asked)

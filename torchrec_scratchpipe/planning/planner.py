@@ -37,7 +37,7 @@ from torchrec_scratchpipe.planning.enumerators import FUSED, SCRATCHPAD, Scratch
 from torchrec_scratchpipe.planning.placement import Advice, Choice, Sizer
 from torchrec_scratchpipe.planning.report import PlanReport
 from torchrec_scratchpipe.planning.working_set import WorkingSets, configs_of, has_tables
-from torchrec_scratchpipe.sharding.model import warn_of_stock_sharder
+from torchrec_scratchpipe.sharding.model import refuse_pruning, warn_of_stock_sharder
 from torchrec_scratchpipe.sharding.options import check_load_factor
 from torchrec_scratchpipe.sharding.sharder import serves_scratchpads
 
@@ -182,7 +182,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         """
         _check_names(self._constraints or {}, module, sharders)
         plan = self._plan(module, sharders)
-        _warn_of_stock_sharders(plan, module, sharders)
+        _check_sharders(plan, module, sharders)
         return plan
 
     def _plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
@@ -392,13 +392,20 @@ def _check_numbers(batch_size: int | None, lookahead: int | None, scratchpad_byt
         check_count("lookahead", lookahead, 1)
 
 
-def _warn_of_stock_sharders(plan: ShardingPlan, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> None:
-    """Say which tables are planned for a scratchpad and will get none from the sharder that takes them."""
+def _check_sharders(plan: ShardingPlan, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> None:
+    """Say which tables are planned for a scratchpad and will get none from the sharder that takes them.
+
+    Raises ConfigError.
+    """
     last_of_type = {sharder.module_type: sharder for sharder in sharders}
     for path, tables in plan.plan.items():
-        sharder = last_of_type.get(type(module.get_submodule(path)))
-        if isinstance(tables, EmbeddingModuleShardingPlan) and sharder is not None and not serves_scratchpads(sharder):
-            names = [name for name, table in tables.items() if table.compute_kernel == SCRATCHPAD]
+        if not isinstance(tables, EmbeddingModuleShardingPlan):
+            continue
+        names = [name for name, table in tables.items() if table.compute_kernel == SCRATCHPAD]
+        collection = module.get_submodule(path)
+        refuse_pruning(collection, names, f"collection {path}")
+        sharder = last_of_type.get(type(collection))
+        if sharder is not None and not serves_scratchpads(sharder):
             warn_of_stock_sharder(names, f"collection {path}")
 
 

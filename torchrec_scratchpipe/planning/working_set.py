@@ -23,6 +23,7 @@ from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, MeasurementError
 from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
 from torchrec_scratchpipe.planning.random_states import random_states_kept
+from torchrec_scratchpipe.planning.remapping import Remapping, remappings_of
 from torchrec_scratchpipe.planning.reuse import Curve, Floats, Reuse, ReuseMeter, Window, misses_of_pool
 from torchrec_scratchpipe.planning.zipf import zipf_reuse
 from torchrec_scratchpipe.sharding.batch_features import find_tensors, ids_of_features, num_samples
@@ -222,7 +223,8 @@ def measure_working_set(
 ) -> WorkingSets:
     """Read batches once and count what each table's rows are used for.
 
-    Nothing trains, no GPU and no process group is needed. Memory grows with the distinct ids, not with lookups. Every
+    Nothing trains, no GPU and no process group is needed. Where the model has managed collision, ids are remapped as
+    training would remap them. Memory grows with the distinct ids, not with lookups. Every
     random number generator is where it was afterwards, a data loader's own too. An iterator has moved on, and making
     one has drawn a seed: give the loader and `max_batches`, never `itertools.islice(loader, n)`.
 
@@ -252,7 +254,7 @@ def measure_working_set(
     meters = {config.name: ReuseMeter(config.num_embeddings, lookahead, num_batches_seen_ahead) for config in configs}
     with random_states_kept(batches):
         found = (find_tensors(batch, get_features) for batch in batches)
-        batch_size = _count(found, configs, meters, world_size, max_batches)
+        batch_size = _count(found, configs, meters, world_size, max_batches, remappings_of(module_or_tables))
     return WorkingSets((WorkingSet(name, meter.result()) for name, meter in meters.items()), world_size, batch_size)
 
 
@@ -262,6 +264,7 @@ def _count(
     meters: Mapping[str, ReuseMeter],
     world_size: int,
     max_batches: int,
+    remappings: Sequence[Remapping],
 ) -> int | None:
     """Read as many steps as there are, or `max_batches`.
 
@@ -276,7 +279,7 @@ def _count(
         is_known &= len(sizes) <= 1
         batch_sizes |= sizes
         if len(step) == world_size:
-            _add_step(step, configs, meters, names)
+            _add_step(step, configs, meters, names, remappings)
             step = []
             num_steps += 1
             if num_steps == max_batches:
@@ -390,8 +393,11 @@ def _add_step(
     configs: Sequence[BaseEmbeddingConfig],
     meters: Mapping[str, ReuseMeter],
     names: set[str],
+    remappings: Sequence[Remapping],
 ) -> None:
     ids_of_batches = [ids_of_features(tensors, names) for tensors in step]
+    for remapping in remappings:
+        ids_of_batches = [remapping.apply(ids) for ids in ids_of_batches]
     for config in configs:
         ids_of_table = []
         for name in config.feature_names:

@@ -17,6 +17,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEm
 from torchrec.distributed.embedding_types import KJTList, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionContext, ShardedEmbeddingBagCollection
 from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
+from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, EmbeddingCollection
@@ -181,6 +182,14 @@ class ScratchpadCollection:
         """As stock, over planned batches where there are any. Raises IdOutOfRangeError."""
         with self._looking_up(ctx):
             return self._peers.watch(super().compute_and_output_dist(ctx, input))  # type: ignore[misc]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def compute(self, ctx: Any, dist_input: KJTList) -> Any:
+        """As stock, which calls it after managed collision; over the batches that were foretold, if they were right."""
+        forecast = getattr(ctx, "forecast", None)
+        is_right = forecast is not None and forecast.confirm(dist_input)
+        with self._looking_up(forecast if is_right else PlannedBatches()):
+            return super().compute(ctx, dist_input)  # type: ignore[misc]
 
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
         """Send a distributed batch through the stages; any number of batches may be ahead.
@@ -475,6 +484,8 @@ def collection_to_plan(module: nn.Module) -> ScratchpadCollection | None:
     """The collection whose batches can be planned when this sharded module's input is known."""
     if isinstance(module, ShardedFeatureProcessedEmbeddingBagCollection):
         module = module._embedding_bag_collection
+    elif isinstance(module, BaseShardedManagedCollisionEmbeddingCollection):
+        module = module._embedding_module
     return module if isinstance(module, ScratchpadCollection) else None
 
 

@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -96,7 +97,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         self.pools, self._memory = self._make_pools(options)
         self._owners = [_PoolOwner(pool, runner) for pool in self.pools]
         # With a gradient, as stock's weights have: what is cut out of it cannot be frozen.
-        self._flat_weights = [nn.Parameter(pool.host_table.parts[0].view(-1)) for pool in self.pools]
+        self._flat_weights = [nn.Parameter(pool.host_table.parts[0].data.view(-1)) for pool in self.pools]
         self._emb_module = self._make_tbe(pooling, fused_params)
         self._point_tbe_at_memory()
         mode = fused_params.get("bounds_check_mode", BoundsCheckMode.WARNING)
@@ -268,9 +269,10 @@ class ScratchpadKernel(FusedOptimizerModule):
         # A table behind a scratchpad is shown where all its rows are, on the host.
         if first in self._pool_of_table:
             pool_index, position = self._pool_of_table[first]
-            offsets = self.pools[pool_index].host_table.row_offsets
-            bounds = offsets[position] * dim, offsets[position + count] * dim
-            return TableParameter.of(self._flat_weights[pool_index], *bounds, dim, self._owners[pool_index])
+            host_table = self.pools[pool_index].host_table
+            first_row, last_row = (host_table.row_offsets[index] for index in (position, position + count))
+            flat, table = self._flat_weights[pool_index], host_table.parts[0]
+            return TableParameter.of(flat, table, first_row, last_row, self._owners[pool_index])
         # A table that is kept whole lies in the same device memory as the scratchpads, so that one TBE has all tables.
         start = self._memory.value_offsets[0][self._block_of_table[first]]
         num_values = sum(self._local_rows[first : first + count]) * dim
@@ -460,6 +462,35 @@ class _PoolOwner:
         with self._runner.between_batches():
             self._pool.purge()
         self._pool.host_table.ask_for(shown)
+
+    def read_rows(self, shown: Tensor, rows: Tensor) -> Tensor | None:
+        place = self._pool.host_table.locate_rows(shown)
+        if place is None:
+            return None
+        part_index, first_row = place
+        with self._between_batches():
+            return self._pool.read_some(rows + first_row)[part_index]
+
+    def write_rows(self, shown: Tensor, rows: Tensor, values: Tensor) -> None:
+        # Hazard 8.
+        place = self._pool.host_table.locate_rows(shown)
+        assert place is not None, "what is written was read before"
+        part_index, first_row = place
+        with self._between_batches():
+            parts = self._pool.read_some(rows + first_row)
+            parts[part_index] = values
+            self._pool.write_some(rows + first_row, parts)
+
+    def note_reset(self, num_rows: int) -> None:
+        self._pool.counters.num_rows_reset += num_rows
+
+    @contextmanager
+    def _between_batches(self) -> Iterator[None]:
+        """While entered, no stage runs, and rows in slots are as their tables, or newer."""
+        self._pool.check_usable()
+        with self._runner.between_batches():
+            self._runner.refresh_pool(self._pool)
+            yield
 
     def note_lent(self, memory: LentMemory) -> None:
         # What is written through it raises no version counter. So nothing runs ahead, and nothing is taken for current,

@@ -8,14 +8,21 @@ from contextlib import contextmanager
 from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.itep_embeddingbag import (
+    ShardedITEPEmbeddingBagCollection,
+    ShardedITEPEmbeddingCollection,
+)
+from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection, ITEPEmbeddingCollection
 
 from torchrec_scratchpipe.core.rows import StageSpan
 from torchrec_scratchpipe.core.stats import PoolStats
+from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.sharding.collection import ScratchpadCollection
 from torchrec_scratchpipe.sharding.lookup import SCRATCHPAD_KERNEL
 
 __all__ = [
     "only_read",
+    "refuse_pruning",
     "scratchpad_collections",
     "scratchpad_stats",
     "stage_spans",
@@ -24,6 +31,13 @@ __all__ = [
 ]
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+_PRUNED = (
+    ITEPEmbeddingBagCollection,
+    ITEPEmbeddingCollection,
+    ShardedITEPEmbeddingBagCollection,
+    ShardedITEPEmbeddingCollection,
+)
 
 
 def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
@@ -67,9 +81,22 @@ def stage_spans(module: nn.Module) -> list[list[StageSpan]]:
     return [list(pool.counters.spans) for collection in scratchpad_collections(module) for pool in collection.pools]
 
 
+def refuse_pruning(module: nn.Module, table_names: Sequence[str], where: str) -> None:
+    """Refuse scratchpad tables in a collection that is pruned in training. Raises ConfigError."""
+    if table_names and isinstance(module, _PRUNED):
+        raise ConfigError(
+            f"{where}: tables {', '.join(table_names)} are planned for a scratchpad, and in-training pruning (ITEP) "
+            "remaps their ids in the middle of forward, when rows should have come already. Use compute kernel fused "
+            "for them, or managed collision, which is planned ahead."
+        )
+
+
 def warn_of_missing_scratchpads(module: nn.Module, lookahead: int) -> None:
     """Say which tables should have a scratchpad and have none, and whether the plan has room for the lookahead."""
     for name, part in module.named_modules():
+        if isinstance(part, _PRUNED):
+            inner = scratchpad_collections(part)
+            refuse_pruning(part, [table for one in inner for table in one._options.load_factors], f"collection {name}")
         if isinstance(part, ScratchpadCollection):
             planned = part._options.lookahead
             if planned is not None and lookahead > planned:

@@ -12,6 +12,7 @@ from typing import Any, Generic, cast
 import torch
 from torch.profiler import record_function
 from torchrec.distributed.embedding_sharding import FusedKJTListSplitsAwaitable, KJTListSplitsAwaitable
+from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForward
@@ -28,6 +29,7 @@ from torchrec_scratchpipe.sharding.collection import (
     collection_to_plan,
     deferring_id_errors,
 )
+from torchrec_scratchpipe.sharding.forecast import Forecast, Forecaster
 from torchrec_scratchpipe.sharding.model import scratchpad_collections, warn_of_missing_scratchpads
 from torchrec_scratchpipe.sharding.peers import PeerNotice
 
@@ -50,6 +52,7 @@ class ScratchPipeTrainPipelineContext(TrainPipelineContext):
     """TorchRec's context of one batch; `planned_inputs` holds distributed features of planned batches, by module."""
 
     planned_inputs: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    forecasts: dict[str, Forecast] = field(default_factory=dict, kw_only=True)  # of modules with managed collision
     is_distributed: bool = field(default=False, kw_only=True)  # or on its way
     is_seen: bool = field(default=False, kw_only=True)
     is_planned: bool = field(default=False, kw_only=True)
@@ -191,6 +194,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         warn_of_missing_scratchpads(model, lookahead)
         self._collections = scratchpad_collections(model)
         self._own_forwards: list[Callable[..., Any]] = []
+        self._forecasters: dict[str, Forecaster] = {}  # by module
         self._peers = PeerNotice()
         super().__init__(
             model,
@@ -288,6 +292,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         Args:
             dataloader_iter: Where the next batches come from.
         """
+        self._correct_forecasts()
         # A batch is planned as soon as it is distributed, so that the worker starts while the next one is loaded; the
         # loop below catches up with the last batches when the data has ended.
         num_unplanned = NUM_BATCHES_IN_DIST + self._num_batches_in_copy
@@ -325,6 +330,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             )
         self._is_traced_in_vain = False
         self._own_forwards = []
+        self._forecasters = {}
         self._collections = scratchpad_collections(model or self._model)
         if model is not None and self._model_fwd is self._model:  # stock would go on with the first model's forward
             self._model_fwd = model
@@ -340,6 +346,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         super().reset()
         self._dataloader_iter = None
         self._failed_to_load = None
+        self._forecasters = {}  # they have foreseen what was dropped
         self._peers.forget()
 
     def _pipeline_model(self, batch: In | None, context: TrainPipelineContext, *args: Any, **kwargs: Any) -> None:
@@ -411,16 +418,17 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         if not context.is_seen:
             context.is_seen = True
             self._finish_dist(context)
+            self._forecast(context)
             if position > self._lookahead:
-                for collection, name in self._collections_to_plan():
+                for collection, features, planned in self._to_plan(context):
                     with self._stream_context(self._data_dist_stream):
-                        collection.see(context.planned_inputs[name], context.module_contexts[name])
+                        collection.see(features, planned)
         # 2. From `lookahead` batches before its Train on, its rows are on their way.
         if position <= self._lookahead and not context.is_planned:
             context.is_planned = True
-            for collection, name in self._collections_to_plan():
+            for collection, features, planned in self._to_plan(context):
                 with self._stream_context(self._data_dist_stream):
-                    collection.prefetch(context.planned_inputs[name], ctx=context.module_contexts[name])
+                    collection.prefetch(features, ctx=planned)
 
     def _finish_dist(self, context: ScratchPipeTrainPipelineContext) -> None:
         self.wait_sparse_data_dist(context)
@@ -430,18 +438,49 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             with self._stream_context(self._data_dist_stream):
                 context.planned_inputs[name] = request.wait()
 
-    def _collections_to_plan(self) -> Iterator[tuple[ScratchpadCollection, str]]:
+    def _forecast(self, context: ScratchPipeTrainPipelineContext) -> None:
+        """Foretell the rows of a batch, after those of all batches before it, where managed collision gives them."""
         for module in dict.fromkeys(self._pipelined_modules):
-            collection = collection_to_plan(module)
+            is_remapped = isinstance(module, BaseShardedManagedCollisionEmbeddingCollection)
+            if is_remapped and collection_to_plan(module) is not None:
+                name = module.forward.name
+                forecaster = self._forecasters.setdefault(name, Forecaster(module))
+                with self._stream_context(self._data_dist_stream):
+                    context.forecasts[name] = forecaster.forecast(
+                        context.module_contexts[name], context.planned_inputs[name]
+                    )
+
+    def _correct_forecasts(self) -> None:
+        """After a wrong forecast: drop those of all batches in flight, and make them anew."""
+        if not any(forecaster.is_wrong for forecaster in self._forecasters.values()):
+            return
+        for forecaster in self._forecasters.values():
+            forecaster.start_anew()
+        for some_context in self.contexts:
+            context = cast(ScratchPipeTrainPipelineContext, some_context)
+            if context.is_seen:
+                for forecast in context.forecasts.values():
+                    forecast.release()
+                self._forecast(context)
+                context.is_planned = False  # what other collections have planned is submitted twice, which does nothing
+
+    def _to_plan(
+        self, context: ScratchPipeTrainPipelineContext
+    ) -> Iterator[tuple[ScratchpadCollection, Any, PlannedBatches]]:
+        """Each collection that is planned ahead, what the batch looks up in it, and what is to hold the plans."""
+        for module in dict.fromkeys(self._pipelined_modules):
+            collection, name = collection_to_plan(module), module.forward.name
             if collection is not None:
-                yield collection, module.forward.name
+                forecast = context.forecasts.get(name)
+                features = context.planned_inputs[name] if forecast is None else forecast.features
+                yield collection, features, context.module_contexts[name] if forecast is None else forecast
 
 
 def _release(context: TrainPipelineContext) -> None:
     """Let go of the slots of one batch, wherever they are held."""
-    for module_context in context.module_contexts.values():
-        if isinstance(module_context, PlannedBatches):
-            module_context.release()
+    for planned in (*context.module_contexts.values(), *context.forecasts.values()):
+        if isinstance(planned, PlannedBatches):
+            planned.release()
 
 
 def _check_distances(lookahead: int, num_batches_seen_ahead: int) -> None:

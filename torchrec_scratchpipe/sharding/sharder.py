@@ -208,5 +208,6 @@ class ScratchPipeEmbeddingCollectionSharder(EmbeddingCollectionSharder):
 
 def serves_scratchpads(sharder: object) -> bool:
     """Whether tables that are planned as `fused_uvm_caching` get a scratchpad from this sharder."""
-    sharder = getattr(sharder, "_ebc_sharder", sharder)
+    for inner in ("_ebc_sharder", "_e_sharder"):  # of feature processing and of managed collision
+        sharder = getattr(sharder, inner, sharder)
     return isinstance(sharder, ScratchPipeEmbeddingBagCollectionSharder | ScratchPipeEmbeddingCollectionSharder)

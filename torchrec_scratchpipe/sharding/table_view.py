@@ -8,6 +8,7 @@ own. PyTorch asks that class before it runs any operation on the view, and the c
 
 * before an operation that reads: bring the table up to date;
 * before an operation that writes: that too, and have resident rows read anew before they are used again;
+* of an operation that names rows by their indices: for these rows alone, wherever they are;
 * where memory is handed out for which PyTorch is not asked any more (NumPy, DLPack, storages): the same, and once more
   before and after every batch, as long as somebody has that memory.
 
@@ -46,6 +47,18 @@ class TableOwner(Protocol):
         Bring it up to date, and read resident rows anew then.
         """
 
+    def read_rows(self, shown: Tensor, rows: Tensor) -> Tensor | None:
+        """Some rows of what a tensor shows, as they are now; None if it does not show whole rows.
+
+        Shapes: `rows` [N] int64 on the host, returns [N, D] or [N].
+        """
+
+    def write_rows(self, shown: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Write rows that :meth:`read_rows` has returned. Shapes: `rows` [N] int64, each once; `values` as returned."""
+
+    def note_reset(self, num_rows: int) -> None:
+        """So many rows are given to other ids."""
+
     def note_lent(self, memory: "LentMemory") -> None:
         """The table may be read and written, unseen, as long as this memory is in somebody's hands."""
 
@@ -63,6 +76,10 @@ class _ShowsTable:
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Ask the owners of all tables that an operation is about, and run it on their memory."""
         kwargs = kwargs or {}
+        if func in _OF_ROWS:
+            result = _on_rows(func, *args, **kwargs)
+            if result is not None:
+                return result
         views: list[_ShowsTable] = []
         plain_args, plain_kwargs = tree_map(lambda value: _unwrap(value, views), (args, kwargs))
         if not func.is_view and func not in _METADATA:
@@ -163,7 +180,9 @@ class TableView(_ShowsTable, Tensor):  # type: ignore[misc]  # it takes over wha
 
     @staticmethod
     def __new__(cls, shown: Tensor, owner: TableOwner) -> Self:  # noqa: D102
-        view: Self = Tensor._make_subclass(cls, shown, shown.requires_grad)
+        # .data: torch counts an operation that writes a view on the view. The table's own count is of what was done to
+        # its memory.
+        view: Self = Tensor._make_subclass(cls, shown.data, shown.requires_grad)
         view._shown, view._owner = shown, owner
         return view
 
@@ -178,10 +197,14 @@ class TableParameter(_ShowsTable, TableBatchedEmbeddingSlice):
     """
 
     @classmethod
-    def of(cls, table: Tensor, first: int, last: int, dim: int, owner: TableOwner) -> "TableParameter":
-        """Make one. Shapes: `table` [R * D], returns [rows, D]."""
-        parameter = cls(table, first, last, -1, dim)
-        parameter._shown, parameter._owner = table.detach()[first:last].view(-1, dim), owner
+    def of(cls, weights: nn.Parameter, table: Tensor, first: int, last: int, owner: TableOwner) -> "TableParameter":
+        """Make one of some rows; `weights` is the table's memory in one piece.
+
+        Shapes: `weights` [R * D], `table` [R, D], returns [rows, D].
+        """
+        dim = table.shape[1]
+        parameter = cls(weights, first * dim, last * dim, -1, dim)
+        parameter._shown, parameter._owner = table[first:last], owner
         return parameter
 
     def _copied(self) -> Tensor:
@@ -202,6 +225,9 @@ def shown(tensor: Tensor) -> Tensor:
 # Read nothing, and show nothing.
 _METADATA = frozenset({torch.ops.aten.is_pinned.default, torch.ops.aten.alias.default, torch.ops.aten.detach.default})
 
+# Operations that name rows of their first argument.
+_OF_ROWS = frozenset({torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default})
+
 # What fills a table with random numbers.
 _DRAWS = frozenset({torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default})
 
@@ -212,6 +238,30 @@ def _draw(func: Any, table: Tensor, *args: Any, device: torch.device, **kwargs: 
     drawn = torch.empty(min(NUM_DRAWN_TOGETHER, values.numel()), dtype=table.dtype, device=device)
     for some in values.split(NUM_DRAWN_TOGETHER):
         some.copy_(func(drawn[: some.numel()], *args, **kwargs))
+    return table
+
+
+def _on_rows(func: Any, table: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an operation that names rows of a view on these rows alone; None if it must be run on the whole table.
+
+    What is read comes to the device that the indices are on: there the caller computes what is to be written.
+    """
+    if not isinstance(table, _ShowsTable) or len(indices) != 1 or any(isinstance(arg, _ShowsTable) for arg in args):
+        return None
+    named, num_rows = indices[0], table._shown.shape[0]
+    if not isinstance(named, Tensor) or named.dim() != 1 or named.dtype not in (torch.int32, torch.int64):
+        return None
+    rows, places = named.cpu().long().unique(return_inverse=True)
+    # torch's own operation has the errors for rows that are not there, and is faster for most of a table.
+    if not 0 < rows.numel() <= num_rows // 2 or int(rows[0]) < 0 or int(rows[-1]) >= num_rows:
+        return None
+    values = table._owner.read_rows(table._shown, rows)
+    if values is None:
+        return None
+    if func is torch.ops.aten.index.Tensor:
+        return values.index_select(0, places).to(named.device)
+    func(values, [places], *(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
+    table._owner.write_rows(table._shown, rows, values)
     return table
 
 

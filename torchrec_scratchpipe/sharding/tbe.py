@@ -10,11 +10,13 @@ from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
 from torchrec_scratchpipe.core.scratchpad import ScratchpadMemory
 from torchrec_scratchpipe.errors import ConfigError
+from torchrec_scratchpipe.sharding.table_view import TableView
 
 __all__ = ["ScratchpadTbe"]
 
@@ -79,12 +81,44 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
             "buffer. Use split_optimizer_states() or get_optimizer_state()."
         )
 
-    def reset_embedding_weight_momentum(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: its rows would be taken for slots. Raises ConfigError."""
-        raise ConfigError(
-            f"tables {', '.join(self.table_names)}: rows of scratchpad tables cannot be reset by managed collision or "
-            "in-training pruning. Use compute kernel fused for these tables, or a collection without them."
-        )
+    def reset_embedding_weight_momentum(
+        self,
+        pruned_indices: Tensor,
+        pruned_indices_offsets: Tensor,
+        logical_table_ids: Tensor,
+        buffer_ids: Tensor,
+    ) -> None:
+        """As FBGEMM, over rows of the tables: set rows to zero, weights and row-wise Adagrad's sums.
+
+        As in FBGEMM, nothing happens with another optimizer; TorchRec's managed collision then writes weights itself.
+        What training has planned ahead sees the new rows.
+
+        Shapes: `pruned_indices` [N], of all tables; `pruned_indices_offsets` [buffers + 1], where those of each buffer
+        begin; `logical_table_ids` and `buffer_ids` [K], which table has which buffer. All int32 or int64.
+
+        Args:
+            pruned_indices: Rows, counted within their table.
+            pruned_indices_offsets: Bounds of buffers in it.
+            logical_table_ids: Tables, by their number in this lookup.
+            buffer_ids: The buffer of each of these tables.
+
+        Raises:
+            NotImplementedError: This lookup has no optimizer.
+            TableStorageError: Rows cannot be read or written.
+
+        Source:
+            fbgemm_gpu SplitTableBatchedEmbeddingBagsCodegen (1.8.0).
+        """
+        if self.optimizer is OptimType.NONE:
+            raise NotImplementedError(f"Resetting embedding weight momentum is not supported for {self.optimizer}")
+        bounds = pruned_indices_offsets.tolist()
+        tables = self._show_tables()
+        for table, buffer in zip(logical_table_ids.tolist(), buffer_ids.tolist(), strict=True):
+            rows = pruned_indices[bounds[buffer] : bounds[buffer + 1]].long()
+            if isinstance(tables[table][0], TableView):
+                tables[table][0]._owner.note_reset(rows.numel())
+            for part in tables[table] if self.optimizer is OptimType.EXACT_ROWWISE_ADAGRAD and rows.numel() else ():
+                part[rows] = 0.0
 
     def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: these are slots. TorchRec's collections never ask for it. Raises ConfigError."""

@@ -1,0 +1,610 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""TorchRec's managed collision over scratchpad tables: rows, states, remapped ids and evictions are stock's.
+
+Shapes: ``N`` ids.
+"""
+
+import contextlib
+import copy
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import (
+    CPU,
+    NUM_DENSE,
+    Setting,
+    Trainer,
+    assert_same_bits,
+    assert_same_outputs,
+    drain,
+    make_bags,
+    make_batches,
+    make_embeddings,
+    run_ranks,
+    scratchpad_constraints,
+    with_optimizer,
+)
+from torch import Tensor, nn
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.itep_embeddingbag import ITEPEmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection
+from torchrec.modules.itep_modules import GenericITEPModule
+from torchrec.modules.mc_embedding_modules import (
+    ManagedCollisionEmbeddingBagCollection,
+    ManagedCollisionEmbeddingCollection,
+)
+from torchrec.modules.mc_modules import (
+    DistanceLFU_EvictionPolicy,
+    LFU_EvictionPolicy,
+    LRU_EvictionPolicy,
+    ManagedCollisionCollection,
+    ManagedCollisionModule,
+    MCHManagedCollisionModule,
+    probabilistic_threshold_filter,
+)
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_scratchpipe import (
+    CheckpointManager,
+    ConfigError,
+    ScratchPipeEmbeddingBagCollectionSharder,
+    ScratchPipeShardingPlanner,
+    measure_working_set,
+    scratchpad_stats,
+    to_stock,
+)
+from torchrec_scratchpipe.core import stages
+from torchrec_scratchpipe.core.pool import Pool
+from torchrec_scratchpipe.core.runner import OverlappedStageRunner
+from torchrec_scratchpipe.core.stages import exchange
+from torchrec_scratchpipe.core.storage import RamStorage
+from torchrec_scratchpipe.sharding.forecast import Forecast
+from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
+from torchrec_scratchpipe.sharding.model import refuse_pruning
+
+ID_RANGE = 1 << 40
+
+
+@dataclass(frozen=True)
+class CollisionSetting(Setting):
+    """Tables t0 and t1 have their ids remapped, t2 has not."""
+
+    sharding_type: str = "row_wise"
+    num_rows: tuple[int, ...] = (64, 48, 40)
+    features_per_table: Any = None
+    policy: str = "lfu"
+    eviction_interval: int = 3
+    load_factor: float = 0.7
+    num_batches: int = 60
+    init_scale: float | None = None
+
+    def feature_names(self, table_index: int) -> tuple[str, ...]:
+        return ("f0", "f0b") if table_index == 0 else (f"f{table_index}",)
+
+
+class LatestTakesRow(ManagedCollisionModule):
+    """An id has one row, by its hash; the latest id to come takes it. Rows change hands in every batch.
+
+    So they do with TorchRec's HashZchManagedCollisionModule, whose kernel trains on CUDA alone.
+    """
+
+    def __init__(self, size: int, num_buckets: int, first_row: int = 0, segments: list[int] | None = None) -> None:
+        self._size, self._num_buckets, self._first_row = size, num_buckets, first_row
+        super().__init__(CPU, segments or [size * bucket // num_buckets for bucket in range(num_buckets + 1)])
+        self.register_buffer("owners", torch.full((size,), -1))
+        self._evicted: Tensor | None = None
+
+    def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        return features
+
+    def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        return features
+
+    @torch.no_grad()
+    def remap(self, features: dict[str, JaggedTensor], *_args: Any, **_kwargs: Any) -> dict[str, JaggedTensor]:
+        remapped = {}
+        for name, feature in features.items():
+            rows = (feature.values() * 2_654_435_761 >> 7) % self._size
+            if self.training:
+                owners = self.owners.clone()
+                owners[rows] = feature.values()
+                self._evicted = (owners != self.owners).nonzero().view(-1) + self._first_row
+                self.owners.copy_(owners)
+            remapped[name] = JaggedTensor(rows + self._first_row, lengths=feature.lengths())
+        return remapped
+
+    def forward(self, features: dict[str, JaggedTensor], *_args: Any) -> dict[str, JaggedTensor]:
+        return self.remap(features)
+
+    def evict(self) -> Tensor | None:
+        evicted, self._evicted = self._evicted, None
+        return evicted
+
+    def output_size(self) -> int:
+        return self._size
+
+    def input_size(self) -> int:
+        return ID_RANGE
+
+    def buckets(self) -> int:
+        return self._num_buckets
+
+    def open_slots(self) -> Tensor:
+        return (self.owners < 0).sum().view(1)
+
+    def validate_state(self) -> None:
+        pass
+
+    def rebuild_with_output_id_range(
+        self, output_id_range: tuple[int, int], output_segments: list[int], device: torch.device | None = None
+    ) -> "LatestTakesRow":
+        first, last = output_id_range
+        return type(self)(last - first, self._num_buckets, first, output_segments)
+
+
+def _collision_module(setting: CollisionSetting, table_index: int) -> ManagedCollisionModule:
+    size, interval = setting.num_rows[table_index], setting.eviction_interval
+    if setting.policy == "hash":
+        return LatestTakesRow(size, dist.get_world_size())
+    policy = {
+        "lfu": LFU_EvictionPolicy,
+        "lru": LRU_EvictionPolicy,
+        "distance": DistanceLFU_EvictionPolicy,
+        "random": lambda: LFU_EvictionPolicy(probabilistic_threshold_filter),
+    }[setting.policy]()
+    return MCHManagedCollisionModule(
+        zch_size=size,
+        device=CPU,
+        eviction_policy=policy,
+        eviction_interval=interval,
+        input_hash_size=ID_RANGE,
+        buckets=dist.get_world_size(),
+    )
+
+
+class CollisionModel(nn.Module):
+    """Remapped embeddings, plain ones, and one dense layer with dropout, which draws random numbers between steps."""
+
+    def __init__(self, setting: CollisionSetting) -> None:
+        super().__init__()
+        remapped = replace(setting, num_rows=setting.num_rows[:2], dims=setting.dims[:2])
+        tables: Any = make_bags(remapped) if setting.is_pooled else make_embeddings(remapped)
+        configs = tables.embedding_bag_configs() if setting.is_pooled else tables.embedding_configs()
+        collisions = ManagedCollisionCollection(
+            {config.name: _collision_module(setting, index) for index, config in enumerate(configs)}, configs
+        )
+        kind = ManagedCollisionEmbeddingBagCollection if setting.is_pooled else ManagedCollisionEmbeddingCollection
+        self.remapped = kind(tables, collisions, return_remapped_features=True)
+        plain = make_bags(setting).embedding_bag_configs()[2:]
+        self.plain = EmbeddingBagCollection(tables=plain, device=torch.device("meta"))
+        self.is_pooled = setting.is_pooled
+        self.names = [name for index in range(2) for name in setting.feature_names(index)]
+        self.dropout = nn.Dropout(0.2)
+        self.over = nn.Linear(setting.dims[0] * (len(self.names) + 1) + NUM_DENSE, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        embeddings, remapped = self.remapped(batch.sparse_features)
+        others = self.plain(batch.sparse_features)
+        if self.is_pooled:
+            columns = [embeddings[name] for name in self.names]
+        else:
+            columns = [
+                torch.segment_reduce(embeddings[name].values(), "sum", lengths=embeddings[name].lengths())
+                for name in self.names
+            ]
+        columns.append(others["f2"])
+        logits = self.over(self.dropout(torch.cat([*columns, batch.dense_features], dim=1))).squeeze(1)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        return loss, torch.cat([logits.detach().double(), remapped.values().double()])
+
+
+def _make_batches(setting: CollisionSetting, rank: int = 0, drift: int = 6) -> list[Batch]:
+    """Raw ids whose favourites change all the time."""
+    generator = torch.Generator().manual_seed(1000 * setting.seed + rank)
+    batches = []
+    for index in range(setting.num_batches):
+        values = []
+        for _ in range(3):
+            skewed = (torch.rand(3 * setting.batch_size, generator=generator) ** 3 * 90).long()
+            values.append((drift * index + skewed) * 982_451_653_019 % ID_RANGE)
+        values.append((torch.rand(3 * setting.batch_size, generator=generator) ** 3 * setting.num_rows[2]).long())
+        features = KeyedJaggedTensor(
+            ["f0", "f0b", "f1", "f2"],
+            torch.cat(values),
+            lengths=torch.full((4 * setting.batch_size,), 3),
+        ).sync()
+        batches.append(
+            Batch(
+                torch.rand(setting.batch_size, NUM_DENSE, generator=generator),
+                features,
+                torch.randint(0, 2, (setting.batch_size,), generator=generator).float(),
+            )
+        )
+    return batches
+
+
+@pytest.fixture
+def was_planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every lookup of a scratchpad, whether its batch had been planned ahead."""
+    return _note_planned(monkeypatch)
+
+
+def _note_planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    lookups: list[bool] = []
+    look_up = ScratchpadKernel._look_up
+
+    def noted_look_up(self: Any, *args: Any) -> Any:
+        lookups.append(bool(self._expected))
+        return look_up(self, *args)
+
+    monkeypatch.setattr(ScratchpadKernel, "_look_up", noted_look_up)
+    return lookups
+
+
+def _stock_pipeline(trainer: Trainer) -> TrainPipelineSparseDist[Any, Any]:
+    return TrainPipelineSparseDist(trainer.model, trainer.optimizer, CPU)
+
+
+def _train(trainer: Trainer, pipeline: Any, batches: Sequence[Batch]) -> list[Tensor]:
+    torch.manual_seed(17)  # of dropout, and of rows that are given to other ids
+    return drain(pipeline, batches)
+
+
+def check_collisions(
+    setting: CollisionSetting,
+    lookahead: int = 2,
+    pipeline_kwargs: dict[str, Any] | None = None,
+    batches: Sequence[Batch] | None = None,
+    **sharder_kwargs: Any,
+) -> Trainer:
+    batches = batches if batches is not None else _make_batches(setting, dist.get_rank())
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel, **sharder_kwargs)
+    ours.copy_from(stock)
+    expected = _train(stock, _stock_pipeline(stock), batches)
+    actual = _train(ours, ours.pipeline(lookahead, **(pipeline_kwargs or {})), batches)
+    assert_same_outputs(expected, actual)
+    assert_same_bits(stock, ours)
+    stats = scratchpad_stats(ours.model)
+    assert all(pool.num_misses_at_train == 0 for pool in stats)
+    assert sum(pool.num_rows_reset for pool in stats) > 0
+    assert ours.num_victims > 0
+    return ours
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 5, 8])
+@pytest.mark.parametrize("policy", ["lfu", "lru", "distance", "hash"])
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_same_bits_as_stock(is_pooled: bool, policy: str, lookahead: int, was_planned: list[bool]) -> None:
+    setting = CollisionSetting(is_pooled=is_pooled, policy=policy)
+    check_collisions(setting, lookahead)
+    assert all(was_planned[: 2 * setting.num_batches])
+    assert len(was_planned) == 2 * setting.num_batches
+
+
+def test_batches_seen_ahead(was_planned: list[bool]) -> None:
+    check_collisions(CollisionSetting(), 2, {"num_batches_seen_ahead": 6})
+    assert all(was_planned)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("eviction_interval", [1, 7])
+def test_optimizers_and_intervals(optimizer: type[torch.optim.Optimizer], eviction_interval: int) -> None:
+    kwargs = (("lr", 0.1),) if optimizer is torch.optim.SGD else (("lr", 0.1), ("eps", 1e-8))
+    setting = CollisionSetting(
+        optimizer=optimizer, optimizer_kwargs=kwargs, eviction_interval=eviction_interval, policy="distance"
+    )
+    check_collisions(setting)
+
+
+def test_tables_in_files(tmp_path: Path) -> None:
+    check_collisions(CollisionSetting(), table_dir=str(tmp_path), ram_budget_gb=1e-6)
+
+
+def test_stages_on_the_training_thread() -> None:
+    check_collisions(CollisionSetting(), overlap=False)
+
+
+def test_a_wrong_forecast_is_fetched_on_the_spot(was_planned: list[bool]) -> None:
+    """Ids that are let in at random cannot be foretold; those of other batches can."""
+    setting = CollisionSetting(policy="random", load_factor=0.9)
+    batches = _make_batches(setting, drift=1)
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    ours.copy_from(stock)
+    expected = _train(stock, _stock_pipeline(stock), batches)
+    assert_same_outputs(expected, _train(ours, ours.pipeline(3), batches))
+    assert_same_bits(stock, ours)
+    assert not all(was_planned)
+    assert any(was_planned[len(was_planned) // 2 :])
+
+
+@pytest.mark.parametrize("broken", ["never compared", "draws numbers of its own batch", "never evicted"])
+def test_controls_of_forecasts(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken == "never compared":
+        monkeypatch.setattr(Forecast, "confirm", lambda _self, _features: True)
+    elif broken == "draws numbers of its own batch":
+        monkeypatch.setattr(torch.random, "fork_rng", lambda **_kwargs: contextlib.nullcontext())
+    else:
+        monkeypatch.setattr(BaseShardedManagedCollisionEmbeddingCollection, "_evict", lambda _self, _evictions: None)
+    setting = CollisionSetting(policy="random", load_factor=0.9)
+    batches = _make_batches(setting, drift=1)
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    ours.copy_from(stock)
+    actual = _train(ours, ours.pipeline(3), batches)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError):
+        assert_same_outputs(_train(stock, _stock_pipeline(stock), batches), actual)
+
+
+def _check_ranks(rank: int, is_pooled: bool) -> None:
+    for policy in ("distance", "hash"):
+        setting = CollisionSetting(
+            is_pooled=is_pooled, policy=policy, num_rows=(320, 240, 160), load_factor=0.35, num_batches=40
+        )
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            was_planned = _note_planned(monkeypatch)
+            check_collisions(setting, 3)
+            assert all(was_planned)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_ranks(world_size: int, is_pooled: bool) -> None:
+    run_ranks(world_size, _check_ranks, is_pooled)
+
+
+# Rows that are written one by one while batches are in flight, of plain collections; hazard 8.
+
+
+def _tables(trainer: Trainer) -> list[list[Tensor]]:
+    """Each table's weights, then its optimizer states, as FBGEMM's module shows them."""
+    (lookup,) = trainer.model.module.ebc._lookups
+    shown = []
+    for kernel in lookup._emb_modules:
+        tbe = kernel.emb_module
+        states = tbe.split_optimizer_states() or [() for _ in tbe.split_embedding_weights()]
+        shown += [[weights, *some] for weights, some in zip(tbe.split_embedding_weights(), states, strict=True)]
+    return shown
+
+
+@torch.no_grad()
+def _write_rows(trainer: Trainer, generator: torch.Generator) -> None:
+    """Random rows of random tables get new values, weights and states; other rows are read."""
+    for parts in _tables(trainer):
+        num_rows = parts[0].shape[0]
+        rows = torch.randint(0, num_rows, (max(1, num_rows // 8),), generator=generator)
+        some = torch.randint(0, num_rows, (4,), generator=generator)
+        scale = float(parts[0][some].double().abs().sum())  # what is read goes into what is written
+        for part in parts:
+            # One value for all, because the order of rows that are named twice is not said.
+            part[rows] = (torch.rand(part[:1].shape[1:], generator=generator) + scale % 1).to(part.dtype)
+
+
+def check_written_rows(lookahead: int, every: int = 1, **sharder_kwargs: Any) -> Trainer:
+    setting = Setting(num_rows=(120, 90, 40), load_factor=0.45, num_batches=80)
+    stock, ours = Trainer(setting), Trainer.scratchpipe(setting, **sharder_kwargs)
+    ours.copy_from(stock)
+    batches = make_batches(setting)
+    theirs, mine = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    pipeline, iterator = ours.pipeline(lookahead), iter(batches)
+    for index, batch in enumerate(batches):
+        assert torch.equal(stock.step(batch), pipeline.progress(iterator)), index
+        if index % every == 0:
+            _write_rows(stock, theirs)
+            _write_rows(ours, mine)
+    assert_same_bits(stock, ours)
+    assert ours.num_victims > 0
+    return ours
+
+
+@pytest.mark.parametrize("lookahead", [1, 3, 8])
+@pytest.mark.parametrize("every", [1, 5])
+def test_rows_written_while_batches_are_in_flight(lookahead: int, every: int) -> None:
+    check_written_rows(lookahead, every)
+
+
+def test_rows_written_in_files(tmp_path: Path) -> None:
+    check_written_rows(3, table_dir=str(tmp_path), ram_budget_gb=1e-6)
+
+
+def test_rows_written_without_overlap() -> None:
+    check_written_rows(3, overlap=False)
+
+
+@pytest.mark.parametrize("lost", ["slots", "table"])
+def test_control_a_row_that_is_written_in_one_place_only_is_old_in_the_other(
+    lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lost == "slots":
+        monkeypatch.setattr(Pool, "write_some", lambda self, rows, values: self.host_table.write(rows, values))
+    else:
+        write = Pool.write_some
+
+        def write_slots(self: Pool, rows: Tensor, values: Sequence[Tensor]) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(self.host_table, "write", lambda *_args: None)
+                write(self, rows, values)
+
+        monkeypatch.setattr(Pool, "write_some", write_slots)
+    with pytest.raises(AssertionError):
+        check_written_rows(3)
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_hazard_8_no_stage_runs_while_rows_are_written(is_guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is read from its table, then it is written, and then what was read goes to its slot."""
+    setting = Setting(num_rows=(120, 90, 40), load_factor=0.45)
+    ours = Trainer.scratchpipe(setting)
+    weights = _tables(ours)[0][0]
+    batch = make_batches(setting)[0]
+    row = int(batch.sparse_features["f0"].values()[0])
+    has_read, may_go_on = threading.Event(), threading.Event()
+
+    def late_exchange(*args: Any) -> Any:
+        has_read.set()
+        assert may_go_on.wait(timeout=30)
+        return exchange(*args)
+
+    monkeypatch.setattr(stages, "exchange", late_exchange)
+    if not is_guarded:
+        monkeypatch.setattr(OverlappedStageRunner, "between_batches", lambda _self: contextlib.nullcontext())
+    pipeline = ours.pipeline(lookahead=1)
+    pipeline.fill_pipeline(iter([batch]))
+    assert has_read.wait(timeout=30)
+
+    def write() -> None:
+        with torch.no_grad():
+            weights[torch.tensor([row])] = 7.0
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    writer.join(timeout=1)
+    assert writer.is_alive() == is_guarded  # it waits for the stages
+    may_go_on.set()
+    writer.join(timeout=30)
+    ours.model.module.ebc.wait_until_idle()
+    monkeypatch.undo()
+    assert bool((weights[torch.tensor([row])] == 7.0).all()) == is_guarded
+
+
+def test_a_snapshot_keeps_rows_that_are_written_later() -> None:
+    setting = Setting(num_rows=(120, 90, 40), load_factor=0.45)
+    ours = Trainer.scratchpipe(setting)
+    ours.train_plain(make_batches(setting)[:20])
+    weights = _tables(ours)[0][0]
+    before = weights.clone()
+    (pool,) = ours.model.module.ebc.pools
+    ((_, snapshot),) = ours.model.module.ebc.snapshot(RamStorage())
+    with torch.no_grad():
+        weights[torch.arange(0, 60, 3)] = 9.0
+    kept = torch.empty_like(before)
+    pool.host_table.read_snapshot(snapshot, 0, 0, kept)
+    pool.host_table.close_snapshot(snapshot)
+    assert torch.equal(kept, before)
+    assert bool((weights[torch.arange(0, 60, 3)] == 9.0).all())
+
+
+def test_reset_embedding_weight_momentum_is_fbgemms_over_rows() -> None:
+    """Weights and row-wise sums of these rows of these tables become zero, and no others; with Adagrad nothing does."""
+    for optimizer, is_reset in ((RowWiseAdagrad, True), (torch.optim.Adagrad, False)):
+        setting = with_optimizer(Setting(num_rows=(120, 90, 40), load_factor=0.45), optimizer)
+        ours = Trainer.scratchpipe(setting)
+        ours.train_plain(make_batches(setting)[:20])
+        before = [[part.clone() for part in parts] for parts in _tables(ours)]
+        (lookup,) = ours.model.module.ebc._lookups
+        lookup._emb_modules[0].emb_module.reset_embedding_weight_momentum(
+            torch.tensor([3, 50, 7, 0, 1]), torch.tensor([0, 2, 3, 5]), torch.tensor([2, 0]), torch.tensor([1, 2])
+        )
+        for table, rows in ((2, [7]), (0, [0, 1]), (1, [])):
+            for part, expected in zip(_tables(ours)[table], before[table], strict=True):
+                if is_reset:
+                    expected[torch.tensor(rows, dtype=torch.int64)] = 0.0
+                assert torch.equal(part.clone(), expected)
+        assert sum(pool.num_rows_reset for pool in scratchpad_stats(ours.model)) == 3
+
+
+# State of collision modules: of the batch that has trained last, whatever was foretold since.
+
+
+def test_state_is_of_one_moment_and_goes_both_ways(tmp_path: Path) -> None:
+    setting = CollisionSetting(policy="distance")
+    batches = _make_batches(setting)
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    ours.copy_from(stock)
+    pipeline, iterator = ours.pipeline(5), iter(batches)
+    torch.manual_seed(3)
+    expected = [stock.step(batch) for batch in batches[:25]]
+    torch.manual_seed(3)
+    assert_same_outputs(expected, [pipeline.progress(iterator) for _ in range(25)])
+    assert_same_bits(stock, ours)  # five batches have been foretold
+    manager = CheckpointManager(tmp_path)
+    manager.save(25, ours.model, ours.optimizer)
+    resumed = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    manager.load(resumed.model, resumed.optimizer)
+    assert_same_bits(stock, resumed)
+    back = Trainer(setting, make_model=CollisionModel)
+    back.copy_from(resumed)
+    back.optimizer.load_state_dict(resumed.optimizer.state_dict())
+    assert_same_bits(stock, back)
+    expected = _train(back, _stock_pipeline(back), batches[25:])
+    assert_same_outputs(expected, _train(resumed, resumed.pipeline(4), batches[25:]))
+    assert_same_bits(back, resumed)
+
+
+def test_loading_a_state_in_mid_run_corrects_what_was_foretold(was_planned: list[bool]) -> None:
+    setting = CollisionSetting(policy="distance")
+    batches = _make_batches(setting)
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    ours.copy_from(stock)
+    pipeline, iterator = ours.pipeline(4), iter(batches)
+    saved = {}
+    for name, trainer in (("stock", stock), ("ours", ours)):
+        torch.manual_seed(3)
+        for index, batch in enumerate(batches):
+            if trainer is stock:
+                trainer.step(batch)
+            else:
+                pipeline.progress(iterator)
+            if index == 10:
+                saved[name] = copy.deepcopy(trainer.model.state_dict())
+            if index == 30:
+                trainer.model.load_state_dict(saved[name])
+    assert_same_bits(stock, ours)
+    assert not all(was_planned)
+    assert all(was_planned[-20:])
+
+
+def test_planned_without_a_sharding_type_and_exported() -> None:
+    setting = CollisionSetting()
+    constraints = {
+        name: replace(constraint, sharding_types=None) for name, constraint in scratchpad_constraints(setting).items()
+    }
+    ours = Trainer.scratchpipe(setting, constraints, CollisionModel)
+    batches = _make_batches(setting)
+    _train(ours, ours.pipeline(), batches)
+    plain = to_stock(ours.model).eval()
+    ours.model.eval()
+    assert torch.equal(plain(batches[7])[1], ours.model(batches[7])[1])
+
+
+def test_working_sets_are_of_remapped_ids() -> None:
+    setting = CollisionSetting(num_batches=40)
+    sets = measure_working_set(_make_batches(setting), CollisionModel(setting))
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    _train(ours, ours.pipeline(), _make_batches(setting))
+    counted = {table.table_name: table for pool in scratchpad_stats(ours.model) for table in pool.tables}
+    for name in setting.table_names:
+        assert sets[name].expected_lookups * setting.num_batches == pytest.approx(counted[name].num_unique_ids)
+
+
+def test_in_training_pruning_is_refused() -> None:
+    """When it is planned; and by the pipeline, if a plan came from elsewhere."""
+    setting = Setting()
+    pruned = ITEPEmbeddingBagCollection(make_bags(setting), GenericITEPModule({}, enable_pruning=False))
+    model = nn.Sequential(pruned)
+    bags = ScratchPipeEmbeddingBagCollectionSharder()
+    planner = ScratchPipeShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cpu"),
+        batch_size=4,
+        constraints=scratchpad_constraints(setting),
+    )
+    sharder = ITEPEmbeddingBagCollectionSharder(bags)
+    with pytest.raises(ConfigError, match=r"collection 0: tables t0, t1, t2 .* in-training pruning"):
+        planner.plan(model, [sharder])
+    with pytest.raises(ConfigError, match="collection here: tables t0"):
+        refuse_pruning(pruned, ["t0"], "collection here")
