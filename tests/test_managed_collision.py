@@ -8,16 +8,16 @@ import contextlib
 import copy
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from collisions import CollisionModel, CollisionSetting, make_collision_batches
 from helpers import (
     CPU,
-    NUM_DENSE,
     Setting,
     Trainer,
     assert_same_bits,
@@ -25,7 +25,6 @@ from helpers import (
     drain,
     make_bags,
     make_batches,
-    make_embeddings,
     run_ranks,
     scratchpad_constraints,
     with_optimizer,
@@ -36,24 +35,9 @@ from torchrec.distributed.itep_embeddingbag import ITEPEmbeddingBagCollectionSha
 from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection
 from torchrec.modules.itep_modules import GenericITEPModule
-from torchrec.modules.mc_embedding_modules import (
-    ManagedCollisionEmbeddingBagCollection,
-    ManagedCollisionEmbeddingCollection,
-)
-from torchrec.modules.mc_modules import (
-    DistanceLFU_EvictionPolicy,
-    LFU_EvictionPolicy,
-    LRU_EvictionPolicy,
-    ManagedCollisionCollection,
-    ManagedCollisionModule,
-    MCHManagedCollisionModule,
-    probabilistic_threshold_filter,
-)
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_scratchpipe import (
     CheckpointManager,
@@ -72,166 +56,6 @@ from torchrec_scratchpipe.core.storage import RamStorage
 from torchrec_scratchpipe.sharding.forecast import Forecast
 from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 from torchrec_scratchpipe.sharding.model import refuse_pruning
-
-ID_RANGE = 1 << 40
-
-
-@dataclass(frozen=True)
-class CollisionSetting(Setting):
-    """Tables t0 and t1 have their ids remapped, t2 has not."""
-
-    sharding_type: str = "row_wise"
-    num_rows: tuple[int, ...] = (64, 48, 40)
-    features_per_table: Any = None
-    policy: str = "lfu"
-    eviction_interval: int = 3
-    load_factor: float = 0.7
-    num_batches: int = 60
-    init_scale: float | None = None
-
-    def feature_names(self, table_index: int) -> tuple[str, ...]:
-        return ("f0", "f0b") if table_index == 0 else (f"f{table_index}",)
-
-
-class LatestTakesRow(ManagedCollisionModule):
-    """An id has one row, by its hash; the latest id to come takes it. Rows change hands in every batch.
-
-    So they do with TorchRec's HashZchManagedCollisionModule, whose kernel trains on CUDA alone.
-    """
-
-    def __init__(self, size: int, num_buckets: int, first_row: int = 0, segments: list[int] | None = None) -> None:
-        self._size, self._num_buckets, self._first_row = size, num_buckets, first_row
-        super().__init__(CPU, segments or [size * bucket // num_buckets for bucket in range(num_buckets + 1)])
-        self.register_buffer("owners", torch.full((size,), -1))
-        self._evicted: Tensor | None = None
-
-    def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
-        return features
-
-    def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
-        return features
-
-    @torch.no_grad()
-    def remap(self, features: dict[str, JaggedTensor], *_args: Any, **_kwargs: Any) -> dict[str, JaggedTensor]:
-        remapped = {}
-        for name, feature in features.items():
-            rows = (feature.values() * 2_654_435_761 >> 7) % self._size
-            if self.training:
-                owners = self.owners.clone()
-                owners[rows] = feature.values()
-                self._evicted = (owners != self.owners).nonzero().view(-1) + self._first_row
-                self.owners.copy_(owners)
-            remapped[name] = JaggedTensor(rows + self._first_row, lengths=feature.lengths())
-        return remapped
-
-    def forward(self, features: dict[str, JaggedTensor], *_args: Any) -> dict[str, JaggedTensor]:
-        return self.remap(features)
-
-    def evict(self) -> Tensor | None:
-        evicted, self._evicted = self._evicted, None
-        return evicted
-
-    def output_size(self) -> int:
-        return self._size
-
-    def input_size(self) -> int:
-        return ID_RANGE
-
-    def buckets(self) -> int:
-        return self._num_buckets
-
-    def open_slots(self) -> Tensor:
-        return (self.owners < 0).sum().view(1)
-
-    def validate_state(self) -> None:
-        pass
-
-    def rebuild_with_output_id_range(
-        self, output_id_range: tuple[int, int], output_segments: list[int], device: torch.device | None = None
-    ) -> "LatestTakesRow":
-        first, last = output_id_range
-        return type(self)(last - first, self._num_buckets, first, output_segments)
-
-
-def _collision_module(setting: CollisionSetting, table_index: int) -> ManagedCollisionModule:
-    size, interval = setting.num_rows[table_index], setting.eviction_interval
-    if setting.policy == "hash":
-        return LatestTakesRow(size, dist.get_world_size())
-    policy = {
-        "lfu": LFU_EvictionPolicy,
-        "lru": LRU_EvictionPolicy,
-        "distance": DistanceLFU_EvictionPolicy,
-        "random": lambda: LFU_EvictionPolicy(probabilistic_threshold_filter),
-    }[setting.policy]()
-    return MCHManagedCollisionModule(
-        zch_size=size,
-        device=CPU,
-        eviction_policy=policy,
-        eviction_interval=interval,
-        input_hash_size=ID_RANGE,
-        buckets=dist.get_world_size(),
-    )
-
-
-class CollisionModel(nn.Module):
-    """Remapped embeddings, plain ones, and one dense layer with dropout, which draws random numbers between steps."""
-
-    def __init__(self, setting: CollisionSetting) -> None:
-        super().__init__()
-        remapped = replace(setting, num_rows=setting.num_rows[:2], dims=setting.dims[:2])
-        tables: Any = make_bags(remapped) if setting.is_pooled else make_embeddings(remapped)
-        configs = tables.embedding_bag_configs() if setting.is_pooled else tables.embedding_configs()
-        collisions = ManagedCollisionCollection(
-            {config.name: _collision_module(setting, index) for index, config in enumerate(configs)}, configs
-        )
-        kind = ManagedCollisionEmbeddingBagCollection if setting.is_pooled else ManagedCollisionEmbeddingCollection
-        self.remapped = kind(tables, collisions, return_remapped_features=True)
-        plain = make_bags(setting).embedding_bag_configs()[2:]
-        self.plain = EmbeddingBagCollection(tables=plain, device=torch.device("meta"))
-        self.is_pooled = setting.is_pooled
-        self.names = [name for index in range(2) for name in setting.feature_names(index)]
-        self.dropout = nn.Dropout(0.2)
-        self.over = nn.Linear(setting.dims[0] * (len(self.names) + 1) + NUM_DENSE, 1)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        embeddings, remapped = self.remapped(batch.sparse_features)
-        others = self.plain(batch.sparse_features)
-        if self.is_pooled:
-            columns = [embeddings[name] for name in self.names]
-        else:
-            columns = [
-                torch.segment_reduce(embeddings[name].values(), "sum", lengths=embeddings[name].lengths())
-                for name in self.names
-            ]
-        columns.append(others["f2"])
-        logits = self.over(self.dropout(torch.cat([*columns, batch.dense_features], dim=1))).squeeze(1)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
-        return loss, torch.cat([logits.detach().double(), remapped.values().double()])
-
-
-def _make_batches(setting: CollisionSetting, rank: int = 0, drift: int = 6) -> list[Batch]:
-    """Raw ids whose favourites change all the time."""
-    generator = torch.Generator().manual_seed(1000 * setting.seed + rank)
-    batches = []
-    for index in range(setting.num_batches):
-        values = []
-        for _ in range(3):
-            skewed = (torch.rand(3 * setting.batch_size, generator=generator) ** 3 * 90).long()
-            values.append((drift * index + skewed) * 982_451_653_019 % ID_RANGE)
-        values.append((torch.rand(3 * setting.batch_size, generator=generator) ** 3 * setting.num_rows[2]).long())
-        features = KeyedJaggedTensor(
-            ["f0", "f0b", "f1", "f2"],
-            torch.cat(values),
-            lengths=torch.full((4 * setting.batch_size,), 3),
-        ).sync()
-        batches.append(
-            Batch(
-                torch.rand(setting.batch_size, NUM_DENSE, generator=generator),
-                features,
-                torch.randint(0, 2, (setting.batch_size,), generator=generator).float(),
-            )
-        )
-    return batches
 
 
 @pytest.fixture
@@ -268,7 +92,7 @@ def check_collisions(
     batches: Sequence[Batch] | None = None,
     **sharder_kwargs: Any,
 ) -> Trainer:
-    batches = batches if batches is not None else _make_batches(setting, dist.get_rank())
+    batches = batches if batches is not None else make_collision_batches(setting, dist.get_rank())
     stock = Trainer(setting, make_model=CollisionModel)
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel, **sharder_kwargs)
     ours.copy_from(stock)
@@ -319,7 +143,7 @@ def test_stages_on_the_training_thread() -> None:
 def test_a_wrong_forecast_is_fetched_on_the_spot(was_planned: list[bool]) -> None:
     """Ids that are let in at random cannot be foretold; those of other batches can."""
     setting = CollisionSetting(policy="random", load_factor=0.9)
-    batches = _make_batches(setting, drift=1)
+    batches = make_collision_batches(setting, drift=1)
     stock = Trainer(setting, make_model=CollisionModel)
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
     ours.copy_from(stock)
@@ -339,7 +163,7 @@ def test_controls_of_forecasts(broken: str, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         monkeypatch.setattr(BaseShardedManagedCollisionEmbeddingCollection, "_evict", lambda _self, _evictions: None)
     setting = CollisionSetting(policy="random", load_factor=0.9)
-    batches = _make_batches(setting, drift=1)
+    batches = make_collision_batches(setting, drift=1)
     stock = Trainer(setting, make_model=CollisionModel)
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
     ours.copy_from(stock)
@@ -447,7 +271,7 @@ def test_control_a_row_that_is_written_in_one_place_only_is_old_in_the_other(
 def test_hazard_8_no_stage_runs_while_rows_are_written(is_guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row is read from its table, then it is written, and then what was read goes to its slot."""
     setting = Setting(num_rows=(120, 90, 40), load_factor=0.45)
-    ours = Trainer.scratchpipe(setting)
+    ours = Trainer.scratchpipe(setting, host_access="staged")
     weights = _tables(ours)[0][0]
     batch = make_batches(setting)[0]
     row = int(batch.sparse_features["f0"].values()[0])
@@ -521,7 +345,7 @@ def test_reset_embedding_weight_momentum_is_fbgemms_over_rows() -> None:
 
 def test_state_is_of_one_moment_and_goes_both_ways(tmp_path: Path) -> None:
     setting = CollisionSetting(policy="distance")
-    batches = _make_batches(setting)
+    batches = make_collision_batches(setting)
     stock = Trainer(setting, make_model=CollisionModel)
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
     ours.copy_from(stock)
@@ -547,7 +371,7 @@ def test_state_is_of_one_moment_and_goes_both_ways(tmp_path: Path) -> None:
 
 def test_loading_a_state_in_mid_run_corrects_what_was_foretold(was_planned: list[bool]) -> None:
     setting = CollisionSetting(policy="distance")
-    batches = _make_batches(setting)
+    batches = make_collision_batches(setting)
     stock = Trainer(setting, make_model=CollisionModel)
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
     ours.copy_from(stock)
@@ -575,7 +399,7 @@ def test_planned_without_a_sharding_type_and_exported() -> None:
         name: replace(constraint, sharding_types=None) for name, constraint in scratchpad_constraints(setting).items()
     }
     ours = Trainer.scratchpipe(setting, constraints, CollisionModel)
-    batches = _make_batches(setting)
+    batches = make_collision_batches(setting)
     _train(ours, ours.pipeline(), batches)
     plain = to_stock(ours.model).eval()
     ours.model.eval()
@@ -584,9 +408,9 @@ def test_planned_without_a_sharding_type_and_exported() -> None:
 
 def test_working_sets_are_of_remapped_ids() -> None:
     setting = CollisionSetting(num_batches=40)
-    sets = measure_working_set(_make_batches(setting), CollisionModel(setting))
+    sets = measure_working_set(make_collision_batches(setting), CollisionModel(setting))
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
-    _train(ours, ours.pipeline(), _make_batches(setting))
+    _train(ours, ours.pipeline(), make_collision_batches(setting))
     counted = {table.table_name: table for pool in scratchpad_stats(ours.model) for table in pool.tables}
     for name in setting.table_names:
         assert sets[name].expected_lookups * setting.num_batches == pytest.approx(counted[name].num_unique_ids)
