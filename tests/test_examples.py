@@ -411,6 +411,23 @@ def assert_same_checkpoints(left: Path, right: Path, step: int) -> None:
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_criteo_dlrm_remaps_raw_values(tsv: Path, tmp_path: Path) -> None:
+    """With each policy, the same bits as stock; planned in a budget; without a scratchpad."""
+    common = ["--zch_size", "40", "--zch_eviction_interval", "5", "--json", str(tmp_path / "out.json")]
+    for policy in ("lfu", "lru", "distance_lfu"):
+        out = run_example(*small_run(tsv, *common, "--zch_policy", policy, "--verify", "--load_factor", "0.6"))
+        assert "rows given to other values" in out
+        figures = json.loads((tmp_path / "out.json").read_text())
+        assert figures["verify"]["max_abs_diff"] == 0.0
+        assert sum(pool["num_rows_reset"] for pool in figures["scratchpad"]) > 100
+        assert sum(pool["num_victims"] for pool in figures["scratchpad"]) > 100
+    run_example(*small_run(tsv, *common, "--scratchpad_budget_gb", "0.0001", "--evaluate_stock"))
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["stock_auroc"] == figures["auroc"]
+    run_example(*small_run(tsv, *common, "--embedding_cache", "fused"))
+    assert json.loads((tmp_path / "out.json").read_text())["scratchpad"] == []
+
+
 def test_criteo_dlrm_is_resumed_in_mid_epoch(tsv: Path, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     run_example(*small_run(tsv, "--save_dir", str(whole), "--epochs", "2"))

@@ -124,6 +124,9 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--num_embeddings", type=whole(1), help="rows of every table; default: Criteo Kaggle's, 33.8 million in all")
     add("--num_embeddings_per_feature", type=whole_numbers, help=f"{NUM_SPARSE} numbers of rows, comma-separated")
     add("--max_num_embeddings", type=whole(1), help="cap on the rows of every table; default: none")
+    add("--zch_size", type=whole(2), help="rows of every table, to which raw values are remapped; default: hash them")
+    add("--zch_policy", choices=["lfu", "lru", "distance_lfu"], default="distance_lfu", help="whose row is taken")
+    add("--zch_eviction_interval", type=whole(1), default=100, help="steps from one taking of rows to the next")
     add("--seed", type=whole(0), default=0, help="of weights and generated rows")
 
 
@@ -196,6 +199,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def rows_per_table(args: argparse.Namespace) -> list[int]:
     """Rows of each of the 26 tables."""
+    return values_per_table(args) if args.zch_size is None else [args.zch_size] * NUM_SPARSE
+
+
+def values_per_table(args: argparse.Namespace) -> list[int]:
+    """Values that the data has for each of the 26 tables: its rows, unless values are remapped."""
     if args.num_embeddings_per_feature is not None:
         rows = numbers_of(args.num_embeddings_per_feature)
     else:
@@ -250,8 +258,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--over_arch_layer_sizes is {args.over_arch_layer_sizes}, the last needs to be 1, the logit. Add ,1"
         )
-    if len(rows_per_table(args)) != NUM_SPARSE:
-        raise UsageError(f"--num_embeddings_per_feature: {len(rows_per_table(args))} numbers, needs {NUM_SPARSE}")
+    if len(values_per_table(args)) != NUM_SPARSE:
+        raise UsageError(f"--num_embeddings_per_feature: {len(values_per_table(args))} numbers, needs {NUM_SPARSE}")
     if args.criteo_tsv is not None and not Path(args.criteo_tsv).is_file():
         raise UsageError(f"--criteo_tsv {args.criteo_tsv}: no such file. Give the path of a raw Criteo TSV.")
     needed, available = ram_bytes(args), available_ram_bytes()

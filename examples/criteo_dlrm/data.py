@@ -23,6 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 logger = logging.getLogger(__name__)
 
 NUM_DENSE = 13
+RAW_VALUE_BITS = 32  # 8 hexadecimal digits
 NUM_SPARSE = 26
 NUM_COLUMNS = 1 + NUM_DENSE + NUM_SPARSE
 FEATURE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
@@ -122,6 +123,7 @@ class GeneratedCriteo:
         num_val_batches: Per rank.
         seed: Of everything.
         share: This rank's part.
+        is_raw: Each value as a number of 32 bits, in place of a row.
     """
 
     def __init__(
@@ -132,7 +134,10 @@ class GeneratedCriteo:
         num_val_batches: int,
         seed: int,
         share: Share,
+        *,
+        is_raw: bool = False,
     ) -> None:
+        self._is_raw = is_raw
         self.num_train_batches = num_train_batches
         self.num_val_batches = num_val_batches
         self._batch_size = batch_size
@@ -172,7 +177,12 @@ class GeneratedCriteo:
                 ids[column] = row_of_rank[np.minimum(ranks, len(row_of_rank) - 1)]
                 logits += effects[ids[column]]
             labels = (rng.random(self._batch_size) < 1 / (1 + np.exp(-logits))).astype(np.int32)
-            yield make_batch(dense, ids, labels)
+            yield make_batch(dense, _spread(ids) if self._is_raw else ids, labels)
+
+
+def _spread(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    # An odd factor permutes the numbers of 32 bits.
+    return (ids * 0x9E3779B1) & ((1 << RAW_VALUE_BITS) - 1)
 
 
 def _hidden_effects(
@@ -210,13 +220,17 @@ class CriteoTsv:
         num_embeddings: Rows of each of the 26 tables.
         batch_size: B; with several ranks an incomplete last round of batches is left out.
         share: This rank's part.
+        is_raw: Values as they are, of 32 bits, in place of rows.
 
     Raises:
         CriteoFormatError: The file is missing, empty, damaged or too short, or its first line is no sample.
     """
 
-    def __init__(self, path: str, num_embeddings: Sequence[int], batch_size: int, share: Share) -> None:
+    def __init__(
+        self, path: str, num_embeddings: Sequence[int], batch_size: int, share: Share, *, is_raw: bool = False
+    ) -> None:
         self._path = Path(path)
+        self._is_raw = is_raw
         self._num_embeddings = np.asarray(num_embeddings, dtype=np.uint64)[:, None]
         self._batch_size = batch_size
         self._share = share
@@ -333,6 +347,8 @@ class CriteoTsv:
         return np.frombuffer(packed, dtype=">u4").reshape(len(rows), NUM_SPARSE).T.astype(np.uint64)
 
     def _hash(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        if self._is_raw:
+            return values.astype(np.int64)
         # A multiplicative hash whose high bits decide; a missing value is 0 and shares row 0 with its collisions.
         mixed = (values * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
         return (mixed % self._num_embeddings).astype(np.int64)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from arguments import numbers_of, rows_per_table
 from data import FEATURE_NAMES, NUM_DENSE
+from remapping import RemappedBags
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed import DistributedModelParallel
@@ -27,7 +28,7 @@ def make_dlrm(args: argparse.Namespace) -> DLRMTrain:
         device=torch.device("meta"),
     )
     common: dict[str, Any] = {
-        "embedding_bag_collection": collection,
+        "embedding_bag_collection": collection if args.zch_size is None else RemappedBags(collection, args),
         "dense_in_features": NUM_DENSE,
         "dense_arch_layer_sizes": [*numbers_of(args.dense_arch_layer_sizes)[:-1], args.embedding_dim],
         "over_arch_layer_sizes": numbers_of(args.over_arch_layer_sizes),

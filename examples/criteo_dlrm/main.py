@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchmetrics
-from arguments import UsageError, as_size, parse_args, ram_bytes, rows_per_table, table_bytes
+from arguments import UsageError, as_size, parse_args, ram_bytes, rows_per_table, table_bytes, values_per_table
 from data import FEATURE_NAMES, BatchSource, CriteoFormatError, CriteoTsv, GeneratedCriteo, Share
 from dlrm import make_model, make_optimizer
 from picture import plot
@@ -35,6 +35,7 @@ from torch.func import functional_call
 from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
@@ -70,9 +71,16 @@ FLAGS = {
 }  # by what a planner's error calls them
 
 
+def collection_path(args: argparse.Namespace) -> str:
+    """What the sharding plan calls the embedding tables."""
+    return COLLECTION_PATH if args.zch_size is None else f"{COLLECTION_PATH}.remapped"
+
+
 def make_source(args: argparse.Namespace, share: Share) -> BatchSource:
     if args.criteo_tsv:
-        source: BatchSource = CriteoTsv(args.criteo_tsv, rows_per_table(args), args.batch_size, share)
+        source: BatchSource = CriteoTsv(
+            args.criteo_tsv, values_per_table(args), args.batch_size, share, is_raw=args.zch_size is not None
+        )
         if args.limit_train_batches is not None:
             source.num_train_batches = min(source.num_train_batches, args.limit_train_batches)
         if args.limit_val_batches is not None:
@@ -80,7 +88,15 @@ def make_source(args: argparse.Namespace, share: Share) -> BatchSource:
         return source
     num_train_batches = NUM_GENERATED_TRAIN_BATCHES if args.limit_train_batches is None else args.limit_train_batches
     num_val_batches = NUM_GENERATED_VAL_BATCHES if args.limit_val_batches is None else args.limit_val_batches
-    return GeneratedCriteo(rows_per_table(args), args.batch_size, num_train_batches, num_val_batches, args.seed, share)
+    return GeneratedCriteo(
+        values_per_table(args),
+        args.batch_size,
+        num_train_batches,
+        num_val_batches,
+        args.seed,
+        share,
+        is_raw=args.zch_size is not None,
+    )
 
 
 def get_working_sets(args: argparse.Namespace, source: BatchSource, model: DLRMTrain) -> WorkingSets:
@@ -115,7 +131,8 @@ def make_planner(
         "debug": args.print_sharding_plan,
     }
     if args.embedding_cache == "fused":
-        return ScratchPipeShardingPlanner(**common)
+        stock = {f"t_{feature}": ParameterConstraints(compute_kernels=["fused"]) for feature in FEATURE_NAMES}
+        return ScratchPipeShardingPlanner(**common, constraints=None if args.zch_size is None else stock)
     if args.budget_gb is not None:
         return ScratchPipeShardingPlanner(
             **common,
@@ -142,13 +159,14 @@ def shard(
     model = make_model(args)
     is_cached = args.embedding_cache == "scratchpipe"
     planner = make_planner(args, source, model, device)
-    sharders = [
+    bags = (
         ScratchPipeEmbeddingBagCollectionSharder(
             table_dir=args.table_dir, ram_budget_gb=args.ram_budget_gb, host_access=args.host_access
         )
         if is_cached
         else EmbeddingBagCollectionSharder()
-    ]
+    )
+    sharders = [bags if args.zch_size is None else ManagedCollisionEmbeddingBagCollectionSharder(ebc_sharder=bags)]
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     args.lookahead = planner.lookahead if args.lookahead is None else args.lookahead
     model = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
@@ -230,9 +248,8 @@ class Trainer:
             self._read_stats, [*self._later_half, *(self._planned_part or ())], args.lookahead
         )
         if self._is_main:
-            print_plan(
-                self.plan.plan[COLLECTION_PATH], scratchpad_stats(self.model), self._report, args.print_sharding_plan
-            )
+            tables = self.plan.plan[collection_path(args)]
+            print_plan(tables, scratchpad_stats(self.model), self._report, args.print_sharding_plan)
 
     def _resume(self, checkpoints: CheckpointManager) -> None:
         found = checkpoints.load(self.model, self._optimizer)
@@ -288,9 +305,9 @@ class Trainer:
 
     def _read_stats(self) -> list[PoolStats]:
         """Of batches whose planning has ended."""
-        collection = self.model.module.get_submodule(COLLECTION_PATH)
-        if isinstance(collection, ShardedScratchPipeEmbeddingBagCollection):
-            collection.wait_until_idle()
+        for collection in self.model.modules():
+            if isinstance(collection, ShardedScratchPipeEmbeddingBagCollection):
+                collection.wait_until_idle()
         return scratchpad_stats(self.model)
 
     def _train_epoch(self, epoch: int) -> dict[str, float | None]:
@@ -313,10 +330,11 @@ class Trainer:
         own = [next(batches) for _ in range(num_steps)] if self._twin is not None else None
         iterator = iter(own) if own is not None else _take(batches, num_steps)
         for step in range(num_steps):
+            random_state = torch.get_rng_state()
             with self.measurements.step():
                 loss, _, _ = self._pipeline.progress(iterator)
             if self._twin is not None and own is not None:
-                self._twin.step(own[step], loss)
+                self._twin.step(own[step], loss, random_state)
             if self._args.print_lr and self._is_main:
                 bar.write(f"learning rate {self._optimizer.param_groups[0]['lr']:.6f}")
             self._trace.step()

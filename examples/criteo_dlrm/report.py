@@ -265,6 +265,8 @@ def _of_scratchpad(figures: Mapping[str, Any]) -> list[str]:
             f"misses per batch from {first_batch} to {last_batch}: planned {misses['planned']:,.1f}, counted "
             f"{misses['counted']:,.1f}"
         )
+    if total["num_rows_reset"]:
+        parts.append(f"rows given to other values {total['num_rows_reset']:,}")
     if num_reads := total["num_disk_pages_read"]:
         parts.append(
             f"from the disk {total['num_disk_rows_read']:,} rows by {num_reads:,} reads, "

@@ -13,6 +13,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 from torchrec.distributed.types import ShardingPlan
 from torchrec.models.dlrm import DLRMTrain
 from torchrec.optim.keyed import KeyedOptimizer
@@ -47,9 +48,8 @@ class Twin:
                 if sharding.compute_kernel == "fused_uvm_caching":
                     sharding.compute_kernel, sharding.cache_params = "fused", None
         unsharded = make_model(args)
-        self._model = DistributedModelParallel(
-            unsharded, device=device, plan=stock_plan, sharders=[EmbeddingBagCollectionSharder()]
-        )
+        sharders = [EmbeddingBagCollectionSharder(), ManagedCollisionEmbeddingBagCollectionSharder()]
+        self._model = DistributedModelParallel(unsharded, device=device, plan=stock_plan, sharders=sharders)
         self._model.load_state_dict(model.state_dict())
         self._optimizer = make_optimizer(args, self._model)
         self._device = device
@@ -64,17 +64,20 @@ class Twin:
         """
         checkpoints.load(self._model, self._optimizer)
 
-    def step(self, batch: Batch, loss: Tensor) -> None:
+    def step(self, batch: Batch, loss: Tensor, random_state: Tensor) -> None:
         """Train one batch the plain way.
 
         Args:
             batch: The batch that the pipeline has just trained.
             loss: The pipeline's loss for it.
+            random_state: Before the pipeline's step: rows that change hands begin with random numbers.
         """
-        self._optimizer.zero_grad()
-        own_loss, _ = self._model(batch.to(self._device))
-        own_loss.backward()
-        self._optimizer.step()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(random_state)
+            self._optimizer.zero_grad()
+            own_loss, _ = self._model(batch.to(self._device))
+            own_loss.backward()
+            self._optimizer.step()
         self._max_loss_diff = max(self._max_loss_diff, float((own_loss.detach() - loss.detach()).abs()))
         self._num_batches += 1
 

@@ -131,12 +131,13 @@ class ScratchpadEnumerator(Enumerator):
         has_slots = self._rules.has_slots(name)
         if not has_slots and not self._is_cpu:
             return list(filter_types(name, allowed, *args, **kwargs))
+        # Managed collision takes row-wise alone: on a CPU, stock offers nothing.
+        allowed = allowed or [ShardingType.ROW_WISE.value]
         # Stock offers row-wise and its kin on CUDA alone; scratchpads have them on a CPU too, where they are asked for.
         offered = list(filter_types(name, list(dict.fromkeys([*allowed, *ALL_TYPES])), *args, **kwargs))
         is_asked = not set(offered) >= ALWAYS_KEPT
         if not is_asked:
-            # Managed collision takes row-wise alone, which stock offers on CUDA alone: on a CPU, nothing is left.
-            offered = [kind for kind in offered if kind in (allowed or [ShardingType.ROW_WISE.value])]
+            offered = [kind for kind in offered if kind in allowed]
         if has_slots:
             self._filtered.add(name)
             return self._types_for_slots(name, offered, is_asked=is_asked)
