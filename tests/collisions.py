@@ -40,6 +40,10 @@ class CollisionSetting(Setting):
     load_factor: float = 0.7
     num_batches: int = 60
     num_ids: int = 90  # that are in use at a time
+    num_buckets: int | None = None  # default: as many as ranks
+    is_in_place: bool = False
+    is_hashed: bool = False
+    returns_remapped: bool = True
 
     def feature_names(self, table_index: int) -> tuple[str, ...]:
         return ("f0", "f0b") if table_index == 0 else (f"f{table_index}",)
@@ -105,6 +109,10 @@ class LatestTakesRow(ManagedCollisionModule):
         return type(self)(last - first, self._num_buckets, first, output_segments)
 
 
+def _hash(ids: Tensor, size: int) -> Tensor:
+    return ids * 1_000_003 % size
+
+
 def _collision_module(setting: CollisionSetting, table_index: int) -> ManagedCollisionModule:
     size, interval = setting.num_rows[table_index], setting.eviction_interval
     if setting.policy == "hash":
@@ -121,7 +129,8 @@ def _collision_module(setting: CollisionSetting, table_index: int) -> ManagedCol
         eviction_policy=policy,
         eviction_interval=interval,
         input_hash_size=ID_RANGE,
-        buckets=dist.get_world_size(),
+        input_hash_func=_hash if setting.is_hashed else None,
+        buckets=setting.num_buckets or dist.get_world_size(),
     )
 
 
@@ -137,10 +146,16 @@ class CollisionModel(nn.Module):
             {config.name: _collision_module(setting, index) for index, config in enumerate(configs)}, configs
         )
         kind = ManagedCollisionEmbeddingBagCollection if setting.is_pooled else ManagedCollisionEmbeddingCollection
-        self.remapped = kind(tables, collisions, return_remapped_features=True)
+        self.remapped = kind(
+            tables,
+            collisions,
+            return_remapped_features=setting.returns_remapped,
+            allow_in_place_embed_weight_update=setting.is_in_place,
+        )
         plain = make_bags(setting).embedding_bag_configs()[2:]
         self.plain = EmbeddingBagCollection(tables=plain, device=torch.device("meta"))
         self.is_pooled = setting.is_pooled
+        self.returns_remapped = setting.returns_remapped
         self.names = [name for index in range(2) for name in setting.feature_names(index)]
         self.dropout = nn.Dropout(0.2)
         self.over = nn.Linear(setting.dims[0] * (len(self.names) + 1) + NUM_DENSE, 1)
@@ -158,7 +173,10 @@ class CollisionModel(nn.Module):
         columns.append(others["f2"])
         logits = self.over(self.dropout(torch.cat([*columns, batch.dense_features], dim=1))).squeeze(1)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
-        return loss, torch.cat([logits.detach().double(), remapped.values().double()])
+        found = [logits.detach().double()]
+        if self.returns_remapped:
+            found.append(remapped.values().double())
+        return loss, torch.cat(found)
 
 
 def make_collision_batches(

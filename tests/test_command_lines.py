@@ -50,7 +50,8 @@ OPTIONS: dict[str, str] = {
         --over_arch_layer_sizes --interaction_type --interaction_branch1_layer_sizes --interaction_branch2_layer_sizes
         --dcn_num_layers --dcn_low_rank_dim --learning_rate --eps --adagrad --lr_warmup_steps --lr_decay_start
         --lr_decay_steps --embedding_cache --load_factor --hbm_budget_gb --scratchpad_budget_gb --working_sets
-        --zch_size --zch_policy --zch_eviction_interval --num_measured_batches --lookahead --num_batches_seen_ahead --host_access --table_dir --ram_budget_gb
+        --zch_size --zch_policy --zch_eviction_interval --num_measured_batches --lookahead
+        --num_batches_seen_ahead --host_access --table_dir --ram_budget_gb
         --save_dir --save_every
         --keep_last --resume --validation_freq_within_epoch --print_lr --print_sharding_plan --verify --evaluate_stock
         --profile_trace --json --plot

@@ -29,6 +29,7 @@ from helpers import (
     scratchpad_constraints,
     with_optimizer,
 )
+from test_features import index_dedup_on_cpu  # noqa: F401
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.itep_embeddingbag import ITEPEmbeddingBagCollectionSharder
@@ -130,6 +131,35 @@ def test_optimizers_and_intervals(optimizer: type[torch.optim.Optimizer], evicti
         optimizer=optimizer, optimizer_kwargs=kwargs, eviction_interval=eviction_interval, policy="distance"
     )
     check_collisions(setting)
+
+
+def test_two_forwards_then_their_backwards() -> None:
+    """Rows change hands between a forward and its backward: the update goes on top of the new rows, as in stock."""
+    setting = CollisionSetting(is_in_place=True, eviction_interval=1)
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    ours.copy_from(stock)
+    batches = make_collision_batches(setting)
+    outputs: list[list[Tensor]] = [[], []]
+    for trainer, found in zip((stock, ours), outputs, strict=True):
+        torch.manual_seed(3)
+        for first, second in zip(batches[::2], batches[1::2], strict=True):
+            trainer.optimizer.zero_grad()
+            results = [trainer.model(batch) for batch in (first, second)]
+            found += [logits for _, logits in results]
+            (results[0][0] + results[1][0]).backward()
+            trainer.optimizer.step()
+    assert_same_outputs(*outputs)
+    assert_same_bits(stock, ours)
+    assert ours.num_victims > 0
+
+
+def test_ids_are_hashed_first_and_remapped_ids_are_not_returned() -> None:
+    check_collisions(CollisionSetting(is_hashed=True, returns_remapped=False))
+
+
+def test_index_dedup_of_remapped_ids(index_dedup_on_cpu: None) -> None:  # noqa: F811
+    check_collisions(CollisionSetting(is_pooled=False, use_index_dedup=True, returns_remapped=False))
 
 
 def test_tables_in_files(tmp_path: Path) -> None:
@@ -391,6 +421,39 @@ def test_loading_a_state_in_mid_run_corrects_what_was_foretold(was_planned: list
     assert_same_bits(stock, ours)
     assert not all(was_planned)
     assert all(was_planned[-20:])
+
+
+def _save(rank: int, directory: str) -> None:
+    setting = CollisionSetting(policy="distance", num_rows=(320, 240, 160), load_factor=0.35, num_buckets=4)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    _train(ours, ours.pipeline(3), make_collision_batches(setting, rank)[:30])
+    CheckpointManager(directory).save(30, ours.model, ours.optimizer)
+    again = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    CheckpointManager(directory).load(again.model, again.optimizer)
+    assert_same_bits(ours, again)
+
+
+def _resume(rank: int, directory: str, is_possible: bool) -> None:
+    setting = CollisionSetting(policy="distance", num_rows=(320, 240, 160), load_factor=0.35, num_buckets=4)
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    for trainer in (stock, ours):
+        with contextlib.nullcontext() if is_possible else pytest.raises(AssertionError, match="cannot be built out of"):
+            CheckpointManager(directory).load(trainer.model, trainer.optimizer)
+    if not is_possible:
+        return
+    assert_same_bits(stock, ours)
+    batches = make_collision_batches(setting, rank)[30:50]
+    expected = _train(stock, _stock_pipeline(stock), batches)
+    assert_same_outputs(expected, _train(ours, ours.pipeline(3), batches))
+    assert_same_bits(stock, ours)
+
+
+@pytest.mark.parametrize(("num_before", "num_after"), [(2, 1), (4, 2), (2, 4)])
+def test_a_checkpoint_on_other_numbers_of_ranks(num_before: int, num_after: int, tmp_path: Path) -> None:
+    """TorchRec puts the shards of collision modules together, and refuses to cut them."""
+    run_ranks(num_before, _save, str(tmp_path))
+    run_ranks(num_after, _resume, str(tmp_path), num_after <= num_before)
 
 
 def test_planned_without_a_sharding_type_and_exported() -> None:
