@@ -66,6 +66,31 @@ def train_and_save(directory: Path, table_dir: Path | None, save_every: int) -> 
     (directory / "final.pt.unfinished").rename(directory / "final.pt")
 
 
+LARGE = replace(
+    SETTING, num_rows=(400_000, 60_000, 300), dims=(64, 64, 64), load_factor=0.02, batch_size=1024, num_batches=30
+)  # 236 MB
+
+
+def train_large_tables(directory: Path, group: Path | None) -> None:
+    """Go on from the latest checkpoint, with tables in files and within a control group's memory, if there is one."""
+    if group is not None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    set_up(directory)
+    kwargs = {} if group is None else {"table_dir": str(directory / "tables"), "ram_budget_gb": 0.01}
+    ours = Trainer.scratchpipe(LARGE, **kwargs)
+    manager = CheckpointManager(directory / "checkpoints")
+    found = manager.load(ours.model, ours.optimizer)
+    first = found.step if found is not None else 0
+    (directory / f"began_at_{first}").touch()
+    pipeline, iterator = ours.pipeline(), iter(make_batches(LARGE)[first:])
+    for step in range(first + 1, LARGE.num_batches + 1):
+        pipeline.progress(iterator)
+        if step % 15 == 0:
+            manager.save(step, ours.model, ours.optimizer)
+    assert ours.num_victims > 10_000
+    (directory / "is_done").touch()
+
+
 def fill_the_disk(directory: Path, is_async: bool) -> None:
     """Save once, let no file grow any more, fail to save, train on, save again."""
     set_up(directory)

@@ -4,8 +4,10 @@
 `make faults` runs these and every other test marked `fault`, kills 50 times, and prints a table.
 """
 
+import contextlib
 import os
 import random
+import runpy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import fault_jobs
 import pytest
 import torch
 from processes import end, start
+from test_examples import assert_same_checkpoints
 
 pytestmark = pytest.mark.dist
 
@@ -58,6 +61,31 @@ def test_killed_jobs_resume_to_the_same_bits(
     record_property("tries", NUM_KILLS)
     record_property("note", f"{num_killed_in_training} of them in training")
     assert num_killed_in_training > 0
+
+
+@pytest.mark.fault("kill -9 under a memory limit that tables in files exceed, page cache dropped")
+def test_a_job_under_a_memory_limit_is_killed_and_resumes(tmp_path: Path) -> None:
+    benchmark = Path(__file__).parent.parent / "examples" / "benchmark" / "disk_tier.py"
+    memory_limit = runpy.run_path(str(benchmark))["memory_limit"]
+    directories = [tmp_path / "in_ram", tmp_path / "in_files"]
+    for directory in directories:
+        (directory / "tables").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            group = stack.enter_context(memory_limit(220_000_000))
+        except SystemExit as reason:
+            pytest.skip(str(reason))
+        assert end(start(fault_jobs.train_large_tables, directories[0], None)) == 0
+        killed = start(fault_jobs.train_large_tables, directories[1], group)
+        fault_jobs.wait_for(directories[1] / "checkpoints" / "step_000000000015")
+        killed.kill()
+        killed.join()
+        resumed = start(fault_jobs.train_large_tables, directories[1], group)
+        fault_jobs.wait_for(directories[1] / "began_at_15")
+        Path("/proc/sys/vm/drop_caches").write_text("1")  # clean pages of all files, in mid-run
+        assert end(resumed) == 0
+    in_ram, in_files = (directory / "checkpoints" for directory in directories)
+    assert_same_checkpoints(in_ram, in_files, fault_jobs.LARGE.num_batches, min_tensors=6)
 
 
 @pytest.mark.fault("disk full during save, at four points of the files")

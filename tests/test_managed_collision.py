@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from collisions import CollisionModel, CollisionSetting, make_collision_batches
+from collisions import CollisionModel, CollisionSetting, LatestTakesRow, make_collision_batches
 from helpers import (
     CPU,
     Setting,
@@ -454,6 +454,43 @@ def test_a_checkpoint_on_other_numbers_of_ranks(num_before: int, num_after: int,
     """TorchRec puts the shards of collision modules together, and refuses to cut them."""
     run_ranks(num_before, _save, str(tmp_path))
     run_ranks(num_after, _resume, str(tmp_path), num_after <= num_before)
+
+
+def test_evaluation_in_between_and_a_pipeline_that_is_reset() -> None:
+    setting = CollisionSetting(policy="hash", num_batches=90)
+    batches = make_collision_batches(setting)
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
+    ours.copy_from(stock)
+    theirs, mine = _stock_pipeline(stock), ours.pipeline(3)
+    for first in (0, 30, 60):
+        for trainer in (stock, ours):
+            trainer.model.train()
+        assert_same_outputs(
+            _train(stock, theirs, batches[first : first + 20]), _train(ours, mine, batches[first : first + 20])
+        )
+        for trainer in (stock, ours):
+            trainer.model.eval()
+        some = batches[first + 10 : first + 30]
+        assert_same_outputs(_train(stock, theirs, some), _train(ours, mine, some))
+        ours.model.train()
+        mine.fill_pipeline(iter(some))  # foretold, planned, and dropped
+        mine.reset()
+    assert_same_bits(stock, ours)
+
+
+def test_collision_modules_that_cannot_be_copied_are_fetched_on_the_spot(
+    was_planned: list[bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def copied(_self: LatestTakesRow, memo: Any) -> Any:
+        return copy.deepcopy(threading.Lock(), memo)
+
+    monkeypatch.setattr(LatestTakesRow, "__deepcopy__", copied, raising=False)
+    setting = CollisionSetting(policy="hash")
+    check_collisions(setting)
+    assert was_planned == [False, True] * setting.num_batches  # the plain collection is planned all the same
+    (record,) = [record for record in caplog.records if record.name.endswith(".forecast")]
+    assert "tables t0, t1 cannot be planned ahead, because its modules cannot be copied (TypeError" in record.message
 
 
 def test_planned_without_a_sharding_type_and_exported() -> None:

@@ -12,6 +12,7 @@ copy is made anew.
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torchrec.distributed.mc_modules import ShardedManagedCollisionCollection
 from torchrec_scratchpipe.sharding.collection import PlannedBatches
 
 __all__ = ["Forecast", "Forecaster"]
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Forecast(PlannedBatches):
@@ -50,6 +53,7 @@ class Forecaster:
     def __init__(self, module: BaseShardedManagedCollisionEmbeddingCollection[Any]) -> None:
         self._real: ShardedManagedCollisionCollection = module._managed_collision_collection
         self._ahead: ShardedManagedCollisionCollection | None = None
+        self._can_copy = True
         self.is_wrong = False  # a batch was not as foretold, so that the next ones may not be either
 
     def start_anew(self) -> None:
@@ -58,18 +62,33 @@ class Forecaster:
         self.is_wrong = False
 
     @torch.no_grad()
-    def forecast(self, context: Any, dist_input: KJTList) -> Forecast:
-        """Foretell the batch after the last one; its Train finds the forecast in its context."""
+    def forecast(self, context: Any, dist_input: KJTList) -> Forecast | None:
+        """Foretell the batch after the last one; its Train finds the forecast in its context.
+
+        None if the modules cannot be copied, which a warning says once.
+        """
+        if self._ahead is None and self._can_copy:
+            try:
+                self._ahead = _copied(self._real)
+            except Exception as error:  # users write collision modules of their own
+                self._can_copy = False
+                logger.warning(
+                    "managed collision of tables %s cannot be planned ahead, because its modules cannot be copied "
+                    "(%s: %s). Rows are fetched on the spot: right, but slow. Make copy.deepcopy() of them work.",
+                    ", ".join(self._real._managed_collision_modules),
+                    type(error).__name__,
+                    error,
+                )
         if self._ahead is None:
-            self._ahead = _copied(self._real)
+            return None
         self._ahead._managed_collision_modules.train(self._real.training)
         device = self._real._device
         # Who draws random numbers draws other ones here than when the batch trains, and must not miss these then.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             features = self._ahead.compute(context, dist_input)
         self._ahead.evict()
-        context.forecast = Forecast(self, features)
-        return context.forecast
+        forecast = context.forecast = Forecast(self, features)
+        return forecast
 
 
 def _copied(real: ShardedManagedCollisionCollection) -> ShardedManagedCollisionCollection:

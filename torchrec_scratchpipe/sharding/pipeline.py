@@ -441,14 +441,13 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
     def _forecast(self, context: ScratchPipeTrainPipelineContext) -> None:
         """Foretell the rows of a batch, after those of all batches before it, where managed collision gives them."""
         for module in dict.fromkeys(self._pipelined_modules):
-            is_remapped = isinstance(module, BaseShardedManagedCollisionEmbeddingCollection)
-            if is_remapped and collection_to_plan(module) is not None:
+            if _is_remapped(module) and collection_to_plan(module) is not None:
                 name = module.forward.name
                 forecaster = self._forecasters.setdefault(name, Forecaster(module))
                 with self._stream_context(self._data_dist_stream):
-                    context.forecasts[name] = forecaster.forecast(
-                        context.module_contexts[name], context.planned_inputs[name]
-                    )
+                    forecast = forecaster.forecast(context.module_contexts[name], context.planned_inputs[name])
+                if forecast is not None:
+                    context.forecasts[name] = forecast
 
     def _correct_forecasts(self) -> None:
         """After a wrong forecast: drop those of all batches in flight, and make them anew."""
@@ -470,10 +469,17 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         """Each collection that is planned ahead, what the batch looks up in it, and what is to hold the plans."""
         for module in dict.fromkeys(self._pipelined_modules):
             collection, name = collection_to_plan(module), module.forward.name
-            if collection is not None:
-                forecast = context.forecasts.get(name)
-                features = context.planned_inputs[name] if forecast is None else forecast.features
-                yield collection, features, context.module_contexts[name] if forecast is None else forecast
+            if collection is None:
+                continue
+            if not _is_remapped(module):
+                yield collection, context.planned_inputs[name], context.module_contexts[name]
+            elif name in context.forecasts:
+                yield collection, context.forecasts[name].features, context.forecasts[name]
+
+
+def _is_remapped(module: torch.nn.Module) -> bool:
+    """Whether what it is given are ids that managed collision remaps in forward."""
+    return isinstance(module, BaseShardedManagedCollisionEmbeddingCollection)
 
 
 def _release(context: TrainPipelineContext) -> None:

@@ -81,11 +81,13 @@ class _ShowsTable:
             if result is not None:
                 return result
         views: list[_ShowsTable] = []
+        written_views: list[_ShowsTable] = []
         plain_args, plain_kwargs = tree_map(lambda value: _unwrap(value, views), (args, kwargs))
         if not func.is_view and func not in _METADATA:
             written = _written(func, args, kwargs)
             for view in views:
                 if any(view is other for other in written):
+                    written_views.append(view)
                     view._owner.prepare_write(view._shown)
                 else:
                     view._owner.prepare_read(view._shown)
@@ -94,6 +96,8 @@ class _ShowsTable:
             result = _draw(func, *plain_args, device=device, **plain_kwargs)
         else:
             result = func(*plain_args, **plain_kwargs)
+        for view in written_views:
+            torch.autograd.graph.increment_version(view._shown)
         return tree_map(lambda value: _wrap(value, views), result)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -180,8 +184,8 @@ class TableView(_ShowsTable, Tensor):  # type: ignore[misc]  # it takes over wha
 
     @staticmethod
     def __new__(cls, shown: Tensor, owner: TableOwner) -> Self:  # noqa: D102
-        # .data: torch counts an operation that writes a view on the view. The table's own count is of what was done to
-        # its memory.
+        # .data: torch counts every operation that writes, on the view, even one that the table need not hear of. So the
+        # view has a count of its own, and __torch_dispatch__ counts on the table.
         view: Self = Tensor._make_subclass(cls, shown.data, shown.requires_grad)
         view._shown, view._owner = shown, owner
         return view
