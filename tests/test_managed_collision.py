@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import collisions
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,13 +37,18 @@ from torchrec.distributed.itep_embeddingbag import ITEPEmbeddingBagCollectionSha
 from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.hash_mc_modules import HashZchManagedCollisionModule
 from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection
 from torchrec.modules.itep_modules import GenericITEPModule
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+from torchrec.modules.mc_modules import ManagedCollisionCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_scratchpipe import (
     CheckpointManager,
     ConfigError,
+    MeasurementError,
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeShardingPlanner,
     measure_working_set,
@@ -509,14 +515,28 @@ def test_planned_without_a_sharding_type_and_exported() -> None:
     assert torch.equal(plain(batches[7])[1], ours.model(batches[7])[1])
 
 
-def test_working_sets_are_of_remapped_ids() -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_working_sets_are_of_remapped_ids(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = CollisionSetting(num_batches=40)
-    sets = measure_working_set(make_collision_batches(setting), CollisionModel(setting))
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
     _train(ours, ours.pipeline(), make_collision_batches(setting))
+    monkeypatch.setattr(collisions, "CPU", torch.device(device))
+    sets = measure_working_set(make_collision_batches(setting), CollisionModel(setting))
     counted = {table.table_name: table for pool in scratchpad_stats(ours.model) for table in pool.tables}
     for name in setting.table_names:
         assert sets[name].expected_lookups * setting.num_batches == pytest.approx(counted[name].num_unique_ids)
+
+
+def test_collision_modules_that_cannot_run_here_cannot_be_measured() -> None:
+    """FBGEMM's hash kernel changes its state on CUDA alone."""
+    tables = make_bags(CollisionSetting()).embedding_bag_configs()[:1]
+    module = HashZchManagedCollisionModule(tables[0].num_embeddings, CPU, total_num_buckets=4)
+    model = ManagedCollisionEmbeddingBagCollection(
+        EmbeddingBagCollection(tables=tables, device=torch.device("meta")),
+        ManagedCollisionCollection({tables[0].name: module}, tables),
+    )
+    with pytest.raises(MeasurementError, match=r"features f0, f0b: their managed collision cannot run on cpu"):
+        measure_working_set(make_collision_batches(CollisionSetting(num_batches=2)), model)
 
 
 def test_in_training_pruning_is_refused() -> None:

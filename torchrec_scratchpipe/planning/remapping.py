@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_scratchpipe.errors import MeasurementError
+from torchrec_scratchpipe.planning.checks import few
+
 __all__ = ["Remapping", "remappings_of"]
 
 
@@ -26,18 +29,35 @@ class Remapping:
         self._collisions = copy.deepcopy(module._managed_collision_collection).train()
         configs = self._collisions.embedding_configs()
         self._names = [name for config in configs for name in config.feature_names]
+        modules = self._collisions._managed_collision_modules
+        self._device = next(iter(modules.children()))._device
+        if self._device.type == "meta":  # they get their memory when they are sharded, and so here
+            self._device = torch.device("cpu")
+            for config in configs:
+                size = config.num_embeddings
+                modules[config.name] = modules[config.name].rebuild_with_output_id_range(
+                    (0, size), [0, size], self._device
+                )
 
     @torch.no_grad()
     def apply(self, ids_of_features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The ids of its features, remapped, and those of others as they are; a batch without a feature stays so.
 
-        Shapes: [I] int64 each.
+        Shapes: [I] int64 each. Raises MeasurementError.
         """
         remapped = dict(ids_of_features)
         if all(name in ids_of_features for name in self._names):
             ids = [ids_of_features[name].long() for name in self._names]
             lengths = torch.tensor([some.numel() for some in ids], dtype=torch.int64)
-            features = self._collisions(KeyedJaggedTensor(self._names, torch.cat(ids), lengths=lengths))
+            features = KeyedJaggedTensor(self._names, torch.cat(ids), lengths=lengths).to(self._device)
+            try:
+                features = self._collisions(features)
+            except RuntimeError as error:  # FBGEMM's hash kernel trains on CUDA alone
+                raise MeasurementError(
+                    f"features {few(self._names)}: their managed collision cannot run on {self._device} ({error}). "
+                    "Make it on the device that trains, or give get_features, which returns ids that are remapped already, "
+                    "and the tables' configs in place of the model."
+                ) from error
             self._collisions.evict()
             remapped.update({name: features[name].values() for name in self._names})
         return remapped

@@ -187,8 +187,8 @@ class ScratchpadCollection:
     def compute(self, ctx: Any, dist_input: KJTList) -> Any:
         """As stock, which calls it after managed collision; over the batches that were foretold, if they were right."""
         forecast = getattr(ctx, "forecast", None)
-        is_right = forecast is not None and forecast.confirm(dist_input)
-        with self._looking_up(forecast if is_right else PlannedBatches()):
+        planned = PlannedBatches() if forecast is None else forecast if forecast.confirm(dist_input) else None
+        with self._looking_up(planned):
             return super().compute(ctx, dist_input)  # type: ignore[misc]
 
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
