@@ -55,8 +55,8 @@ class Remapping:
             except RuntimeError as error:  # FBGEMM's hash kernel trains on CUDA alone
                 raise MeasurementError(
                     f"features {few(self._names)}: their managed collision cannot run on {self._device} ({error}). "
-                    "Make it on the device that trains, or give get_features, which returns ids that are remapped already, "
-                    "and the tables' configs in place of the model."
+                    "Make it on the device that trains, or give get_features, which returns ids that are remapped "
+                    "already, and the tables' configs in place of the model."
                 ) from error
             self._collisions.evict()
             remapped.update({name: features[name].values() for name in self._names})
