@@ -93,8 +93,8 @@ class ScratchpadTbe(SplitTableBatchedEmbeddingBagsCodegen):
         As in FBGEMM, nothing happens with another optimizer; TorchRec's managed collision then writes weights itself.
         What training has planned ahead sees the new rows.
 
-        FBGEMM counts `logical_table_ids` by features, and TorchRec (1.6.1 to 1.9.2) gives it the numbers of tables. With
-        several features per table, stock then resets rows of another table. Here they are numbers of tables.
+        FBGEMM counts `logical_table_ids` by features, and TorchRec (1.6.1 to 1.9.2) gives it the numbers of tables.
+        With several features per table, stock then resets rows of another table. Here they are numbers of tables.
 
         Shapes: `pruned_indices` [N], of all tables; `pruned_indices_offsets` [buffers + 1], where those of each buffer
         begin; `logical_table_ids` and `buffer_ids` [K], which table has which buffer. All int32 or int64.
