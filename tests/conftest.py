@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels are compiled, or interpreted, as of their import
 
 import device_path  # noqa: F401  acts when imported
+from helpers import note_planned
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,3 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("host_path"):
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def was_planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every lookup of a scratchpad, whether its batch had been planned ahead."""
+    return note_planned(monkeypatch)

@@ -48,14 +48,20 @@ def set_up(directory: Path, rank: int = 0, world_size: int = 1, timeout_s: float
     )
 
 
+def _go_on(manager: CheckpointManager, ours: Trainer, directory: Path) -> int:
+    """Load the latest checkpoint, if there is one; tell, and return, how many batches have trained."""
+    found = manager.load(ours.model, ours.optimizer)
+    first = found.step if found is not None else 0
+    (directory / f"began_at_{first}").touch()
+    return first
+
+
 def train_and_save(directory: Path, table_dir: Path | None, save_every: int) -> None:
     """Go on from the latest checkpoint, save on the way, leave the final state as a file."""
     set_up(directory)
     ours = Trainer.scratchpipe(SETTING, table_dir=table_dir and str(table_dir))
     manager = CheckpointManager(directory / "checkpoints", keep_last=2)
-    found = manager.load(ours.model, ours.optimizer)
-    first = found.step if found is not None else 0
-    (directory / f"began_at_{first}").touch()
+    first = _go_on(manager, ours, directory)
     pipeline, iterator = ours.pipeline(), iter(make_batches(SETTING)[first:])
     for step in range(first + 1, SETTING.num_batches + 1):
         pipeline.progress(iterator)
@@ -79,16 +85,13 @@ def train_large_tables(directory: Path, group: Path | None) -> None:
     kwargs = {} if group is None else {"table_dir": str(directory / "tables"), "ram_budget_gb": 0.01}
     ours = Trainer.scratchpipe(LARGE, **kwargs)
     manager = CheckpointManager(directory / "checkpoints")
-    found = manager.load(ours.model, ours.optimizer)
-    first = found.step if found is not None else 0
-    (directory / f"began_at_{first}").touch()
+    first = _go_on(manager, ours, directory)
     pipeline, iterator = ours.pipeline(), iter(make_batches(LARGE)[first:])
     for step in range(first + 1, LARGE.num_batches + 1):
         pipeline.progress(iterator)
         if step % 15 == 0:
             manager.save(step, ours.model, ours.optimizer)
     assert ours.num_victims > 10_000
-    (directory / "is_done").touch()
 
 
 def fill_the_disk(directory: Path, is_async: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import device_path  # noqa: F401  acts when imported, in processes that tests start too
 import processes  # noqa: F401  what the fork server is to import
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -38,6 +39,7 @@ from torchrec_scratchpipe import (
     ScratchPipeTrainPipeline,
     scratchpad_stats,
 )
+from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 
 CPU = torch.device("cpu")
 DEVICE = CPU  # where models train; test_gpu.py changes it
@@ -362,6 +364,19 @@ def check_equal(
     assert_same_bits(stock, ours)
     assert all(pool.num_misses_at_train == 0 for pool in scratchpad_stats(ours.model))
     return ours
+
+
+def note_planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every lookup of a scratchpad from now on, whether its batch had been planned ahead."""
+    lookups: list[bool] = []
+    look_up = ScratchpadKernel._look_up
+
+    def noted_look_up(self: Any, *args: Any) -> Any:
+        lookups.append(bool(self._expected))
+        return look_up(self, *args)
+
+    monkeypatch.setattr(ScratchpadKernel, "_look_up", noted_look_up)
+    return lookups
 
 
 def with_optimizer(setting: Setting, optimizer: type[torch.optim.Optimizer]) -> Setting:

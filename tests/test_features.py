@@ -38,7 +38,6 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import ScratchPipeError, scratchpad_stats
-from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 from torchrec_scratchpipe.sharding.options import CPU_OPTIMIZERS, IGNORED_ON_CPU, OPTIMIZER_STATES
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
@@ -47,20 +46,6 @@ VBE = with_optimizer(Setting(is_vbe=True, batch_size=12), RowWiseAdagrad)  # sto
 
 def with_features(batch: Batch, features: KeyedJaggedTensor) -> Batch:
     return Batch(batch.dense_features, features, batch.labels)
-
-
-@pytest.fixture
-def was_planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every lookup of a scratchpad, whether its batch had been planned ahead."""
-    lookups: list[bool] = []
-    look_up = ScratchpadKernel._look_up
-
-    def noted_look_up(self: Any, *args: Any) -> Any:
-        lookups.append(bool(self._expected))
-        return look_up(self, *args)
-
-    monkeypatch.setattr(ScratchpadKernel, "_look_up", noted_look_up)
-    return lookups
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

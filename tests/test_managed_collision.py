@@ -26,6 +26,7 @@ from helpers import (
     drain,
     make_bags,
     make_batches,
+    note_planned,
     run_ranks,
     scratchpad_constraints,
     with_optimizer,
@@ -62,26 +63,14 @@ from torchrec_scratchpipe.core.runner import OverlappedStageRunner
 from torchrec_scratchpipe.core.stages import exchange
 from torchrec_scratchpipe.core.storage import RamStorage
 from torchrec_scratchpipe.sharding.forecast import Forecast
-from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 from torchrec_scratchpipe.sharding.model import refuse_pruning
 
 
-@pytest.fixture
-def was_planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every lookup of a scratchpad, whether its batch had been planned ahead."""
-    return _note_planned(monkeypatch)
-
-
-def _note_planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    lookups: list[bool] = []
-    look_up = ScratchpadKernel._look_up
-
-    def noted_look_up(self: Any, *args: Any) -> Any:
-        lookups.append(bool(self._expected))
-        return look_up(self, *args)
-
-    monkeypatch.setattr(ScratchpadKernel, "_look_up", noted_look_up)
-    return lookups
+def _stock_and_ours(setting: CollisionSetting, **sharder_kwargs: Any) -> tuple[Trainer, Trainer]:
+    stock = Trainer(setting, make_model=CollisionModel)
+    ours = Trainer.scratchpipe(setting, make_model=CollisionModel, **sharder_kwargs)
+    ours.copy_from(stock)
+    return stock, ours
 
 
 def _stock_pipeline(trainer: Trainer) -> TrainPipelineSparseDist[Any, Any]:
@@ -101,9 +90,7 @@ def check_collisions(
     **sharder_kwargs: Any,
 ) -> Trainer:
     batches = batches if batches is not None else make_collision_batches(setting, dist.get_rank())
-    stock = Trainer(setting, make_model=CollisionModel)
-    ours = Trainer.scratchpipe(setting, make_model=CollisionModel, **sharder_kwargs)
-    ours.copy_from(stock)
+    stock, ours = _stock_and_ours(setting, **sharder_kwargs)
     expected = _train(stock, _stock_pipeline(stock), batches)
     actual = _train(ours, ours.pipeline(lookahead, **(pipeline_kwargs or {})), batches)
     assert_same_outputs(expected, actual)
@@ -143,9 +130,7 @@ def test_optimizers_and_intervals(optimizer: type[torch.optim.Optimizer], evicti
 def test_two_forwards_then_their_backwards() -> None:
     """Rows change hands between a forward and its backward: the update goes on top of the new rows, as in stock."""
     setting = CollisionSetting(is_in_place=True, eviction_interval=1)
-    stock = Trainer(setting, make_model=CollisionModel)
-    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
-    ours.copy_from(stock)
+    stock, ours = _stock_and_ours(setting)
     batches = make_collision_batches(setting)
     outputs: list[list[Tensor]] = [[], []]
     for trainer, found in zip((stock, ours), outputs, strict=True):
@@ -181,9 +166,7 @@ def test_a_wrong_forecast_is_fetched_on_the_spot(was_planned: list[bool]) -> Non
     """Ids that are let in at random cannot be foretold; those of other batches can."""
     setting = CollisionSetting(policy="random", load_factor=0.9)
     batches = make_collision_batches(setting, drift=1)
-    stock = Trainer(setting, make_model=CollisionModel)
-    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
-    ours.copy_from(stock)
+    stock, ours = _stock_and_ours(setting)
     expected = _train(stock, _stock_pipeline(stock), batches)
     assert_same_outputs(expected, _train(ours, ours.pipeline(3), batches))
     assert_same_bits(stock, ours)
@@ -201,9 +184,7 @@ def test_controls_of_forecasts(broken: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(BaseShardedManagedCollisionEmbeddingCollection, "_evict", lambda _self, _evictions: None)
     setting = CollisionSetting(policy="random", load_factor=0.9)
     batches = make_collision_batches(setting, drift=1)
-    stock = Trainer(setting, make_model=CollisionModel)
-    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
-    ours.copy_from(stock)
+    stock, ours = _stock_and_ours(setting)
     actual = _train(ours, ours.pipeline(3), batches)
     monkeypatch.undo()
     with pytest.raises(AssertionError):
@@ -216,7 +197,7 @@ def _check_ranks(rank: int, is_pooled: bool) -> None:
             is_pooled=is_pooled, policy=policy, num_rows=(320, 240, 160), load_factor=0.35, num_batches=40
         )
         with pytest.MonkeyPatch.context() as monkeypatch:
-            was_planned = _note_planned(monkeypatch)
+            was_planned = note_planned(monkeypatch)
             check_collisions(setting, 3)
             assert all(was_planned)
 
@@ -385,9 +366,7 @@ def test_reset_embedding_weight_momentum_is_fbgemms_over_rows() -> None:
 def test_state_is_of_one_moment_and_goes_both_ways(tmp_path: Path) -> None:
     setting = CollisionSetting(policy="distance")
     batches = make_collision_batches(setting)
-    stock = Trainer(setting, make_model=CollisionModel)
-    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
-    ours.copy_from(stock)
+    stock, ours = _stock_and_ours(setting)
     pipeline, iterator = ours.pipeline(5), iter(batches)
     torch.manual_seed(3)
     expected = [stock.step(batch) for batch in batches[:25]]
@@ -411,9 +390,7 @@ def test_state_is_of_one_moment_and_goes_both_ways(tmp_path: Path) -> None:
 def test_loading_a_state_in_mid_run_corrects_what_was_foretold(was_planned: list[bool]) -> None:
     setting = CollisionSetting(policy="distance")
     batches = make_collision_batches(setting)
-    stock = Trainer(setting, make_model=CollisionModel)
-    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
-    ours.copy_from(stock)
+    stock, ours = _stock_and_ours(setting)
     pipeline, iterator = ours.pipeline(4), iter(batches)
     saved = {}
     for name, trainer in (("stock", stock), ("ours", ours)):
@@ -468,9 +445,7 @@ def test_a_checkpoint_on_other_numbers_of_ranks(num_before: int, num_after: int,
 def test_evaluation_in_between_and_a_pipeline_that_is_reset() -> None:
     setting = CollisionSetting(policy="hash", num_batches=90)
     batches = make_collision_batches(setting)
-    stock = Trainer(setting, make_model=CollisionModel)
-    ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
-    ours.copy_from(stock)
+    stock, ours = _stock_and_ours(setting)
     theirs, mine = _stock_pipeline(stock), ours.pipeline(3)
     for first in (0, 30, 60):
         for trainer in (stock, ours):
