@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import torchrec_scratchpipe
-from torchrec_scratchpipe import PoolStats, ScratchPipeError, Stage, StageSpan, TableStats
+from torchrec_scratchpipe import Advice, PoolStats, ScratchPipeError, Stage, StageSpan, TableStats
+from torchrec_scratchpipe.monitoring.window import PoolWindow, StepWindow, TableWindow
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "api.md").read_text()
@@ -55,6 +56,14 @@ def test_every_field_of_the_statistics_is_there_and_nothing_else() -> None:
         names = [field.name for field in dataclasses.fields(kind)]
         assert first_column(section(f"Fields of `{kind.__name__}`")) == names
     assert first_column(section("Fields of `StageSpan`")) == list(StageSpan._fields)
+
+
+def test_every_figure_of_the_monitor_is_explained() -> None:
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    for kind in (StepWindow, PoolWindow, TableWindow, Advice):
+        (part,) = re.findall(rf"^### Fields of `{kind.__name__}`$(.*?)(?=^### |\Z)", page, re.MULTILINE | re.DOTALL)
+        names = [field.name for field in dataclasses.fields(kind) if field.name != "looks"]
+        assert first_column(part) == names, kind.__name__
 
 
 def test_every_stage_is_there_and_nothing_else() -> None:

@@ -33,6 +33,9 @@ OPTIONS: dict[str, str] = {
     "examples/benchmark/miss_rates.py": """
         --criteo_tsv --budgets_mb --skip_training --json
     """,
+    "examples/benchmark/monitor.py": """
+        --blocks
+    """,
     "examples/benchmark/predict.py": """
         --machine --measured
     """,
@@ -54,7 +57,7 @@ OPTIONS: dict[str, str] = {
         --num_batches_seen_ahead --host_access --table_dir --ram_budget_gb
         --save_dir --save_every
         --keep_last --resume --validation_freq_within_epoch --print_lr --print_sharding_plan --verify --evaluate_stock
-        --profile_trace --json --plot
+        --profile_trace --json --plot --html --stats_every --tensorboard_dir --json_lines
     """,
     "torchrec_scratchpipe/__main__.py": "",  # those of the command that it runs
     "torchrec_scratchpipe/disk.py": """
@@ -63,7 +66,7 @@ OPTIONS: dict[str, str] = {
     "torchrec_scratchpipe/plan.py": """
         --tables --batches --working_sets --zipf --batch_size --max_batches --save_working_sets --world_size
         --local_world_size --hbm_gb --scratchpad_gb --ddr_gb --ram_budget_gb --disk_reads_per_s --lookahead
-        --num_batches_seen_ahead --optimizer --plot --json
+        --num_batches_seen_ahead --optimizer --plot --html --json
     """,
 }
 REMOVED: dict[str, list[str]] = {}

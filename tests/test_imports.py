@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "sharding": {"core"},
     "planning": {"core", "sharding"},
     "checkpoint": {"core", "sharding"},
+    "monitoring": {"core", "sharding", "planning"},
 }
 FOR_ALL = {"errors", "_version"}
 
@@ -106,6 +107,8 @@ def test_public_names_exist_and_files_are_licensed(module: str) -> None:
 
 def test_public_surface() -> None:
     assert set(torchrec_scratchpipe.__all__) == {
+        "Advice",
+        "ScratchPipeMonitor",
         "BackwardTwiceError",
         "BatchesInFlightError",
         "Checkpoint",

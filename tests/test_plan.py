@@ -408,6 +408,7 @@ def test_a_missing_value_inside_a_list_has_no_id(tmp_path: Path) -> None:
         (("--plot", "no/such/plan.png"), "plan.png: cannot be written"),
         (("--plot", "plan.xyz"), "plan.xyz: pictures end in"),
         (("--plot", "plan"), "plan: pictures end in"),
+        (("--html", "no/such/plan.html"), "plan.html: cannot be written"),
     ],
     ids=str,
 )

@@ -618,7 +618,7 @@ def test_half_life_is_for_every_device() -> None:
     for path in (nullcontext(), device_path("triton")):
         with path:
             ours = Trainer.scratchpipe(SETTING, half_life=7)
-        assert [pool.slot_map._half_life for pool in ours.model.module.ebc.pools] == [7]
+        assert [pool.slot_map.half_life for pool in ours.model.module.ebc.pools] == [7]
     with pytest.raises(ConfigError, match="half_life is 0"):
         Trainer.scratchpipe(SETTING, half_life=0)
 

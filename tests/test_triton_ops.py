@@ -40,7 +40,7 @@ from torchrec_scratchpipe.core.slot_ops import (
     TableCounts,
     make_maps,
 )
-from torchrec_scratchpipe.core.torch_ops import TorchOps, _bins, _frequencies, _notes
+from torchrec_scratchpipe.core.torch_ops import TorchOps, _bins, _notes, frequencies_of_notes
 from torchrec_scratchpipe.core.triton_ops import TritonOps
 
 CPU = torch.device("cpu")
@@ -332,7 +332,7 @@ def test_whole_plan(ids_per_feature: tuple[int, ...], is_refused: bool, seed: in
         known = -1 - case.maps.row_to_slot[misses]
         new_slots = maps.row_to_slot[misses].long()
         assert torch.equal(maps.uses_ahead[new_slots], known & ((1 << WINDOW_BITS) - 1) & ~(1 << 5))
-        expected = _frequencies(known >> WINDOW_BITS, 700.0) + 2.0**1.5
+        expected = frequencies_of_notes(known >> WINDOW_BITS, 700.0) + 2.0**1.5
         torch.testing.assert_close(maps.frequency[new_slots], expected)
         assert torch.equal(maps.last_use[slots[is_mine]], torch.full_like(slots[is_mine], NOW).int())
     for name, counts in vars(twin.tables).items():

@@ -22,6 +22,8 @@ from torchrec_scratchpipe.errors import (
     TableOverwrittenError,
     TableStorageError,
 )
+from torchrec_scratchpipe.monitoring.advice import Advice
+from torchrec_scratchpipe.monitoring.monitor import ScratchPipeMonitor
 from torchrec_scratchpipe.planning.planner import ScratchPipeShardingPlanner
 from torchrec_scratchpipe.planning.plot import plot_plan
 from torchrec_scratchpipe.planning.report import PlanReport
@@ -38,6 +40,7 @@ from torchrec_scratchpipe.sharding.sharder import (
 )
 
 __all__ = [
+    "Advice",
     "BackwardTwiceError",
     "BatchesInFlightError",
     "Checkpoint",
@@ -53,6 +56,7 @@ __all__ = [
     "ScratchPipeEmbeddingBagCollectionSharder",
     "ScratchPipeEmbeddingCollectionSharder",
     "ScratchPipeError",
+    "ScratchPipeMonitor",
     "ScratchPipeShardingPlanner",
     "ScratchPipeTrainPipeline",
     "ScratchpadFullError",

@@ -2,6 +2,7 @@
 """The example's command line: what it takes, and what it refuses before any work is done."""
 
 import argparse
+import importlib.util
 import math
 import os
 import tempfile
@@ -194,6 +195,15 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--evaluate_stock", action="store_true", help="evaluate plain TorchRec modules in the end, too")
     add("--profile_trace", help="write a trace of a few steps there, a JSON file for Perfetto")
     add("--json", help="write all figures there")
+    add(
+        "--stats_every",
+        type=whole(1),
+        default=100,
+        help="batches of a window of live figures; validated ones count, too",
+    )
+    add("--tensorboard_dir", help="live figures go there, for TensorBoard (needs tensorboard)")
+    add("--json_lines", help="live figures go to this file, one line of JSON per window")
+    add("--html", help="write a report of the run there, one file to be read offline (needs matplotlib)")
     add("--plot", help="write a picture of the stages there (needs matplotlib)")
 
 
@@ -243,10 +253,15 @@ def _check(args: argparse.Namespace) -> None:
     """What flags ask for together."""
     if args.budget_gb is None and (args.hbm_budget_gb is not None or args.scratchpad_budget_gb is not None):
         raise UsageError("--hbm_budget_gb is for a GPU, --scratchpad_budget_gb for a CPU; give the other one")
-    if args.embedding_cache == "fused" and (args.verify or args.plot is not None):
+    about_scratchpads = [
+        f"--{name}"
+        for name in ("verify", "plot", "html", "tensorboard_dir", "json_lines")
+        if getattr(args, name) not in (None, False)
+    ]
+    if args.embedding_cache == "fused" and about_scratchpads:
         raise UsageError(
-            "--verify and --plot are about a scratchpad, --embedding_cache fused has none; use --embedding_cache "
-            "scratchpipe"
+            f"{' and '.join(about_scratchpads)}: about a scratchpad, --embedding_cache fused has none; use "
+            "--embedding_cache scratchpipe"
         )
     if args.save_dir is None and (args.save_every or args.keep_last or args.resume):
         raise UsageError("--save_every, --keep_last and --resume need --save_dir")
@@ -279,7 +294,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """Whether all that is written in the end, or on the way, can be; makes missing directories."""
     if args.plot is not None:
         _check_picture(args.plot)
-    for name in ("json", "plot", "profile_trace", "working_sets"):
+    if args.html is not None:
+        _check_installed("--html", args.html, "matplotlib")
+    if args.tensorboard_dir is not None:
+        _check_installed("--tensorboard_dir", args.tensorboard_dir, "tensorboard")
+        _check_directory("--tensorboard_dir", args.tensorboard_dir, may_make=True)
+    for name in ("json", "plot", "html", "json_lines", "profile_trace", "working_sets"):
         path = getattr(args, name)
         if path is not None and not (name == "working_sets" and os.path.exists(path)):  # which is read then
             _check_file(f"--{name}", path)
@@ -287,6 +307,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
         _check_directory("--save_dir", args.save_dir, may_make=True)
     if args.table_dir is not None:
         _check_directory("--table_dir", args.table_dir, may_make=False)
+
+
+def _check_installed(flag: str, path: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{flag} {path}: needs {package}. Install it, or leave {flag} out.")
 
 
 def _check_picture(path: str) -> None:

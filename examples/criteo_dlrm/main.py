@@ -52,6 +52,7 @@ from torchrec_scratchpipe import (
     PoolStats,
     ScratchPipeEmbeddingBagCollectionSharder,
     ScratchPipeError,
+    ScratchPipeMonitor,
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
     ShardedScratchPipeEmbeddingBagCollection,
@@ -240,6 +241,7 @@ class Trainer:
         self._stop_signals = StopSignals() if self._checkpoints is not None else None
         self.measurements = Measurements()
         self.validated_s: list[tuple[float, float]] = []  # from when to when
+        self._monitor = open_monitor(args, self.model, self._pipeline) if self._is_main else None
         num_steps = max(0, args.epochs * self._source.num_train_batches - self._num_steps)
         self._trace = Trace(args.profile_trace if self._is_main else None, num_steps)
         self._planned_part = planned_part(self._report, num_steps) if self._num_steps == 0 else None
@@ -274,6 +276,7 @@ class Trainer:
         for epoch in range(first_epoch, self._args.epochs):
             metrics = self._train_epoch(epoch)
         self._trace.stop()
+        self._end_watching()
         if first_epoch >= self._args.epochs:  # the checkpoint was the end
             metrics = self._validate()
         if self._args.evaluate_stock:
@@ -291,6 +294,12 @@ class Trainer:
         if self._twin is not None:
             figures["verify"] = self._twin.compare(self.model, self._optimizer)
         return figures
+
+    def _end_watching(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+            if self._args.html is not None:
+                self._monitor.save_report(self._args.html)
 
     def _compare_misses(self, report: PlanReport, part: tuple[int, int]) -> dict[str, float]:
         """The plan's word on all ranks' misses, and what training counted over the same batches."""
@@ -391,6 +400,20 @@ class Trainer:
 def _take(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
     for _, batch in zip(range(count), batches, strict=False):
         yield batch
+
+
+def open_monitor(
+    args: argparse.Namespace, model: DistributedModelParallel, pipeline: TrainPipelineSparseDist[Batch, Any]
+) -> ScratchPipeMonitor | None:
+    """Live figures of rank 0, if somebody wants them."""
+    if args.tensorboard_dir is None and args.json_lines is None and args.html is None:
+        return None
+    writer = None
+    if args.tensorboard_dir is not None:
+        from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
+
+        writer = SummaryWriter(args.tensorboard_dir)
+    return ScratchPipeMonitor(model, pipeline, args.stats_every, writer, args.json_lines)
 
 
 def open_checkpoints(args: argparse.Namespace) -> CheckpointManager | None:

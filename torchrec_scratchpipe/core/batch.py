@@ -67,6 +67,7 @@ class Batch:
         self.plans: list[CachePlan] = []  # of the first pools, in their order
         self.held: deque[tuple[Pool, CachePlan]] = deque()  # what is still to be released
         self.inserted: torch.Event | None = None
+        self.waits_for_slots = False  # or has, once
         self.train_start_s: float | None = None
         self.train_stream: torch.Stream | None = None
         self.let_go = let_go

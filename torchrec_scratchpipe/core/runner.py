@@ -231,6 +231,8 @@ class StageRunner:
                     # Slots come with the next release, unless Train waits for this batch, or it is larger than all.
                     is_hopeless = held.num_needed > pool.scratchpad.num_slots and not pool.can_grow
                     if not is_last_chance and not is_hopeless:
+                        pool.counters.num_slot_waits += not batch.waits_for_slots
+                        batch.waits_for_slots = True
                         return False
                     pool.grow(held)
         except Exception as error:  # whatever stops a stage belongs to this batch's Train, on another thread

@@ -7,7 +7,7 @@ Shapes: ``I`` ids, ``M`` misses, ``V`` victims, ``S`` slots, ``R`` rows, ``C`` c
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -198,10 +198,21 @@ class SlotMap:
         self._num_seen = 0
         self._newly_unseen: deque[tuple[int, PoolIds]] = deque()
         self._newly_failed: deque[tuple[int, PoolIds]] = deque()
-        self._half_life = half_life
+        self.half_life = half_life
         self._origin = 0
         self._newest: CachePlan | None = None
         self.num_waits = 0  # how often Plan had to wait to see whether there were slots
+        self.observer: Callable[[CachePlan], None] | None = None  # is shown each plan that stands, right after it
+
+    @property
+    def num_seen_ahead(self) -> int:
+        """Batches that were seen and are not planned yet."""
+        return len(self._seen)
+
+    @property
+    def scratch(self) -> ScratchBuffers:
+        """What the latest plan has found, until the next one."""
+        return self._scratch
 
     @property
     def num_batches_in_flight(self) -> int:
@@ -355,6 +366,8 @@ class SlotMap:
         self._in_flight[plan.batch_index] = self._newest = plan
         self._slots_held_by[plan.batch_index] = min(plan.num_ids, self.num_rows)
         self.next_batch += 1
+        if self.observer is not None:
+            self.observer(plan)
         return True
 
     def undo(self, plan: CachePlan) -> None:
@@ -451,11 +464,11 @@ class SlotMap:
     def _age(self, batch_index: int) -> Aging:
         # A use counts 2 ** half_lives instead of all older uses being halved again and again. Before that number
         # leaves the range of float32, all frequencies are multiplied once, and counting starts anew.
-        half_lives = (batch_index - self._origin) / self._half_life
+        half_lives = (batch_index - self._origin) / self.half_life
         if half_lives > MAX_HALF_LIVES:
             self.ops.age(self.maps, 2.0**-half_lives)
             self._origin, half_lives = batch_index, 0.0
-        return Aging(2.0**half_lives, math.fmod(self._origin / self._half_life * NOTES_PER_OCTAVE, NUM_NOTES))
+        return Aging(2.0**half_lives, math.fmod(self._origin / self.half_life * NOTES_PER_OCTAVE, NUM_NOTES))
 
     def _is_certain(self, num_ids: int) -> bool:
         # A batch in flight holds at most as many slots as it has ids, and exactly as many as its plan has counted.

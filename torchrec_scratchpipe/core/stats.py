@@ -37,6 +37,7 @@ class PoolStats:
     `num_ids` counts lookups, `num_unique_ids` distinct rows per batch, summed over batches.
     `num_stalls` and `stall_ms` count batches for which Train had to wait for rows, and how long; pools of one kernel
     group wait together, and the first of them counts it.
+    `num_slot_waits` counts batches for which there were too few slots until another batch had trained.
     `num_growths` counts how often one batch needed more slots than there were, and got them.
     `num_rows_reset` counts rows that managed collision gave to another id.
     `num_disk_rows_read` counts rows that came from files of `table_dir`, neither in the scratchpad nor in RAM before.
@@ -59,6 +60,7 @@ class PoolStats:
     num_stalls: int
     stall_ms: float
     num_misses_at_train: int
+    num_slot_waits: int
     num_growths: int
     num_rows_reset: int
     num_disk_rows_read: int
@@ -79,6 +81,7 @@ class PoolCounters:
         self.num_batches = 0
         self.num_stalls = 0
         self.stall_ms = 0.0
+        self.num_slot_waits = 0
         self.num_growths = 0
         self.num_rows_reset = 0
         self.spans: deque[StageSpan] = deque(maxlen=MAX_STAGE_SPANS)
@@ -122,6 +125,7 @@ class PoolCounters:
             num_stalls=self.num_stalls,
             stall_ms=self.stall_ms,
             num_misses_at_train=int(counts.num_misses_at_train),
+            num_slot_waits=self.num_slot_waits,
             num_growths=self.num_growths,
             num_rows_reset=self.num_rows_reset,
             num_disk_rows_read=disk.num_rows_read,

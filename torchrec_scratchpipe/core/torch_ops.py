@@ -35,7 +35,7 @@ from torchrec_scratchpipe.core.slot_ops import (
     TableCounts,
 )
 
-__all__ = ["TorchOps", "rows_of_ids"]
+__all__ = ["TorchOps", "frequencies_of_notes", "rows_of_ids"]
 
 SMALLEST_CHUNK = 1024  # of the list of coming victims, looked at together
 
@@ -207,7 +207,7 @@ class TorchOps(CommonOps):
         free = maps.free_slots[num_free - (num_misses - num_victims) : num_free].flip(0).long()
         slots = torch.cat([victims, free])
         remembered = -1 - known
-        frequencies = _frequencies(remembered >> WINDOW_BITS, aging.origin)
+        frequencies = frequencies_of_notes(remembered >> WINDOW_BITS, aging.origin)
         _put(buffers.miss_slots, slots)
         maps.row_to_slot.index_copy_(0, misses, slots.int())
         maps.slot_to_row.index_copy_(0, slots, misses)
@@ -333,7 +333,8 @@ def _notes(frequency: Tensor, origin: float) -> Tensor:
     return (log2 * NOTES_PER_OCTAVE + origin).floor().int().remainder(NUM_NOTES) + 1
 
 
-def _frequencies(notes: Tensor, origin: float) -> Tensor:
+def frequencies_of_notes(notes: Tensor, origin: float) -> Tensor:
+    """[N] float32: how often absent rows were used, by their notes; 0 without one. Shapes: `notes` [N] int32."""
     since_origin = (notes - 1).float() - origin
     since_origin = torch.where(since_origin < 0, since_origin + NUM_NOTES, since_origin)
     long_past = since_origin >= MAX_OCTAVES * NOTES_PER_OCTAVE

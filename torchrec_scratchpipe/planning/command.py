@@ -34,7 +34,9 @@ from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError, ScratchPipeError
 from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
 from torchrec_scratchpipe.planning.id_files import read_trace
-from torchrec_scratchpipe.planning.planner import Advice, ScratchPipeShardingPlanner
+from torchrec_scratchpipe.planning.page import check_page
+from torchrec_scratchpipe.planning.plan_page import save_plan_page
+from torchrec_scratchpipe.planning.planner import ScratchPipeShardingPlanner, WaysOut
 from torchrec_scratchpipe.planning.plot import plot_plan
 from torchrec_scratchpipe.planning.report import GIB, PlanReport, as_size
 from torchrec_scratchpipe.planning.working_set import WorkingSets, measure_working_set, table_configs, zipf_working_sets
@@ -59,13 +61,13 @@ OPTIMIZERS = {
 FLAGS = {"scratchpad_bytes": "--scratchpad_gb", "hbm_cap": "--hbm_gb", "ddr_cap": "--ddr_gb"}
 
 
-class _AdviceOfCommand(Advice):
+class _FlagsAsWaysOut(WaysOut):
     """Names flags."""
 
     can_constrain = False
 
     def budget(self, setting: str, num_bytes: int) -> str:
-        """As :class:`Advice`."""
+        """As :class:`WaysOut`."""
         size = math.ceil(num_bytes / GIB * 1e6 + 1e-3) / 1e6  # what is printed must do
         return f"set {FLAGS[setting]} to at least {size:.6f} ({as_size(num_bytes)})"
 
@@ -73,7 +75,7 @@ class _AdviceOfCommand(Advice):
 class _PlannerOfCommand(ScratchPipeShardingPlanner):
     """The planner, whose messages name flags."""
 
-    advice = _AdviceOfCommand()
+    ways_out = _FlagsAsWaysOut()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(args.json).write_text(json.dumps(_as_json(report), indent=2))
         if args.plot:
             plot_plan(report, args.plot)
+        if args.html:
+            save_plan_page(report, args.html)
     except PlannerError as error:
         print(f"no plan: {error}", file=sys.stderr)
         return 1
@@ -129,11 +133,13 @@ def _check(args: argparse.Namespace) -> None:
             f"--local_world_size is {args.local_world_size}, which does not divide --world_size {args.world_size}. "
             "Give the ranks of one host; all hosts have as many."
         )
-    for path in (args.json, args.save_working_sets, args.plot):
+    for path in (args.json, args.save_working_sets, args.plot, args.html):
         if path is not None:
             _check_writable(Path(path), may_make_folder=path == args.save_working_sets)
     if args.plot is not None:
         _check_picture(Path(args.plot))
+    if args.html is not None:
+        check_page(args.html)
 
 
 def _check_writable(path: Path, *, may_make_folder: bool) -> None:
@@ -185,6 +191,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_batches_seen_ahead", type=int, help="default: 0, or as measured")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
     parser.add_argument("--plot", help="write a picture there (needs matplotlib)")
+    parser.add_argument("--html", help="write a report there, one file to be read offline (needs matplotlib)")
     parser.add_argument("--json", help="write the plan's figures there")
     return parser.parse_args(arguments)
 

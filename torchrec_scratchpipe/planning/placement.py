@@ -34,7 +34,7 @@ from torchrec_scratchpipe.sharding.options import (
     row_layout,
 )
 
-__all__ = ["Advice", "Choice", "Sizer", "step_ms"]
+__all__ = ["Choice", "Sizer", "WaysOut", "step_ms"]
 
 # A table that takes more of all memory than this share of one rank's part is spread over all ranks.
 ROW_WISE_ABOVE = 0.1
@@ -44,7 +44,7 @@ ROW_WISE_ABOVE = 0.1
 BLOCK_DEVIATIONS = 4.0
 
 
-class Advice:
+class WaysOut:
     """How a user sets what messages ask for. A command, whose settings have other names, has a subclass of it."""
 
     can_constrain = True  # whether constraints can be given
@@ -84,13 +84,13 @@ class Sizer:
         choices: Mapping[str, Choice],
         working_sets: WorkingSets,
         scratchpad_bytes: int | None,
-        advice: Advice,
+        ways_out: WaysOut,
         disk: DiskSettings | None = None,
     ) -> None:
         self._topology = topology
         self._disk = disk
         self._choices = choices
-        self._advice = advice
+        self._ways_out = ways_out
         self._learned: dict[str, Choice] = {}  # of what the enumerator leaves
         self._working_sets = working_sets
         self._scratchpad_bytes = scratchpad_bytes
@@ -166,7 +166,7 @@ class Sizer:
         for option in options:
             if self.has_slots(option.name):
                 if option.name not in self._reuses:
-                    way_out = ', or constrain it to compute_kernels=["fused"]' if self._advice.can_constrain else ""
+                    way_out = ', or constrain it to compute_kernels=["fused"]' if self._ways_out.can_constrain else ""
                     raise MeasurementError(
                         f"table {option.name}: working_sets say nothing of it. Measure all tables{way_out}."
                     )
@@ -209,7 +209,7 @@ class Sizer:
         # A reservation is a share of the device or a number of bytes; with the share, both are enough.
         kept_back = 0.0 if is_limit else 1 - reserved.devices[rank].storage.hbm / total
         smallest = math.ceil(need.bytes_of_rank.max() / max(1 - kept_back, 1e-3))
-        ways = [self._advice.budget("scratchpad_bytes" if is_limit else "hbm_cap", smallest)]
+        ways = [self._ways_out.budget("scratchpad_bytes" if is_limit else "hbm_cap", smallest)]
         if lookahead > 1:
             self.set_lookahead(1)
             if np.all(self.need(options).bytes_of_rank <= budgets):
@@ -228,8 +228,8 @@ class Sizer:
 
     def _host_error(self, needed: Floats, there: Floats) -> PlannerError:
         rank = int(np.argmax(needed - there))
-        ways = [self._advice.budget("ddr_cap", math.ceil(needed.max())), "add ranks"]
-        if self._is_cpu and self._topology.world_size > 1 and self._advice.can_constrain:
+        ways = [self._ways_out.budget("ddr_cap", math.ceil(needed.max())), "add ranks"]
+        if self._is_cpu and self._topology.world_size > 1 and self._ways_out.can_constrain:
             ways.append("constrain the largest tables to row_wise sharding")
         return PlannerError(
             f"rank {rank}: tables need {as_size(needed[rank])} of host memory, the topology has "

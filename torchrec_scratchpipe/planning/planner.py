@@ -34,14 +34,14 @@ from torchrec_scratchpipe.errors import ConfigError, MeasurementError
 from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
 from torchrec_scratchpipe.planning.disk_plan import DiskSettings
 from torchrec_scratchpipe.planning.enumerators import FUSED, SCRATCHPAD, ScratchpadEnumerator
-from torchrec_scratchpipe.planning.placement import Advice, Choice, Sizer
+from torchrec_scratchpipe.planning.placement import Choice, Sizer, WaysOut
 from torchrec_scratchpipe.planning.report import PlanReport
 from torchrec_scratchpipe.planning.working_set import WorkingSets, configs_of, has_tables
 from torchrec_scratchpipe.sharding.model import refuse_pruning, warn_of_stock_sharder
 from torchrec_scratchpipe.sharding.options import check_load_factor
 from torchrec_scratchpipe.sharding.sharder import serves_scratchpads
 
-__all__ = ["Advice", "ScratchPipeShardingPlanner"]
+__all__ = ["ScratchPipeShardingPlanner", "WaysOut"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         PlannerError: In :meth:`plan`, before anything is allocated: the budget is too small; says what would do.
     """
 
-    advice = Advice()
+    ways_out = WaysOut()
     _enumerator: Enumerator
 
     def __init__(
@@ -149,7 +149,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         if working_sets is not None:
             _check_topology(self._topology, scratchpad_bytes)
             self._lookaheads = [lookahead] if lookahead is not None else _lookaheads_to_try(working_sets.lookahead)
-            self._sizer = Sizer(self._topology, choices, working_sets, scratchpad_bytes, self.advice, disk)
+            self._sizer = Sizer(self._topology, choices, working_sets, scratchpad_bytes, self.ways_out, disk)
             self._enumerator = ScratchpadEnumerator(self._enumerator, self._sizer, is_cpu=is_cpu)
         elif scratchpad_bytes is not None:
             raise ConfigError(

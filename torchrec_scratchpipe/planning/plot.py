@@ -9,7 +9,7 @@ import numpy as np
 from torchrec_scratchpipe.planning.report import GIB, MIB, PlanReport
 from torchrec_scratchpipe.planning.reuse import misses_of_pool
 
-__all__ = ["draw_plan", "plot_plan"]
+__all__ = ["draw_memory", "draw_miss_rates", "draw_plan", "plot_plan"]
 
 
 def plot_plan(report: PlanReport, path: str | os.PathLike[str], num_tables: int = 12) -> None:
@@ -30,12 +30,13 @@ def draw_plan(report: PlanReport, num_tables: int) -> Any:
     figure = Figure(figsize=(13, 5.2), dpi=120, layout="constrained")
     subfigures: Any = figure.subfigures(1, 2)
     left, right = subfigures
-    _draw_memory(left, report)
-    _draw_miss_rates(right, report, num_tables)
+    draw_memory(left, report)
+    draw_miss_rates(right, report, num_tables)
     return figure
 
 
-def _draw_memory(figure: Any, report: PlanReport) -> None:
+def draw_memory(figure: Any, report: PlanReport, is_narrow: bool = False) -> None:
+    """Bars by rank, beside the budget."""
     from matplotlib.ticker import MaxNLocator
 
     num_ranks = len(report.ranks)
@@ -62,10 +63,11 @@ def _draw_memory(figure: Any, report: PlanReport) -> None:
     )
     if num_ranks == 1:
         axes.set_xticks([0])
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=1 if is_narrow else 3, fontsize=8)
 
 
-def _draw_miss_rates(figure: Any, report: PlanReport, num_tables: int) -> None:
+def draw_miss_rates(figure: Any, report: PlanReport, num_tables: int, is_narrow: bool = False) -> None:
+    """Curves by table, with the chosen points."""
     from matplotlib import colormaps
 
     axes = figure.subplots()
@@ -82,6 +84,8 @@ def _draw_miss_rates(figure: Any, report: PlanReport, num_tables: int) -> None:
         axes.set_xscale("log")
         axes.plot([], [], "o", color="grey", label="as planned, with slots shared")
         longest = max(len(table.name) for table in with_slots)
-        figure.legend(loc="outside lower center", ncols=max(1, min(4, 90 // (longest + 8))), fontsize=8)
+        figure.legend(
+            loc="outside lower center", ncols=max(1, min(4, (40 if is_narrow else 90) // (longest + 8))), fontsize=8
+        )
     else:
         axes.text(0.5, 0.5, "every table is kept whole", ha="center", transform=axes.transAxes)

@@ -81,14 +81,15 @@ class PlanReport:
     def __str__(self) -> str:
         all_bus_bytes = max(sum(table.bus_bytes for table in self.tables), 1e-9)
         rows = [_row(table, table.bus_bytes / all_bus_bytes) for table in self.tables]
-        return "\n".join([*_aligned([_HEADINGS, *rows]), "", *self._summary()])
+        return "\n".join([*_aligned([_HEADINGS, *rows]), "", *self.summary()])
 
     @property
     def unused_bytes(self) -> list[float]:
         """What is left of each rank's budget."""
         return [rank.budget_bytes - rank.device_bytes - rank.other_bytes for rank in self.ranks]
 
-    def _summary(self) -> list[str]:
+    def summary(self) -> list[str]:
+        """What it comes to, line by line."""
         device = [rank.device_bytes + rank.other_bytes for rank in self.ranks]
         host = [rank.host_bytes for rank in self.ranks]
         bus = [rank.bus_bytes for rank in self.ranks]

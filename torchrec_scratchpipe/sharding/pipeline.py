@@ -3,6 +3,7 @@
 
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Generic, cast
 
 import torch
 from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
 from torchrec.distributed.embedding_sharding import FusedKJTListSplitsAwaitable, KJTListSplitsAwaitable
 from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -196,6 +198,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         self._own_forwards: list[Callable[..., Any]] = []
         self._forecasters: dict[str, Forecaster] = {}  # by module
         self._peers = PeerNotice()
+        self._progress_hooks: OrderedDict[int, Callable[[In], None]] = OrderedDict()
         super().__init__(
             model,
             optimizer,
@@ -214,6 +217,11 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 async_inplace_copy=async_inplace_copy,
             ),
         )
+
+    @property
+    def lookahead(self) -> int:
+        """How many batches are planned ahead of Train."""
+        return self._lookahead
 
     def progress(self, dataloader_iter: Iterator[In]) -> Out:
         """Train, or in eval mode only evaluate, the oldest batch in flight, and bring the coming ones forward.
@@ -252,8 +260,28 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             self.sync_embeddings(self._model, self._dmp_collection_sync_interval_batches, context)
             with record_function(f"## optimizer {context.index} ##"):
                 self._optimizer.step()
+        batch = cast(In, self.batches[0])
         self.dequeue_batch()
+        for hook in tuple(self._progress_hooks.values()):
+            hook(batch)
         return output
+
+    def register_progress_hook(self, hook: Callable[[In], None]) -> RemovableHandle:
+        """Have a function called at the end of every :meth:`progress`.
+
+        Args:
+            hook: Takes the batch that was trained or evaluated. What it raises, :meth:`progress` raises; the batch has
+                trained all the same.
+
+        Returns:
+            Its `remove()` ends that.
+
+        Source:
+            torch.nn.Module.register_forward_hook, whose handle it is.
+        """
+        handle = RemovableHandle(self._progress_hooks)
+        self._progress_hooks[handle.id] = hook
+        return handle
 
     def _forward(self, dataloader_iter: Iterator[In]) -> tuple["ScratchPipeTrainPipelineContext", torch.Tensor, Out]:
         self.fill_pipeline(dataloader_iter)
