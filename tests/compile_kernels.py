@@ -75,7 +75,15 @@ def compile_all(capability: int) -> dict[str, list[dict[str, int]]]:
     JITFunction.__getitem__ = compile_instead
 
     from torchrec_scratchpipe.core.slot_map import SlotMap
-    from torchrec_scratchpipe.core.slot_ops import Aging, Count, FeatureIds, FeatureRows, PlanRequest
+    from torchrec_scratchpipe.core.slot_ops import (
+        NOT_SEEN,
+        Aging,
+        Count,
+        FeatureIds,
+        FeatureRows,
+        PlanRequest,
+        Sighting,
+    )
     from torchrec_scratchpipe.core.triton_ops import TritonOps
 
     slot_map = SlotMap(5000, 300, [0, 1000, 5000], TritonOps(), CPU)
@@ -86,9 +94,9 @@ def compile_all(capability: int) -> dict[str, list[dict[str, int]]]:
     features = FeatureRows(torch.tensor([0, 1000]), torch.tensor([1000, 4000]), table)
     for dtype in (torch.int64, torch.int32):
         ids = FeatureIds(torch.zeros(1000, dtype=dtype), torch.zeros(3, dtype=dtype))
-        ops.mark(ids, features, maps, 1, True)
-        ops.mark(ids, features, maps, 1, False)
-        request = PlanRequest(ids, features, buffers.slots, 1, 1, 0, -1, Aging(1.0, 0.0))
+        ops.mark(ids, features, maps, Sighting(1, 0), 1)
+        ops.unmark(ids, features, maps, Sighting(1, 0))
+        request = PlanRequest(ids, features, buffers.slots, 1, 1, 1, NOT_SEEN, Aging(1.0, 0.0))
         ops.find(request, maps, buffers, scratch)
     for skips_used_ahead in (True, False):
         ops.take(request, maps, buffers, scratch, skips_used_ahead)

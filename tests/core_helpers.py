@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A pool with a simulated Train, and choices of victims that provoke hazards."""
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,16 @@ from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec
 from torchrec_scratchpipe.core.runner import StageRunner
 from torchrec_scratchpipe.core.scratchpad import allocate_scratchpads
 from torchrec_scratchpipe.core.slot_map import CachePlan, PoolIds, SlotMap
-from torchrec_scratchpipe.core.slot_ops import HALF_LIFE, FeatureIds, FeatureRows, PlanRequest, SlotMaps, SlotOps
+from torchrec_scratchpipe.core.slot_ops import (
+    HALF_LIFE,
+    SEEN,
+    FeatureIds,
+    FeatureRows,
+    PlanRequest,
+    Sighting,
+    SlotMaps,
+    SlotOps,
+)
 from torchrec_scratchpipe.core.stats import PoolStats
 from torchrec_scratchpipe.core.storage import RamStorage, TableStorage
 from torchrec_scratchpipe.core.streams import StageStreams
@@ -109,6 +119,30 @@ class SlotMapOfRows(SlotMap):
     def ids_of(self, rows: Tensor) -> PoolIds:
         features = FeatureRows(torch.tensor([0]), torch.tensor([self.num_rows]), torch.tensor([0], dtype=torch.int32))
         return PoolIds(FeatureIds(rows, torch.tensor([0, rows.numel()])), features)
+
+
+def check_ahead(maps: SlotMaps, seen: Sequence[tuple[Tensor, Sighting]]) -> None:
+    """What is known of the batches that are ahead, oldest first, each with the rows of its ids, -1 for none."""
+    ahead: dict[int, list[tuple[int, Sighting, Tensor]]] = {}
+    for rows, sighting in seen:
+        for row in rows[rows >= 0].unique().tolist():
+            ahead.setdefault(row, []).append((row, sighting, (rows == row).nonzero().view(-1)))
+    for row, entry in enumerate(maps.row_to_slot.tolist()):
+        uses = ahead.get(row, [])
+        # 1. The first of them.
+        if entry >= 0:
+            assert int(maps.next_use[entry]) == (uses[0][1].use if uses else 0), f"{row=}"
+        # 2. From each of them to the next.
+        for (_, sighting, positions), following in itertools.zip_longest(uses, uses[1:]):
+            said = maps.sightings[sighting.first_place + positions]
+            expected = [] if following is None else [following[1].use]
+            assert said[said > 0].tolist() == expected, f"{row=}"
+        # 3. The last of them.
+        newest = int(maps.newest_sighting[entry]) if entry >= 0 else -1 - entry - SEEN
+        if uses:
+            assert newest in (uses[-1][1].first_place + uses[-1][2]).tolist(), f"{row=}"
+        else:
+            assert newest < 0, f"{row=}"
 
 
 def make_pool(

@@ -46,7 +46,12 @@ class StubbedGraph(CudaGraph):
         sizes = [BYTES[name] for name in re.findall(r"\.param \.(\w+)", head)]
         sizes_of_functions.append((ctypes.c_size_t * (len(sizes) + 1))(*sizes, 0))
         compiled.function = ctypes.addressof(sizes_of_functions[-1])
-        params = [arg.data_ptr() + REACHED_AT if isinstance(arg, Tensor) else arg for arg in args]
+        # A tensor without elements has no address, and its kernels touch nothing.
+        pointers = [arg.data_ptr() if isinstance(arg, Tensor) else None for arg in args]
+        params = [
+            arg if pointer is None else pointer and pointer + REACHED_AT
+            for arg, pointer in zip(args, pointers, strict=True)
+        ]
         params += [0] * (len(sizes) - len(params))
         block = 32 * options.get("num_warps", 4)
         asked = {"grid": [num_programs, 1, 1], "block": [block, 1, 1], "shared": compiled.metadata.shared}

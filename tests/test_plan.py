@@ -282,7 +282,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
         (("--hbm_gb", "1", "--world_size", "4", "--local_world_size", "0"), "--local_world_size is 0"),
         (("--hbm_gb", "1", "--max_batches", "0"), "--max_batches is 0"),
         (("--hbm_gb", "1", "--lookahead", "0"), "--lookahead is 0"),
-        (("--hbm_gb", "1", "--num_batches_seen_ahead", "20"), "--num_batches_seen_ahead is 20"),
+        (("--hbm_gb", "1", "--num_batches_seen_ahead", "501"), "--num_batches_seen_ahead is 501"),
         (("--hbm_gb", "1", "--zipf", "nan"), "--zipf is nan"),
         (("--hbm_gb", "1", "--zipf", "-1"), "--zipf is -1.0"),
     ],

@@ -125,6 +125,19 @@ def test_misses_are_predicted_within_5_percent_for_any_size(exponent: float, loo
     assert num_sizes >= 3
 
 
+@pytest.mark.parametrize(("ahead", "num_batches"), [(100, 600), (400, 420)])
+def test_hundreds_of_batches_seen_ahead_are_predicted(ahead: int, num_batches: int) -> None:
+    batches = zipf_batches(1.05, num_batches=num_batches)
+    reuse = measure(batches, 1, ahead)
+    half = int(reuse.bin_sizes[: len(reuse.bin_sizes) // 2].sum())
+    for load_factor in (0.05, 0.1, 0.2):
+        num_slots = int(load_factor * NUM_ROWS)
+        (predicted,) = misses_of_pool([reuse], num_slots)
+        counted = count_misses(batches, num_slots, 1, ahead)[half:].mean()
+        assert second_half(reuse, predicted) == pytest.approx(counted, rel=0.08 if ahead == 100 else 0.25)
+        assert counted < 0.9 * count_misses(batches, num_slots, 1, 0)[half:].mean()
+
+
 @pytest.mark.parametrize("ahead", [0, 2, 19])
 def test_all_that_can_be_seen_ahead_of_a_small_scratchpad_is_predicted(ahead: int) -> None:
     rng = np.random.default_rng(0)

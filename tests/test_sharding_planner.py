@@ -192,8 +192,8 @@ def check_charges(
     charged = (
         sum(table.device_bytes for table in [*sized, *whole]) - sum(table.table_bytes for table in whole) - in_dist
     )
-    # 16 kB: what does not grow, as the histogram of a scan
-    assert charged == pytest.approx(max(sums), rel=0.02, abs=16_000)
+    # 17 kB: what does not grow, as the histogram of a scan
+    assert charged == pytest.approx(max(sums), rel=0.02, abs=17_000)
     host = [tensor for pool in sharded.module.ebc.pools for tensor in pool.host_table.parts]
     assert sum(table.table_bytes for table in sized) == sum(part.numel() * part.element_size() for part in host)
 
@@ -481,8 +481,8 @@ NAN, INF = float("nan"), float("inf")
         ({"lookahead": "2"}, "lookahead is '2'"),
         ({"lookahead": NAN}, "lookahead is nan"),
         ({"lookahead": True}, "lookahead is True"),
-        ({"num_batches_seen_ahead": -1}, r"num_batches_seen_ahead is -1, it must be an integer in \[0, 20\)"),
-        ({"num_batches_seen_ahead": 20}, "num_batches_seen_ahead is 20"),
+        ({"num_batches_seen_ahead": -1}, r"num_batches_seen_ahead is -1, it must be an integer in \[0, 501\)"),
+        ({"num_batches_seen_ahead": 501}, "num_batches_seen_ahead is 501"),
         ({"num_batches_seen_ahead": NAN}, "num_batches_seen_ahead is nan"),
         ({"world_size": 0}, "world_size is 0"),
         ({"world_size": 1.0}, "world_size is 1.0"),
@@ -608,7 +608,7 @@ def test_working_sets_that_were_measured_apart_are_refused() -> None:
         (lambda table, _: table.update(num_rows="40000"), "num_rows is '40000'"),
         (lambda table, _: table.update(lookahead="2"), "lookahead is '2'"),
         (lambda table, _: table.update(lookahead=3), "not measured together"),
-        (lambda table, _: table.update(num_batches_seen_ahead=20), "num_batches_seen_ahead is 20"),
+        (lambda table, _: table.update(num_batches_seen_ahead=501), "num_batches_seen_ahead is 501"),
         (lambda table, _: table.update(windows=[]), "windows"),
         (lambda table, _: table.update(windows=[[2, 1, 1, 1]]), "windows"),
         (lambda table, _: table.update(windows=[[1, 1, 1]]), "windows"),

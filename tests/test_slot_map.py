@@ -5,24 +5,32 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from core_helpers import LeastRecentlyUsed, MostRecentlyUsed, PlannedRows, RandomVictims, SlotMapOfRows, random_rows
+from core_helpers import (
+    LeastRecentlyUsed,
+    MostRecentlyUsed,
+    PlannedRows,
+    RandomVictims,
+    SlotMapOfRows,
+    check_ahead,
+    random_rows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from torchrec_scratchpipe.core.slot_map import SlotsHeldError
 from torchrec_scratchpipe.core.slot_ops import (
+    MAX_SEEN,
     NUM_BINS,
-    WINDOW_BITS,
-    WINDOW_MASK,
     Count,
     PlanBuffers,
     PlanRequest,
     SlotMaps,
     SlotOps,
     State,
+    use_of,
 )
-from torchrec_scratchpipe.core.torch_ops import TorchOps
+from torchrec_scratchpipe.core.torch_ops import TorchOps, distances
 from torchrec_scratchpipe.core.triton_ops import TritonOps
 
 NUM_ROWS, NUM_SLOTS = 30, 12
@@ -99,7 +107,6 @@ def check_laws(slot_map: SlotMapOfRows, stream: list[tuple[str, list[int]]]) -> 
             assert slot_map.count_resident_rows() == 0
             newest_plan = None
         slot_map.check_integrity()
-        check_uses_ahead(slot_map, ahead)
         for slots in in_flight.values():  # held rows stay where they were promised to be
             for row, slot in slots.items():
                 assert int(slot_map.rows_in(torch.tensor([slot]))) == row
@@ -120,15 +127,97 @@ def test_slots_of_batches_released_out_of_order_are_given_away_once() -> None:
     slot_map.check_integrity()
 
 
-def check_uses_ahead(slot_map: SlotMapOfRows, ahead: dict[int, list[int]]) -> None:
-    """Every row, resident or not, knows the batches seen ahead that will use it, and no others."""
-    row_to_slot = slot_map.maps.row_to_slot
-    slots = row_to_slot.clamp(min=0).long()
-    uses = torch.where(row_to_slot < 0, (-1 - row_to_slot) % (1 << WINDOW_BITS), slot_map.maps.uses_ahead[slots])
-    expected = [
-        sum(1 << (seen % WINDOW_BITS) for seen, rows in ahead.items() if row in rows) for row in range(NUM_ROWS)
-    ]
-    assert expected == uses.tolist()
+@st.composite
+def orderly_streams(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
+    """As a pipeline has them: batches are planned in the order in which they were seen."""
+    kinds = st.sampled_from(["see", "see", "see", "plan seen", "plan seen", "release", "release", "purge"])
+    rows = st.lists(st.integers(0, NUM_ROWS - 1), max_size=7) | st.lists(st.integers(0, NUM_ROWS - 1), max_size=11)
+    return draw(st.lists(st.tuples(kinds, rows), max_size=60))
+
+
+@pytest.mark.parametrize("ops", VICTIMS)
+@settings(max_examples=100, deadline=None)
+@given(stream=orderly_streams())
+def test_all_uses_ahead_are_known(ops: type[SlotOps], stream: list[tuple[str, list[int]]]) -> None:
+    check_knowledge(SlotMapOfRows(NUM_ROWS, NUM_SLOTS, ops()), stream)
+
+
+@settings(max_examples=15, deadline=None)
+@given(stream=orderly_streams())
+def test_all_uses_ahead_are_known_in_triton(stream: list[tuple[str, list[int]]]) -> None:
+    check_knowledge(SlotMapOfRows(NUM_ROWS, NUM_SLOTS, TritonOps()), stream)
+
+
+def check_knowledge(slot_map: SlotMapOfRows, stream: list[tuple[str, list[int]]]) -> None:
+    in_flight: list[int] = []
+    ahead: OrderedDict[int, Tensor] = OrderedDict()
+    for kind, some in stream:
+        if kind == "see":
+            rows = torch.tensor(some, dtype=torch.int64)
+            seen = slot_map.see(rows)
+            assert seen is not None
+            ahead[seen] = rows
+        elif kind == "plan seen" and ahead:
+            seen = next(iter(ahead))
+            plan = _plan_or_none(slot_map, ahead[seen], seen)
+            if plan is not None:
+                del ahead[seen]
+                in_flight.append(plan.batch_index)
+        elif kind == "release" and in_flight:
+            slot_map.release(in_flight.pop(0))
+        elif kind == "purge" and not in_flight:
+            slot_map.purge()
+        slot_map.check_integrity()
+        check_ahead(slot_map.maps, [(rows, slot_map._sighting_of(seen)) for seen, rows in ahead.items()])
+
+
+@pytest.mark.parametrize("ops", [TorchOps, TritonOps])
+def test_hundreds_of_batches_are_known_ahead(ops: type[SlotOps]) -> None:
+    num_rows, num_ahead = 400, 130
+    slot_map = SlotMapOfRows(num_rows, 60, ops())
+    generator = torch.Generator().manual_seed(0)
+    # The 70th is wider than what room was made for: all sightings move.
+    batches = [torch.randint(0, num_rows, (12 if index != 70 else 1200,), generator=generator) for index in range(160)]
+    batches[70] = batches[70] % 40
+    seen, num_victims = [slot_map.see(rows) for rows in batches[:num_ahead]], 0
+    for index, rows in enumerate(batches):
+        if index + num_ahead < len(batches):
+            seen.append(slot_map.see(batches[index + num_ahead]))
+        plan = slot_map.plan(rows, seen[index])
+        slot_map.release(plan.batch_index)
+        num_victims += plan.victim_rows.numel()
+        if index % 10 == 0:
+            slot_map.check_integrity()
+            ahead = zip(batches[index + 1 : len(seen)], seen[index + 1 :], strict=True)
+            check_ahead(slot_map.maps, [(rows, slot_map._sighting_of(ticket)) for rows, ticket in ahead])
+    assert num_victims > 500
+    assert len(slot_map._first_places) == 1  # the last one, whose release has not been taken in
+    slot_map.take_in_releases()
+    assert not slot_map._first_places
+
+
+def test_a_batch_that_goes_ahead_of_others_leaves_their_uses_known() -> None:
+    slot_map = SlotMapOfRows(100, 4)
+    slot_map.release(slot_map.plan(torch.tensor([0, 1, 2, 3])).batch_index)
+    first, second = slot_map.see(torch.tensor([0, 1])), slot_map.see(torch.tensor([0, 2]))
+    assert first is not None
+    slot_map.release(slot_map.plan(torch.tensor([0, 2]), second).batch_index)
+    slot_map.check_integrity()
+    assert slot_map.maps.next_use[slot_map.maps.row_to_slot[:4].long()].tolist() == [use_of(first), use_of(first), 0, 0]
+    assert set(slot_map.plan(torch.tensor([10, 11])).victim_rows.tolist()) == {2, 3}
+
+
+def test_rows_of_a_batch_that_was_dropped_may_go() -> None:
+    slot_map = SlotMapOfRows(100, 4)
+    slot_map.release(slot_map.plan(torch.tensor([0, 1, 2, 3])).batch_index)
+    slot_map.release(slot_map.plan(torch.tensor([2, 3])).batch_index)
+    rows = torch.tensor([0, 1, 50])
+    seen = slot_map.see(rows)
+    assert seen is not None
+    slot_map.unsee(seen, rows)
+    assert set(slot_map.plan(torch.tensor([10, 11])).victim_rows.tolist()) == {0, 1}
+    slot_map.check_integrity()
+    assert not slot_map._first_places
 
 
 def _plan_or_none(slot_map: SlotMapOfRows, ids: Tensor, seen: int | None) -> PlannedRows | None:
@@ -162,11 +251,11 @@ def test_frequencies_age() -> None:
     assert slot_map._origin > 0
 
 
-def test_no_more_batches_are_seen_than_a_row_can_note() -> None:
+def test_no_more_batches_are_seen_than_there_are_bins_for() -> None:
     slot_map = SlotMapOfRows(60, 20)
     rows = torch.tensor([1, 2])
-    seen = [slot_map.see(rows) for _ in range(WINDOW_BITS + 2)]
-    assert seen[WINDOW_BITS:] == [None, None]
+    seen = [slot_map.see(rows) for _ in range(MAX_SEEN + 2)]
+    assert seen[MAX_SEEN:] == [None, None]
     slot_map.plan(rows, seen[0])
     assert slot_map.see(rows) is not None
     slot_map.check_integrity()
@@ -238,15 +327,13 @@ class ExactOrder(TorchOps):
     """Lists as many slots as are wanted, in the exact order of their frequency or of their next use."""
 
     def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
-        first_held, next_bit = request.first_held, request.next_bit
+        first_held = request.first_held
         counts = buffers.counts.tolist()
         missing = counts[Count.MISSES] - counts[Count.FROM_FREE] - counts[Count.VICTIMS]
         if missing <= 0:
             return
-        uses = maps.uses_ahead[:-1].long()
-        in_order = ((uses >> next_bit) | (uses << (WINDOW_BITS - next_bit))) & WINDOW_MASK
-        next_use = (in_order & -in_order).double()
-        order = torch.where(next_use > 0, 1e30 / next_use.clamp(min=1), maps.frequency.double())
+        ahead = distances(maps.next_use[:-1], request.first_use)
+        order = torch.where(ahead < MAX_SEEN, 1e30 / (1 + ahead).double(), maps.frequency.double())
         order[(maps.last_use < 0) | (maps.last_use >= first_held)] = torch.inf
         lowest, slots = order.sort(stable=True)
         slots = slots[: min(max(missing, num_wanted), int((lowest < torch.inf).sum()))]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from core_helpers import check_ahead
 from device_path import LaunchList
 from torch import Tensor
 
@@ -24,9 +25,12 @@ from torchrec_scratchpipe.core.slot_map import PoolIds, SlotMap, _make_buffers, 
 from torchrec_scratchpipe.core.slot_ops import (
     BEING_PLACED,
     FREQUENCY_BINS,
+    MAX_SEEN,
+    NOT_SEEN,
     NUM_BINS,
     NUM_NOTES,
-    WINDOW_BITS,
+    NUM_USES,
+    SEEN,
     Aging,
     Count,
     FeatureIds,
@@ -34,16 +38,19 @@ from torchrec_scratchpipe.core.slot_ops import (
     PlanBuffers,
     PlanRequest,
     ScratchBuffers,
+    Sighting,
     SlotMaps,
     SlotOps,
     State,
     TableCounts,
     make_maps,
+    use_of,
 )
-from torchrec_scratchpipe.core.torch_ops import TorchOps, _bins, _notes, frequencies_of_notes
+from torchrec_scratchpipe.core.torch_ops import TorchOps, _bins, _notes, frequencies_of_notes, rows_of_ids
 from torchrec_scratchpipe.core.triton_ops import TritonOps
 
 CPU = torch.device("cpu")
+OF_AHEAD = ("next_use", "newest_sighting", "sightings")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TABLE_ROWS = [500, 1, 2000]
 OTHER_POOL_ROWS = 50
@@ -51,6 +58,7 @@ NUM_SLOTS = 300
 CAPACITY = 2048
 NOW = 40  # the batch that is planned
 FIRST_HELD = 38
+SIGHTINGS = [Sighting(use_of(NUM_USES - 2 + index), index * CAPACITY) for index in range(4)]  # uses go round
 
 
 @dataclasses.dataclass
@@ -63,9 +71,12 @@ class Case:
     tables: TableCounts
     ids: FeatureIds
     features: FeatureRows
+    seen: Tensor  # [batches ahead, ids] the rows of each, the batch itself first
 
     def clone(self) -> "Case":
         def copied(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.clone()
             if isinstance(value, tuple):
                 return type(value)(*(part.clone() for part in value))
             return type(value)(**{name: part.clone() for name, part in vars(value).items()})
@@ -87,8 +98,7 @@ def make_case(
     def integers(low: int, high: int, size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.randint(low, high, (size,), generator=generator).to(dtype)
 
-    known = integers(0, 1 << WINDOW_BITS, num_rows) | (integers(0, NUM_NOTES + 1, num_rows) << WINDOW_BITS)
-    row_to_slot = -1 - known
+    row_to_slot = -1 - integers(0, NUM_NOTES + 1, num_rows)
     slots = torch.randperm(NUM_SLOTS, generator=generator)
     resident = slots[:num_resident]
     rows = torch.randperm(num_rows, generator=generator)[:num_resident]
@@ -96,7 +106,6 @@ def make_case(
     maps = make_maps(row_to_slot, NUM_SLOTS, CAPACITY)
     maps.slot_to_row[resident] = rows
     maps.last_use[resident] = integers(1, NOW, num_resident)
-    maps.uses_ahead[resident] = integers(0, 1 << WINDOW_BITS, num_resident) * integers(0, 2, num_resident)
     # In the middle of bins and of notes, where a rounding of the logarithm does not matter.
     maps.frequency[resident] = torch.exp2(integers(-40, 40, num_resident).float() / 2 + 0.03)
     free = slots[num_resident:]
@@ -111,13 +120,23 @@ def make_case(
     sizes = [OTHER_POOL_ROWS if index < 0 else TABLE_ROWS[index] for index in table]
     ids = [integers(0, size, count, id_dtype) for size, count in zip(sizes, ids_per_feature, strict=True)]
     bounds = torch.tensor([0, *ids_per_feature]).cumsum(0).to(id_dtype)
+    # The batch itself was seen, then others, of the same tables and of random rows.
+    maps = dataclasses.replace(maps, sightings=torch.zeros(len(SIGHTINGS) * CAPACITY, dtype=torch.int16))
+    features = FeatureRows(offsets[table], torch.tensor(sizes), torch.tensor(table, dtype=torch.int32))
+    seen = [FeatureIds(torch.cat(ids), bounds)]
+    for _ in SIGHTINGS[1:]:
+        others = [integers(0, size, count, id_dtype) for size, count in zip(sizes, ids_per_feature, strict=True)]
+        seen.append(FeatureIds(torch.cat(others), bounds))
+    for some, sighting in zip(seen, SIGHTINGS, strict=True):
+        TorchOps().mark(some, features, maps, sighting, SIGHTINGS[0].use)
     case = Case(
         maps=maps,
         buffers=_make_buffers(CAPACITY, torch.device("cpu")),
         scratch=_make_scratch(CAPACITY, torch.device("cpu")),
         tables=TableCounts(offsets, *torch.zeros(4, len(TABLE_ROWS), dtype=torch.int64), torch.zeros(1).long()),
         ids=FeatureIds(torch.cat(ids), bounds),
-        features=FeatureRows(offsets[table], torch.tensor(sizes), torch.tensor(table, dtype=torch.int32)),
+        features=features,
+        seen=torch.stack([rows_of_ids(some, features) for some in seen]),
     )
     case.buffers.counts.random_(generator=generator)  # whatever an earlier batch left
     for buffer in (case.buffers.rows, case.buffers.slots, case.buffers.miss_rows, case.buffers.victim_rows):
@@ -138,6 +157,8 @@ def both(case: Case, *operations: Callable[[SlotOps, Case], None]) -> tuple[Case
 
 
 def _to_device(value: Any, device: torch.device = DEVICE) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
     if isinstance(value, tuple):
         return type(value)(*(part.to(device) for part in value))
     return type(value)(
@@ -147,7 +168,14 @@ def _to_device(value: Any, device: torch.device = DEVICE) -> Any:
 
 def request(case: Case) -> PlanRequest:
     return PlanRequest(
-        case.ids, case.features, case.buffers.slots, NOW, FIRST_HELD, 3, ~(1 << 5), Aging(2.0**1.5, 700.0)
+        case.ids,
+        case.features,
+        case.buffers.slots,
+        NOW,
+        FIRST_HELD,
+        SIGHTINGS[0].use,
+        SIGHTINGS[0],
+        Aging(2.0**1.5, 700.0),
     )
 
 
@@ -204,7 +232,7 @@ def test_find(seed: int, id_dtype: torch.dtype) -> None:
     assert pairs(twin.buffers.miss_rows[:misses], twin.scratch.miss_known[:misses]) == pairs(
         triton.buffers.miss_rows[:misses], triton.scratch.miss_known[:misses]
     )
-    assert_same_maps(twin.maps, triton.maps, "row_to_slot", "last_use", "slot_to_row", "uses_ahead")
+    assert_same_maps(twin.maps, triton.maps, "row_to_slot", "last_use", "slot_to_row", *OF_AHEAD)
     assert int((twin.maps.row_to_slot == BEING_PLACED).sum()) == misses
 
 
@@ -217,7 +245,7 @@ def test_find_names_an_id_out_of_range() -> None:
             assert outcome.buffers.counts[Count.BAD_POSITION] == position + 1
             assert outcome.buffers.counts[Count.IS_REFUSED] == 1
             assert outcome.buffers.counts[Count.FILLS] == outcome.buffers.counts[Count.WRITEBACKS] == 0
-            assert_same_maps(case.maps, outcome.maps, "row_to_slot", "slot_to_row", "uses_ahead", "last_use")
+            assert_same_maps(case.maps, outcome.maps, "row_to_slot", "slot_to_row", "last_use", *OF_AHEAD)
             assert torch.equal(case.maps.frequency, outcome.maps.frequency)
             assert int(outcome.tables.num_unique.sum()) == 0
     case.ids.ids[350] = 1 << 40  # another pool's feature: not ours to judge
@@ -263,7 +291,7 @@ def test_scan(seed: int) -> None:
 def test_scan_lists_the_best_and_no_more_than_there_is_room_for() -> None:
     case = make_case(3, ids_per_feature=(5, 0, 0, 0, 20), num_resident=300, num_listed=0)
     case.maps.frequency.fill_(1.0)  # one bin
-    case.maps.uses_ahead.zero_()
+    case.maps.next_use.zero_()
     case.maps = dataclasses.replace(case.maps, listed=torch.zeros(40).int(), listed_last_use=torch.zeros(40).int())
     for outcome in both(case, find, take, scan):
         assert outcome.maps.state[State.LIST_LENGTH] == 40
@@ -283,14 +311,17 @@ def test_scan_does_nothing_where_no_slot_is_missing() -> None:
 
 def test_rows_used_ahead_are_listed_last_and_the_nearest_last_of_all() -> None:
     maps = make_case(0).maps
-    bins = _bins(maps, FIRST_HELD, 3)
+    bins = _bins(maps, FIRST_HELD, SIGHTINGS[0].use)
     may_go = (maps.last_use >= 0) & (maps.last_use < FIRST_HELD)
     assert torch.equal(bins < NUM_BINS, may_go)
     maps = make_case(0).maps
     maps.last_use.fill_(1)
-    for distance in range(WINDOW_BITS):
-        maps.uses_ahead.fill_(1 << ((3 + distance) % WINDOW_BITS))
-        assert set(_bins(maps, FIRST_HELD, 3).tolist()) == {FREQUENCY_BINS + WINDOW_BITS - 1 - distance}
+    for distance in (0, 1, 2, 3, 100, MAX_SEEN - 1):
+        maps.next_use.fill_(use_of(NUM_USES - 2 + distance))
+        assert set(_bins(maps, FIRST_HELD, use_of(NUM_USES - 2)).tolist()) == {FREQUENCY_BINS + MAX_SEEN - 1 - distance}
+    for distance in (-1, -300, MAX_SEEN, 5000):  # uses that are over, and those of batches that are not ahead
+        maps.next_use.fill_(use_of(NUM_USES - 2 + distance))
+        assert int(_bins(maps, FIRST_HELD, use_of(NUM_USES - 2)).max()) < FREQUENCY_BINS
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -307,7 +338,7 @@ def test_whole_plan(ids_per_feature: tuple[int, ...], is_refused: bool, seed: in
     for outcome in (twin, triton):
         maps, counts, buffers = outcome.maps, outcome.buffers.counts, outcome.buffers
         if is_refused:
-            assert_same_maps(case.maps, maps, "row_to_slot", "slot_to_row", "last_use", "uses_ahead")
+            assert_same_maps(case.maps, maps, "row_to_slot", "slot_to_row", "last_use", *OF_AHEAD)
             assert int(maps.state[State.NUM_FREE]) == int(case.maps.state[State.NUM_FREE])
             continue
         assert counts[Count.WRITEBACKS] > 0
@@ -325,29 +356,87 @@ def test_whole_plan(ids_per_feature: tuple[int, ...], is_refused: bool, seed: in
         old_slots = case.maps.row_to_slot[victims].long()
         assert torch.equal(old_slots, buffers.miss_slots[: victims.numel()].long())
         assert int((case.maps.last_use[old_slots] >= FIRST_HELD).sum()) == 0
-        known = -1 - maps.row_to_slot[victims]
-        assert torch.equal(known & ((1 << WINDOW_BITS) - 1), case.maps.uses_ahead[old_slots])
-        assert torch.equal(known >> WINDOW_BITS, _notes(case.maps.frequency[old_slots], 700.0))
+        known = TorchOps.notes_of(maps.row_to_slot[victims], maps)
+        assert torch.equal(known.int(), _notes(case.maps.frequency[old_slots], 700.0))
         misses = buffers.miss_rows[: int(counts[Count.FILLS])]
-        known = -1 - case.maps.row_to_slot[misses]
+        known = TorchOps.notes_of(case.maps.row_to_slot[misses], case.maps)
         new_slots = maps.row_to_slot[misses].long()
-        assert torch.equal(maps.uses_ahead[new_slots], known & ((1 << WINDOW_BITS) - 1) & ~(1 << 5))
-        expected = frequencies_of_notes(known >> WINDOW_BITS, 700.0) + 2.0**1.5
+        expected = frequencies_of_notes(known, 700.0) + 2.0**1.5
         torch.testing.assert_close(maps.frequency[new_slots], expected)
         assert torch.equal(maps.last_use[slots[is_mine]], torch.full_like(slots[is_mine], NOW).int())
+        check_ahead(maps, list(zip(case.seen, SIGHTINGS, strict=True))[1:])
     for name, counts in vars(twin.tables).items():
         assert torch.equal(counts, getattr(triton.tables, name)), name
     assert (int(twin.tables.num_ids.sum()) == 130) == (not is_refused)
 
 
-@pytest.mark.parametrize("is_used", [True, False])
-def test_mark(is_used: bool) -> None:
-    case = make_case(2)
-    case.ids.ids[3] = -5  # left alone
-    twin, triton = both(case, lambda ops, c: ops.mark(c.ids, c.features, c.maps, 1 << 7, is_used))
-    assert_same_maps(twin.maps, triton.maps, "row_to_slot", "uses_ahead", "slot_to_row")
+def test_a_batch_that_was_not_seen_leaves_what_is_ahead() -> None:
+    case = make_case(3, ids_per_feature=(60, 20, 0, 20, 50))
+    unseen = request(case)._replace(sighting=NOT_SEEN)
+    before = list(zip(case.seen, SIGHTINGS, strict=True))
+    check_ahead(case.maps, before)
+
+    def plan(ops: SlotOps, copy: Case) -> None:
+        asked = unseen._replace(ids=copy.ids, features=copy.features, slots=copy.buffers.slots)
+        ops.prepare(asked, copy.buffers)
+        for operation in (ops.find, lambda *args: ops.take(*args, True)):
+            operation(asked, copy.maps, copy.buffers, copy.scratch)
+        ops.scan(asked, copy.maps, copy.buffers, NUM_SLOTS // 16)
+        ops.take(asked, copy.maps, copy.buffers, copy.scratch, False)
+        ops.commit(asked, copy.maps, copy.buffers, copy.scratch, copy.tables)
+        ops.translate(asked, copy.maps, copy.buffers, copy.tables)
+
+    for outcome in both(case, plan):
+        maps, buffers = outcome.maps, outcome.buffers
+        misses = buffers.miss_rows[: int(buffers.counts[Count.FILLS])]
+        assert misses.numel() > 50
+        slots = maps.row_to_slot[misses].long()
+        is_ahead = torch.isin(misses, case.seen)
+        assert is_ahead.all()  # the batch is the first that was seen, under another name
+        assert set(maps.next_use[slots].tolist()) == {SIGHTINGS[0].use}
+        assert (maps.newest_sighting[slots] >= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mark(seed: int) -> None:
+    case, another = make_case(seed), make_case(seed + 10)
+    another.ids.ids[3] = -5  # left alone
+    sighting = Sighting(use_of(NUM_USES + 2), len(SIGHTINGS) * CAPACITY)
+    more = torch.zeros(CAPACITY, dtype=torch.int16)
+    case.maps = dataclasses.replace(case.maps, sightings=torch.cat([case.maps.sightings, more]))
+    case.ids = another.ids
+    twin, triton = both(case, lambda ops, c: ops.mark(c.ids, c.features, c.maps, sighting, SIGHTINGS[0].use))
+    rows = rows_of_ids(case.ids, case.features)
+    assert int(rows[3]) == -1
+    for outcome in (twin, triton):
+        check_ahead(outcome.maps, [*zip(case.seen, SIGHTINGS, strict=True), (rows, sighting)])
+        assert torch.equal(notes_of_absent(case), notes_of_absent(outcome))
+    assert torch.equal(twin.maps.next_use, triton.maps.next_use)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unmark(seed: int) -> None:
+    case = make_case(seed)
+    last = FeatureIds(torch.zeros_like(case.ids.ids), case.ids.bounds)
+    rows = case.seen[-1]
+    feature = torch.repeat_interleave(torch.arange(case.features.table.numel()), case.ids.bounds.diff().long())
+    last.ids.copy_((rows - case.features.first_row[feature]).clamp(min=0))
+    assert torch.equal(rows_of_ids(last, case.features), rows)
+    twin, triton = both(case, lambda ops, c: ops.unmark(last, c.features, c.maps, SIGHTINGS[-1]))
+    for outcome in (twin, triton):
+        assert torch.equal(notes_of_absent(case), notes_of_absent(outcome))
+        of_last = outcome.maps.newest_sighting >= SIGHTINGS[-1].first_place
+        assert not of_last.any()
+        assert not (outcome.maps.next_use == SIGHTINGS[-1].use).any()
+        entries = -1 - outcome.maps.row_to_slot[outcome.maps.row_to_slot < 0]
+        assert int((entries >= SEEN + SIGHTINGS[-1].first_place).sum()) == 0
+    assert_same_maps(twin.maps, triton.maps, "row_to_slot", *OF_AHEAD)
     assert not torch.equal(case.maps.row_to_slot, twin.maps.row_to_slot)
-    assert not torch.equal(case.maps.uses_ahead, twin.maps.uses_ahead)
+
+
+def notes_of_absent(case: Case) -> Tensor:
+    entries = case.maps.row_to_slot
+    return TorchOps.notes_of(entries[entries < 0], case.maps)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from data import KAGGLE_CARDINALITIES, NUM_SPARSE
 
-from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
+from torchrec_scratchpipe.core.slot_ops import MAX_BATCHES_SEEN_AHEAD
 
 
 class UsageError(ValueError):
@@ -165,7 +165,12 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
     add("--working_sets", help="saved measurement of the data; measured and written there if missing")
     add("--num_measured_batches", type=whole(1), default=200, help="of the first batches, for a budget")
     add("--lookahead", type=whole(1), help="batches planned ahead of Train; default: 2, or what the budget allows")
-    add("--num_batches_seen_ahead", type=whole(0, WINDOW_BITS), default=0, help="known beyond those, to evict less")
+    add(
+        "--num_batches_seen_ahead",
+        type=whole(0, MAX_BATCHES_SEEN_AHEAD + 1),
+        default=0,
+        help="known beyond those, to evict less",
+    )
     add("--host_access", choices=["direct", "staged"], default="direct", help="how a GPU reaches tables")
     add("--table_dir", help="existing directory for memory-mapped tables; default: RAM")
     add("--ram_budget_gb", type=real(0), default=0.5, help="with --table_dir: GiB of RAM per rank for their rows")

@@ -9,7 +9,7 @@ Every term names the tensor that it stands for; a test allocates and compares.
 from dataclasses import dataclass
 
 from torchrec_scratchpipe.core.pool import STAGING_HEADROOM
-from torchrec_scratchpipe.core.slot_map import BUFFER_HEADROOM
+from torchrec_scratchpipe.core.slot_map import BUFFER_HEADROOM, SIGHTINGS_AT_A_TIME
 
 __all__ = ["PoolDemand"]
 
@@ -17,7 +17,8 @@ ROW_BYTES_OF_MAPS = 4  # row_to_slot
 SLOT_BYTES_OF_MAPS = (
     8  # slot_to_row
     + 4  # last_use
-    + 4  # uses_ahead
+    + 2  # next_use
+    + 4  # newest_sighting
     + 4  # free_slots
     + 4  # frequency
     + 8 / 16  # the list of coming victims
@@ -27,6 +28,7 @@ ID_BYTES_OF_PLAN = 8 + 8 + 8 + 4 + 8  # rows, slots, miss_rows, miss_slots, vict
 ID_BYTES_OF_SCRATCH = 4 * 4 + 8  # hits and misses as they were, victims as they were; listed victims; per pool
 # Rows and slots that move, in either direction; per pool, on a device that reaches the tables itself.
 ID_BYTES_OF_ORDER = 2 * (8 + 4)
+ID_BYTES_OF_SIGHTING = 2  # from when a batch is seen until it has trained
 ID_BYTES_OF_INPUT = 8  # a KeyedJaggedTensor's values
 BAG_BYTES_OF_INPUT = 4 + 8  # its lengths and offsets
 # That TorchRec's input distribution is at work on, beyond those that are planned: splits, tensors.
@@ -81,9 +83,11 @@ class PoolDemand:
     @property
     def plan_bytes(self) -> float:
         """Room for all ids of the kernel group, for each of its pools."""
-        per_id = (
-            (self.lookahead + 1) * ID_BYTES_OF_PLAN + ID_BYTES_OF_SCRATCH + (0 if self.is_cpu else ID_BYTES_OF_ORDER)
-        )
+        per_id = (self.lookahead + 1) * ID_BYTES_OF_PLAN + ID_BYTES_OF_SCRATCH
+        per_id += 0 if self.is_cpu else ID_BYTES_OF_ORDER
+        if self.num_batches_seen_ahead:
+            num_batches = self.num_batches_seen_ahead + self.lookahead + 1
+            per_id += ID_BYTES_OF_SIGHTING * SIGHTINGS_AT_A_TIME * -(-num_batches // SIGHTINGS_AT_A_TIME)
         return self.num_ids * BUFFER_HEADROOM * per_id * self.num_pools
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,12 @@ from torchrec_scratchpipe.core.rows import Stage, TimedStage
 from torchrec_scratchpipe.core.slot_ops import (
     HALF_LIFE,
     MAX_HALF_LIVES,
+    MAX_SEEN,
+    NOT_SEEN,
     NOTES_PER_OCTAVE,
     NUM_NOTES,
     NUM_ORDER_BINS,
-    WINDOW_BITS,
-    WINDOW_MASK,
+    SEEN,
     Aging,
     Count,
     FeatureIds,
@@ -35,16 +36,20 @@ from torchrec_scratchpipe.core.slot_ops import (
     PlanBuffers,
     PlanRequest,
     ScratchBuffers,
+    Sighting,
     SlotOps,
     State,
     TableCounts,
     make_maps,
+    use_of,
 )
 from torchrec_scratchpipe.core.streams import StageStreams
 
-__all__ = ["BUFFER_HEADROOM", "CachePlan", "PoolIds", "RowMoves", "SlotMap", "SlotsHeldError"]
+__all__ = ["BUFFER_HEADROOM", "SIGHTINGS_AT_A_TIME", "CachePlan", "PoolIds", "RowMoves", "SlotMap", "SlotsHeldError"]
 
 SMALLEST_CAPACITY = 1024
+SIGHTINGS_AT_A_TIME = 16  # batches for which room is made together
+ROWS_AT_A_TIME = 1 << 22  # looked at together, where all rows must be
 BUFFER_HEADROOM = 1.25  # Buffers are this much larger than the first batch needs, so that later batches fit too.
 
 
@@ -152,7 +157,7 @@ class SlotMap:
     Slots are not scanned for each batch. One scan lists a sixteenth of them, or as many as are wanted, by bins of an
     eighth of an octave of their frequency, and the list serves until it is spent.
 
-    The maps cost 4 bytes per row and 24.5 bytes per slot.
+    The maps cost 4 bytes per row and 26.5 bytes per slot, and 2 bytes per id of each batch that is seen ahead.
 
     All methods but :meth:`release`, :meth:`unsee` and :meth:`unsee_failed` enqueue on the current stream, and must be
     called between the stages of two batches.
@@ -196,6 +201,11 @@ class SlotMap:
         self._slots_held_by: dict[int, int] = {}  # at most, for each batch since the first held
         self._seen: deque[int] = deque()  # batches seen and not yet planned, in the order they were seen
         self._num_seen = 0
+        self._first_places: dict[
+            int, int
+        ] = {}  # of the sightings of a batch, from when it is seen until it is released
+        self._free_places: list[int] = []
+        self._sightings_per_batch = 0
         self._newly_unseen: deque[tuple[int, PoolIds]] = deque()
         self._newly_failed: deque[tuple[int, PoolIds]] = deque()
         self.half_life = half_life
@@ -232,13 +242,15 @@ class SlotMap:
         Returns a ticket for :meth:`plan` or :meth:`unsee`; None if too many batches are seen already.
         """
         self._take_back_sightings()
-        # An entry has a bit for each of WINDOW_BITS batches in a row. The oldest must go before its bit serves again.
-        if self._seen and self._num_seen - self._seen[0] >= WINDOW_BITS:
+        # A distance has a bin for each of MAX_SEEN batches in a row.
+        if self._seen and self._num_seen - self._seen[0] >= MAX_SEEN:
             return None
-        seen = self._num_seen
+        seen, num_ids = self._num_seen, batch.ids.ids.numel()
         self._num_seen += 1
         self._seen.append(seen)
-        self._mark(batch, seen, is_used=True)
+        first = self._first_places[seen] = self._take_places(num_ids)
+        self.maps.sightings[first : first + num_ids] = 0
+        self.ops.mark(*batch, self.maps, self._sighting_of(seen), use_of(self._seen[0]))
         return seen
 
     def unsee(self, seen: int, batch: PoolIds) -> None:
@@ -262,6 +274,8 @@ class SlotMap:
                 plan = self._in_flight.pop(batch_index, None)
                 if plan is not None:
                     self._recycle(plan)
+                    self._take_back_sightings()  # of a batch that was refused, before its places are given away
+                    self._let_go_of_places(plan.seen)
         # Slots are held from one batch on. A batch that is released before an older one keeps its slots until then.
         while self.first_held in self._released_early:
             self._released_early.remove(self.first_held)
@@ -302,8 +316,8 @@ class SlotMap:
             slots,
             self.next_batch,
             self.first_held,
-            self._seen[0] % WINDOW_BITS if self._seen else 0,
-            ~_bit(seen) if seen is not None and seen in self._seen else -1,
+            use_of(self._seen[0] if self._seen else self._num_seen),
+            self._sighting_of(seen) if seen is not None and seen in self._seen else NOT_SEEN,
             self._age(self.next_batch),
         )
         self.ops.prepare(request, buffers)
@@ -383,9 +397,10 @@ class SlotMap:
         assert self.num_batches_in_flight == 0, f"{self.num_batches_in_flight} batches in flight"
         maps = self.maps
         occupied = (maps.slot_to_row >= 0).nonzero().view(-1)
-        # What was seen ahead of a row stays known, in the entry of the absent row.
+        # What was seen ahead of a row stays known, by the entry of the absent row.
         maps.row_to_slot.index_copy_(0, self.rows_in(occupied), self._entries_of_absent(occupied))
-        maps.uses_ahead.zero_()
+        maps.next_use.zero_()
+        maps.newest_sighting.fill_(-1)
         maps.slot_to_row.fill_(-1)
         maps.last_use.fill_(-1)
         maps.frequency.zero_()
@@ -399,10 +414,12 @@ class SlotMap:
             f"{num_slots=} must lie in ({self.num_slots}, {self.num_rows}]"
         )
         old, num_old, self.num_slots = self.maps, self.num_slots, num_slots
-        self.maps = make_maps(old.row_to_slot, num_slots, self._num_listed + self._capacity)
+        new_maps = make_maps(old.row_to_slot, num_slots, self._num_listed + self._capacity)
+        self.maps = replace(new_maps, sightings=old.sightings)
         for name in ("slot_to_row", "last_use", "frequency"):
             getattr(self.maps, name)[:num_old] = getattr(old, name)
-        self.maps.uses_ahead[:num_old] = old.uses_ahead[:num_old]
+        for name in ("next_use", "newest_sighting"):
+            getattr(self.maps, name)[:num_old] = getattr(old, name)[:num_old]
         num_free = int(old.state[State.NUM_FREE])
         new = torch.arange(num_old, num_slots, dtype=torch.int32, device=self.device).flip(0)
         self.maps.free_slots[: num_free + new.numel()] = torch.cat([new, old.free_slots[:num_free]])
@@ -451,11 +468,17 @@ class SlotMap:
         assert int((maps.slot_to_row[free_slots] >= 0).sum()) == 0, "a free slot holds a row"
         assert free_slots.unique().numel() == num_free, "a slot is free twice"
         assert int((maps.last_use[occupied] < 0).sum()) == 0, "an occupied slot was never used"
-        outstanding = sum(_bit(seen) for seen in self._seen)
+        newest = maps.newest_sighting[: self.num_slots]
         absent = -1 - maps.row_to_slot[maps.row_to_slot < 0]
-        uses_ahead = torch.cat([maps.uses_ahead[: self.num_slots], absent & WINDOW_MASK])
-        stray = int((uses_ahead & ~outstanding != 0).sum())
+        places = torch.cat([newest[newest >= 0], absent[absent >= SEEN] - SEEN]).long()
+        assert places.unique().numel() == places.numel(), "two rows have one sighting"
+        is_ahead = torch.zeros_like(maps.sightings, dtype=torch.bool)
+        for seen in self._seen:
+            is_ahead[self._first_places[seen] : self._first_places[seen] + self._sightings_per_batch] = True
+        stray = int((~is_ahead[places]).sum())
         assert stray == 0, f"{stray} slots or rows wait for a batch that is not ahead"
+        assert int((maps.sightings[places] > 0).sum()) == 0, "a row's newest sighting is not its newest"
+        assert int((maps.sightings[newest[newest >= 0].long()] != 0).sum()) == 0, "a row in a slot has a note"
 
     @property
     def _num_listed(self) -> int:
@@ -505,13 +528,17 @@ class SlotMap:
         # The scratch still has what this plan found: no other plan has been made since.
         maps, moves = self.maps, plan.moves()
         freed = moves.miss_slots[moves.victim_slots.numel() :]  # those that were free
-        entries_of_victims = -1 - maps.row_to_slot.index_select(0, moves.victim_rows)
+        newest_of_victims = -1 - maps.row_to_slot.index_select(0, moves.victim_rows) - SEEN
+        is_ahead = newest_of_victims >= 0
         maps.row_to_slot.index_copy_(0, moves.miss_rows, self._entries_of_absent(moves.miss_slots))
         maps.slot_to_row.index_fill_(0, freed, -1)
         maps.last_use.index_fill_(0, freed, -1)
-        maps.uses_ahead.index_fill_(0, freed, 0)
-        # Victims come back to their slots, with what was known of their uses ahead.
-        maps.uses_ahead.index_copy_(0, moves.victim_slots, entries_of_victims & WINDOW_MASK)
+        maps.next_use.index_fill_(0, freed, 0)
+        maps.newest_sighting.index_fill_(0, freed, -1)
+        # Victims come back to their slots, and may be used soon: which of their uses is next is not known any more.
+        maps.sightings.index_fill_(0, newest_of_victims[is_ahead].long(), 0)
+        maps.newest_sighting.index_copy_(0, moves.victim_slots, torch.where(is_ahead, newest_of_victims, -1))
+        maps.next_use.index_copy_(0, moves.victim_slots, is_ahead.short() * plan.request.first_use)
         maps.row_to_slot.index_copy_(0, moves.victim_rows, moves.victim_slots.int())
         maps.slot_to_row.index_copy_(0, moves.victim_slots, moves.victim_rows)
         maps.last_use[moves.victim_slots] = self._scratch.victim_last_use[: moves.victim_slots.numel()]
@@ -526,7 +553,8 @@ class SlotMap:
 
     def _entries_of_absent(self, slots: Tensor) -> Tensor:
         """[N] int32: what `row_to_slot` says of the rows in these slots once they have left; no note of their uses."""
-        return -1 - self.maps.uses_ahead.index_select(0, slots)
+        newest = self.maps.newest_sighting.index_select(0, slots)
+        return -1 - torch.where(newest >= 0, newest | SEEN, 0)
 
     def _make_room(self, num_ids: int) -> None:
         if num_ids <= self._capacity:
@@ -577,17 +605,59 @@ class SlotMap:
             seen, batch = self._newly_unseen.popleft()
             if seen in self._seen:
                 self._seen.remove(seen)
-                self._mark(batch, seen, is_used=False)
+                self._unmark(batch, seen)
+                self._let_go_of_places(seen)
         while self._newly_failed:
             seen, batch = self._newly_failed.popleft()
-            self._mark(batch, seen, is_used=False)
+            self._unmark(batch, seen)
+            self._let_go_of_places(seen)
 
-    def _mark(self, batch: PoolIds, seen: int, *, is_used: bool) -> None:
-        self.ops.mark(batch.ids, batch.features, self.maps, _bit(seen), is_used)
+    def _unmark(self, batch: PoolIds, seen: int) -> None:
+        self.ops.unmark(*batch, self.maps, self._sighting_of(seen))
 
+    def _sighting_of(self, seen: int) -> Sighting:
+        return Sighting(use_of(seen), self._first_places[seen])
 
-def _bit(seen: int) -> int:
-    return 1 << (seen % WINDOW_BITS)
+    def _take_places(self, num_ids: int) -> int:
+        """Where the sightings of a batch begin."""
+        if self._sightings_per_batch < max(1, num_ids):
+            self._widen_sightings(max(SMALLEST_CAPACITY, math.ceil(BUFFER_HEADROOM * num_ids)))
+        if not self._free_places:
+            old, size = self.maps.sightings, self._sightings_per_batch
+            more = torch.zeros(SIGHTINGS_AT_A_TIME * size, dtype=torch.int16, device=self.device)
+            self._free_places = list(range(old.numel(), old.numel() + more.numel(), size))
+            self._replace_sightings(torch.cat([old, more]))
+        return self._free_places.pop()
+
+    def _let_go_of_places(self, seen: int | None) -> None:
+        """No row is found by the sightings of this batch any more."""
+        if seen in self._first_places:
+            self._free_places.append(self._first_places.pop(seen))
+
+    def _widen_sightings(self, size: int) -> None:
+        """More room for each batch: all sightings move, and rows find them where they come to be."""
+        maps, old_size = self.maps, max(1, self._sightings_per_batch)
+        self._sightings_per_batch = size
+
+        def moved(place: Any) -> Any:
+            return place // old_size * size + place % old_size
+
+        for entries in maps.row_to_slot.split(ROWS_AT_A_TIME):
+            places = -1 - entries - SEEN
+            seen = ((entries < 0) & (places >= 0)).nonzero().view(-1)
+            entries.index_copy_(0, seen, -1 - (moved(places[seen]) | SEEN))
+        newest = maps.newest_sighting
+        newest.copy_(torch.where(newest >= 0, moved(newest), -1))
+        wider = torch.zeros(maps.sightings.numel() // old_size, size, dtype=torch.int16, device=self.device)
+        wider[:, :old_size] = maps.sightings.view(-1, old_size)
+        self._replace_sightings(wider.view(-1))
+        self._first_places = {seen: moved(place) for seen, place in self._first_places.items()}
+        self._free_places = [moved(place) for place in self._free_places]
+
+    def _replace_sightings(self, sightings: Tensor) -> None:
+        self._streams.record_use(sightings)
+        self.maps = replace(self.maps, sightings=sightings)
+        self.num_remakes += 1
 
 
 def _make_scratch(capacity: int, device: torch.device) -> ScratchBuffers:

@@ -11,14 +11,28 @@ Tests compare the two.
 
 **The entry of a row in** ``row_to_slot``, 32 bits::
 
-    the row sits in a slot:  0 | slot (31 bits)
-    it sits in none:         -1 - value, where value is     | note (11 bits) | batches seen ahead (20 bits) |
+    the row sits in a slot:  slot
+    it sits in none:         -1 - note, if no batch seen ahead will use it
+                             -1 - (SEEN | place), if one will; its note is in the sighting at that place
     it is being placed:      BEING_PLACED, the smallest int32, while Plan works
 
-A batch that was seen and is not yet planned owns one of the 20 bits. While the row sits in a slot, its bits are in
-``uses_ahead``, and how often it was used is in ``frequency``. When the row leaves, its note keeps the frequency, as a
-position on a scale of logarithms that wraps around. Note 0 is for rows that were never used. To forget how often rows
-were used would cost 5 % more misses.
+While the row sits in a slot, how often it was used is in ``frequency``. When the row leaves, its note keeps the
+frequency, as a position on a scale of logarithms that wraps around. Note 0 is for rows that were never used. To forget
+how often rows were used would cost 5 % more misses.
+
+**What is known of the future.** A batch that is seen and not yet planned has a stretch of ``sightings``, one for each
+of its ids. A sighting says which batch uses the row after this one. So all uses of a row that are ahead form a chain::
+
+    row_to_slot     sits in slot 7                    sits in none: SEEN | place
+                       |        |                                       |
+    next_use[7]: batch 5      newest_sighting[7]: place                 |
+                  |                              |                      |
+    sightings of  v                              v                      v
+       batch 5:  "then batch 90"   batch 90:  nothing yet     batch 33: its note
+
+A batch that is seen now looks up the newest sighting of each row, writes its own number there, and becomes the newest.
+When a batch is planned, what its sightings say becomes the next use of its rows. A use is written as
+``1 + number % NUM_USES``, where batches are numbered as they are seen; 0 is none. A note is written as its negative.
 
 **Which rows leave**: those that no batch seen ahead will use, the least often used first; then those whose next use is
 farthest. A use counts half as much after a half-life, so that yesterday's favourites leave.
@@ -42,14 +56,17 @@ __all__ = [
     "HALF_LIFE",
     "LOWEST_BIN",
     "LOWEST_FREQUENCY",
+    "MAX_BATCHES_SEEN_AHEAD",
     "MAX_HALF_LIVES",
     "MAX_OCTAVES",
+    "MAX_SEEN",
     "NOTES_PER_OCTAVE",
+    "NOT_SEEN",
     "NUM_BINS",
     "NUM_NOTES",
     "NUM_ORDER_BINS",
-    "WINDOW_BITS",
-    "WINDOW_MASK",
+    "NUM_USES",
+    "SEEN",
     "Aging",
     "CommonOps",
     "Count",
@@ -60,19 +77,20 @@ __all__ = [
     "PlanBuffers",
     "PlanRequest",
     "ScratchBuffers",
+    "Sighting",
     "SlotMaps",
     "SlotOps",
     "State",
     "TableCounts",
     "make_maps",
+    "use_of",
 ]
 
-WINDOW_BITS = 20  # batches that can be seen ahead of Plan, one bit each
-WINDOW_MASK = (1 << WINDOW_BITS) - 1
-NOTE_BITS = 11
-# One less than there could be: with all 31 bits set, a row would say the smallest int32, which marks one that is being
-# placed.
-NUM_NOTES = (1 << NOTE_BITS) - 2
+MAX_SEEN = 512  # batches that are seen and not planned
+MAX_BATCHES_SEEN_AHEAD = 500  # of a pipeline, which has some more on their way
+NUM_USES = 1 << 14  # of batches that can be told apart; more than are ahead, so that a use from long ago is told, too
+SEEN = 1 << 30
+NUM_NOTES = (1 << 11) - 2
 NOTES_PER_OCTAVE = 16
 BEING_PLACED = -(1 << 31)
 
@@ -82,13 +100,13 @@ MAX_OCTAVES = 48  # of a frequency, since the origin: a note that says more is l
 LOWEST_FREQUENCY = 2.0**-90
 
 # Victims are listed by bins: frequency from 2 ** -96 to 2 ** 64, each octave in eight equal parts, then rows that a
-# batch seen ahead will use, the farthest first. The bin is what a float32 says without its last bits: a sign of 0, the
-# exponent, three bits of the mantissa.
+# batch seen ahead will use, a bin for each batch, the farthest first. The bin of a frequency is what a float32 says
+# without its last bits: a sign of 0, the exponent, three bits of the mantissa.
 FREQUENCY_SHIFT = 23 - 3
 LOWEST_BIN = (127 - 96) << 3
 FREQUENCY_BINS = 160 << 3
-NUM_BINS = 2048  # a power of two, at least FREQUENCY_BINS + WINDOW_BITS
-assert NUM_BINS >= FREQUENCY_BINS + WINDOW_BITS
+NUM_BINS = 2048  # a power of two, at least FREQUENCY_BINS + MAX_SEEN
+assert NUM_BINS >= FREQUENCY_BINS + MAX_SEEN
 
 NUM_ORDER_BINS = 4096  # into which rows are put before they move, by where they lie in the tables
 
@@ -103,10 +121,11 @@ class Number(enum.IntEnum):
     SLOTS = 4
     BATCH_INDEX = 5
     FIRST_HELD = 6
-    NEXT_BIT = 7
-    KEEP_BITS = 8
-    WEIGHT = 9  # a float32, by its bits, as is the next
-    ORIGIN = 10
+    USE = 7
+    FIRST_USE = 8
+    FIRST_PLACE = 9
+    WEIGHT = 10  # a float32, by its bits, as is the next
+    ORIGIN = 11
 
 
 class Count(enum.IntEnum):
@@ -149,6 +168,16 @@ class FeatureRows(NamedTuple):
     table: Tensor  # [F] int32, position in the pool, -1 if the table is in another
 
 
+class Sighting(NamedTuple):
+    """Of a batch that is seen: how its uses are written, and where its sightings are."""
+
+    use: int  # in [1, NUM_USES]; 0 if the batch was not seen
+    first_place: int  # one place for each id, from here on; -1 if the batch was not seen
+
+
+NOT_SEEN = Sighting(0, -1)
+
+
 class Aging(NamedTuple):
     """How uses are weighed now; a use in batch `t` counts ``2 ** ((t - origin) / half_life)``."""
 
@@ -164,8 +193,8 @@ class PlanRequest(NamedTuple):
     slots: Tensor  # [>= I] int64, to be written: the slot of each id
     batch_index: int
     first_held: int  # slots with ``last_use >= first_held`` stay
-    next_bit: int  # in [0, WINDOW_BITS): that of the oldest batch that was seen and not planned
-    keep_bits: int  # clears the batch's own bit in `uses_ahead`, if it was seen; -1 keeps all
+    first_use: int  # in [1, NUM_USES]: a use by the oldest batch that was seen and not planned
+    sighting: Sighting  # of the batch itself
     aging: Aging
 
 
@@ -176,8 +205,10 @@ class SlotMaps:
     row_to_slot: Tensor  # [R] int32, see above
     slot_to_row: Tensor  # [S] int64, -1 for a free slot
     last_use: Tensor  # [S] int32, the newest planned batch that uses the slot's row, -1 for a free slot
-    uses_ahead: Tensor  # [S + 1] int32, one bit per batch seen ahead that will use the slot's row
+    next_use: Tensor  # [S + 1] int16, the next use of the slot's row by a batch seen ahead
+    newest_sighting: Tensor  # [S + 1] int32, where the last of them is; -1 for none
     frequency: Tensor  # [S] float32
+    sightings: Tensor  # [any] int16, by place: the use after this one; at a row's newest, 0 or the row's note
     free_slots: Tensor  # [S] int32, of which the first NUM_FREE count
     listed: Tensor  # [S // 16 + C] int32, coming victims
     listed_last_use: Tensor  # the same shape, int32: as it was when they were listed
@@ -246,10 +277,16 @@ class SlotOps(Protocol):
 
     orders_moves: bool  # whether :meth:`order` needs buffers
 
-    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
-        """Note that a batch seen ahead will use these rows, or take that back; ids out of range are left alone.
+    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting, first_use: int) -> None:
+        """Note that a batch seen ahead will use these rows; ids out of range are left alone.
 
-        `bit` is ``1 << (seen % WINDOW_BITS)``.
+        Its sightings are zeros. `first_use` is as in :class:`PlanRequest`.
+        """
+
+    def unmark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting) -> None:
+        """Take back :meth:`mark`: no row is to be found by these sightings any more.
+
+        A use after this one is forgotten where this one was the next.
         """
 
     def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
@@ -354,11 +391,18 @@ def make_maps(row_to_slot: Tensor, num_slots: int, list_capacity: int) -> SlotMa
         row_to_slot=row_to_slot,
         slot_to_row=torch.full((num_slots,), -1, dtype=torch.int64, device=device),
         last_use=torch.full((num_slots,), -1, dtype=torch.int32, device=device),
-        uses_ahead=torch.zeros(num_slots + 1, dtype=torch.int32, device=device),
+        next_use=torch.zeros(num_slots + 1, dtype=torch.int16, device=device),
+        newest_sighting=torch.full((num_slots + 1,), -1, dtype=torch.int32, device=device),
         frequency=torch.zeros(num_slots, dtype=torch.float32, device=device),
+        sightings=torch.zeros(0, dtype=torch.int16, device=device),
         free_slots=torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device),
         listed=torch.zeros(list_capacity, dtype=torch.int32, device=device),
         listed_last_use=torch.zeros(list_capacity, dtype=torch.int32, device=device),
         histogram=torch.zeros(NUM_BINS, dtype=torch.int32, device=device),
         state=state,
     )
+
+
+def use_of(seen: int) -> int:
+    """How a use by this batch is written, counted as batches are seen."""
+    return 1 + seen % NUM_USES

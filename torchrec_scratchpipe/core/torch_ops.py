@@ -18,11 +18,12 @@ from torchrec_scratchpipe.core.slot_ops import (
     LOWEST_BIN,
     LOWEST_FREQUENCY,
     MAX_OCTAVES,
+    MAX_SEEN,
     NOTES_PER_OCTAVE,
     NUM_BINS,
     NUM_NOTES,
-    WINDOW_BITS,
-    WINDOW_MASK,
+    NUM_USES,
+    SEEN,
     CommonOps,
     Count,
     FeatureIds,
@@ -30,12 +31,13 @@ from torchrec_scratchpipe.core.slot_ops import (
     PlanBuffers,
     PlanRequest,
     ScratchBuffers,
+    Sighting,
     SlotMaps,
     State,
     TableCounts,
 )
 
-__all__ = ["TorchOps", "frequencies_of_notes", "rows_of_ids"]
+__all__ = ["TorchOps", "distances", "frequencies_of_notes", "rows_of_ids"]
 
 SMALLEST_CHUNK = 1024  # of the list of coming victims, looked at together
 
@@ -80,22 +82,65 @@ class TorchOps(CommonOps):
         """See :class:`SlotOps`; nothing is recorded."""
         operations()
 
-    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
+    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting, first_use: int) -> None:
+        use, first_place = sighting
+        rows, positions = _rows_of_ids(ids, features).valid()
+        places = torch.arange(first_place, first_place + ids.ids.numel(), dtype=torch.int32, device=rows.device)
+        if positions is not None:
+            places = places.index_select(0, positions)
+        entries = maps.row_to_slot.index_select(0, rows)
+        is_absent = entries < 0
+        self._mark_absent(rows, entries, places, _positions(is_absent), maps, use)
+        present = _positions(is_absent.logical_not_())
+        slots, places = entries.index_select(0, present).long(), places.index_select(0, present)
+        before = maps.newest_sighting.index_select(0, slots)
+        # Of several places of a row, one stands for it: the one that is read back.
+        maps.newest_sighting.scatter_(0, slots, places)
+        stands = _positions(maps.newest_sighting.index_select(0, slots) == places)
+        slots, before = slots.index_select(0, stands), before.index_select(0, stands)
+        has_sighting = before >= 0
+        maps.sightings.scatter_(0, before.index_select(0, _positions(has_sighting)).long(), use)
+        slots = slots.index_select(0, _positions(has_sighting.logical_not_()))
+        is_unused_ahead = distances(maps.next_use.index_select(0, slots), first_use) == MAX_SEEN
+        maps.next_use.scatter_(0, slots.index_select(0, _positions(is_unused_ahead)), use)
+
+    def _mark_absent(
+        self, rows: Tensor, entries: Tensor, places: Tensor, absent: Tensor, maps: SlotMaps, use: int
+    ) -> None:
+        """Absent rows, at some positions among these: their notes move to their newest sightings."""
+        rows, places = rows.index_select(0, absent), places.index_select(0, absent)
+        new_entries = -1 - (places | SEEN)
+        maps.row_to_slot.scatter_(0, rows, new_entries)
+        stands = _positions(maps.row_to_slot.index_select(0, rows) == new_entries)
+        entries = entries.index_select(0, absent).index_select(0, stands)
+        notes = self.notes_of(entries, maps)
+        before = -1 - SEEN - entries
+        maps.sightings.scatter_(0, before.index_select(0, _positions(before >= 0)).long(), use)
+        maps.sightings.scatter_(0, places.index_select(0, stands).long(), -notes)
+
+    def unmark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting) -> None:
+        use, first_place = sighting
         rows, _ = _rows_of_ids(ids, features).valid()
+        end = first_place + ids.ids.numel()
+        known = maps.row_to_slot.index_select(0, rows)
+        slots = known.index_select(0, _positions(known >= 0)).long()
+        maps.next_use.scatter_(0, slots[maps.next_use.index_select(0, slots) == use], 0)
+        newest = maps.newest_sighting.index_select(0, slots)
+        maps.newest_sighting.scatter_(0, slots[(newest >= first_place) & (newest < end)], -1)
+        places = -1 - known - SEEN  # below 0 where there is none
+        mine = _positions((known < 0).logical_and_(places >= first_place).logical_and_(places < end))
+        notes = self.notes_of(known.index_select(0, mine), maps)
+        maps.row_to_slot.scatter_(0, rows.index_select(0, mine), -1 - notes.int())
 
-        def change(uses: Tensor) -> Tensor:
-            return uses.bitwise_or_(bit) if is_used else uses.bitwise_and_(~bit)
-
-        # Repeated rows are written more than once, with the same value. Absent rows stand for a slot beyond the last
-        # one.
-        values = maps.row_to_slot.index_select(0, rows)
-        is_absent = values < 0
-        absent = _positions(is_absent)
-        uses_of_absent = -1 - values.index_select(0, absent)
-        maps.row_to_slot.scatter_(0, rows.index_select(0, absent), -1 - change(uses_of_absent))
-        slots = values.long().masked_fill_(is_absent, maps.last_use.numel())
-        maps.uses_ahead.scatter_(0, slots, change(maps.uses_ahead.index_select(0, slots)))
-        maps.uses_ahead[-1] = 0
+    @staticmethod
+    def notes_of(entries: Tensor, maps: SlotMaps) -> Tensor:
+        """[N] int16: the notes of absent rows, by their entries, [N] int32."""
+        values = -1 - entries
+        notes = values.short()
+        seen = _positions(values >= SEEN)
+        if seen.numel() == 0:
+            return notes
+        return notes.scatter_(0, seen, -maps.sightings.index_select(0, (values.index_select(0, seen) - SEEN).long()))
 
     def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
         ids, features = request.ids, request.features
@@ -103,31 +148,39 @@ class TorchOps(CommonOps):
         _put(buffers.rows, looked_up.rows)
         rows, positions_of_rows = looked_up.valid()
         known = maps.row_to_slot.index_select(0, rows)
-        # Every id writes its position; the one that is read back represents its row. No sort.
-        positions = torch.arange(rows.numel(), dtype=torch.int32, device=rows.device)
-        maps.row_to_slot.scatter_(0, rows, positions)
-        first = _positions(maps.row_to_slot.index_select(0, rows) == positions)
-        unique, known_of_unique = rows.index_select(0, first), known.index_select(0, first)
-        is_miss = known_of_unique < 0
-        maps.row_to_slot.index_copy_(0, unique, torch.where(is_miss, BEING_PLACED, known_of_unique))
-        misses = _positions(is_miss)
-        hit_slots = known_of_unique.index_select(0, _positions(is_miss.logical_not_())).long()
+        is_miss = known < 0
+        # Every id writes its position; the one that is read back represents its row. No sort. Rows in slots write to
+        # their slot's last use, which is set anyway.
+        hits = _positions(is_miss.logical_not())
+        slots, marks = known.index_select(0, hits).long(), hits.int()
+        last_use = maps.last_use.index_select(0, slots)
+        maps.last_use.scatter_(0, slots, marks)
+        stands = _positions(maps.last_use.index_select(0, slots) == marks)
+        hits, hit_slots = hits.index_select(0, stands), slots.index_select(0, stands)
+        maps.last_use.scatter_(0, hit_slots, request.batch_index)
         _put(scratch.hit_slots, hit_slots)
-        _put(scratch.hit_last_use, maps.last_use.index_select(0, hit_slots))
-        maps.last_use.index_fill_(0, hit_slots, request.batch_index)
-        _put(buffers.miss_rows, unique.index_select(0, misses))
-        _put(scratch.miss_known, known_of_unique.index_select(0, misses))
+        _put(scratch.hit_last_use, last_use.index_select(0, stands))
+        # Absent ones write to their entry.
+        misses = _positions(is_miss)
+        miss_rows, marks = rows.index_select(0, misses), misses.int()
+        maps.row_to_slot.scatter_(0, miss_rows, marks)
+        stands = _positions(maps.row_to_slot.index_select(0, miss_rows) == marks)
+        misses, miss_rows = misses.index_select(0, stands), miss_rows.index_select(0, stands)
+        maps.row_to_slot.scatter_(0, miss_rows, BEING_PLACED)
+        _put(buffers.miss_rows, miss_rows)
+        _put(scratch.miss_known, known.index_select(0, misses))
         if positions_of_rows is not None:
-            first = positions_of_rows.index_select(0, first)
+            hits, misses = positions_of_rows.index_select(0, hits), positions_of_rows.index_select(0, misses)
         bounds = ids.bounds.long()
+        num_misses = torch.searchsorted(misses, bounds).diff()
         self._found = _Found(
             rows,
             positions_of_rows,
             known,
             features.table,
             num_ids=bounds.diff(),
-            num_unique=torch.searchsorted(first, bounds).diff(),
-            num_misses=torch.searchsorted(first.index_select(0, misses), bounds).diff(),
+            num_unique=torch.searchsorted(hits, bounds).diff() + num_misses,
+            num_misses=num_misses,
         )
         counts = [0] * len(Count)
         counts[Count.HITS], counts[Count.MISSES] = hit_slots.numel(), misses.numel()
@@ -152,12 +205,12 @@ class TorchOps(CommonOps):
             listed, last_use = maps.listed[head:end], maps.listed_last_use[head:end]
             is_usable = (maps.last_use.index_select(0, listed) == last_use) & (last_use < request.first_held)
             if skips_used_ahead:
-                is_usable &= maps.uses_ahead.index_select(0, listed) == 0
+                is_usable &= distances(maps.next_use.index_select(0, listed), request.first_use) == MAX_SEEN
             positions = _positions(is_usable)[:missing]
             chosen = listed.index_select(0, positions)
             _put(buffers.miss_slots[taken:], chosen)
             _put(scratch.victim_last_use[taken:], last_use.index_select(0, positions))
-            maps.last_use.index_fill_(0, chosen.long(), request.batch_index)
+            maps.last_use.scatter_(0, chosen.long(), request.batch_index)
             head = head + int(positions[-1]) + 1 if positions.numel() == missing else end
             taken, missing = taken + positions.numel(), missing - positions.numel()
         buffers.counts[Count.VICTIMS], maps.state[State.LIST_HEAD] = taken, head
@@ -166,7 +219,7 @@ class TorchOps(CommonOps):
         missing = _num_missing(buffers.counts.tolist())
         if missing <= 0:
             return
-        bins = _bins(maps, request.first_held, request.next_bit)
+        bins = _bins(maps, request.first_held, request.first_use)
         at_most = torch.bincount(bins, minlength=NUM_BINS + 1)[:NUM_BINS].cumsum(0)
         num_unused_ahead = int(at_most[FREQUENCY_BINS - 1])
         target = max(missing, num_wanted)
@@ -184,7 +237,9 @@ class TorchOps(CommonOps):
     def commit(
         self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers, tables: TableCounts
     ) -> None:
-        batch_index, keep_bits, aging = request.batch_index, request.keep_bits, request.aging
+        batch_index, aging = request.batch_index, request.aging
+        use, first_place = request.sighting
+        end_place = first_place + (request.ids.ids.numel() if use > 0 else 0)
         counts = buffers.counts.tolist()
         num_misses, num_victims = counts[Count.MISSES], counts[Count.VICTIMS]
         hits = scratch.hit_slots[: counts[Count.HITS]].long()
@@ -192,31 +247,46 @@ class TorchOps(CommonOps):
         known = scratch.miss_known[:num_misses]
         victims = buffers.miss_slots[:num_victims].long()
         if _is_refused(counts):
-            maps.last_use.index_copy_(0, hits, scratch.hit_last_use[: hits.numel()])
-            maps.last_use.index_copy_(0, victims, scratch.victim_last_use[:num_victims])
-            maps.row_to_slot.index_copy_(0, misses, known)
+            maps.last_use.scatter_(0, hits, scratch.hit_last_use[: hits.numel()])
+            maps.last_use.scatter_(0, victims, scratch.victim_last_use[:num_victims])
+            maps.row_to_slot.scatter_(0, misses, known)
             return
-        # Victims leave: their rows remember how often they were used, and which batches ahead will use them.
+        # Victims leave: their rows remember how often they were used, at their newest sighting if there is one.
         victim_rows = maps.slot_to_row.index_select(0, victims)
         _put(buffers.victim_rows, victim_rows)
         notes = _notes(maps.frequency.index_select(0, victims), aging.origin)
-        uses = maps.uses_ahead.index_select(0, victims)
-        maps.row_to_slot.index_copy_(0, victim_rows, -1 - (uses | (notes << WINDOW_BITS)))
+        newest = maps.newest_sighting.index_select(0, victims)
+        seen = _positions(newest >= 0)
+        maps.sightings.scatter_(0, newest.index_select(0, seen).long(), -notes.index_select(0, seen).short())
+        maps.row_to_slot.scatter_(0, victim_rows, -1 - torch.where(newest >= 0, newest | SEEN, notes))
         # Misses come, the first of them into the slots of victims, with what their rows remembered.
         num_free = int(maps.state[State.NUM_FREE])
         free = maps.free_slots[num_free - (num_misses - num_victims) : num_free].flip(0).long()
         slots = torch.cat([victims, free])
-        remembered = -1 - known
-        frequencies = frequencies_of_notes(remembered >> WINDOW_BITS, aging.origin)
+        frequencies = frequencies_of_notes(self.notes_of(known, maps), aging.origin)
+        places = -1 - known - SEEN
+        is_later = (places >= 0) & ((places < first_place) | (places >= end_place))
+        maps.sightings.scatter_(0, places.index_select(0, _positions(is_later)).long(), 0)
+        # Where a batch was not seen, its rows may be used soon: which of their uses is next is not known.
+        maps.newest_sighting.scatter_(0, slots, torch.where(is_later, places, -1))
+        maps.next_use.scatter_(0, slots, 0)
+        if use == 0:
+            maps.next_use.scatter_(0, slots.index_select(0, _positions(is_later)), request.first_use)
         _put(buffers.miss_slots, slots)
-        maps.row_to_slot.index_copy_(0, misses, slots.int())
-        maps.slot_to_row.index_copy_(0, slots, misses)
-        maps.last_use.index_fill_(0, slots, batch_index)
-        maps.uses_ahead.index_copy_(0, slots, remembered & (WINDOW_MASK & keep_bits))
-        maps.frequency.index_copy_(0, slots, frequencies + aging.weight)
+        maps.row_to_slot.scatter_(0, misses, slots.int())
+        maps.slot_to_row.scatter_(0, slots, misses)
+        maps.last_use.scatter_(0, slots, batch_index)
+        maps.frequency.scatter_(0, slots, frequencies + aging.weight)
         # Hits stay.
-        maps.frequency.index_copy_(0, hits, maps.frequency.index_select(0, hits) + aging.weight)
-        maps.uses_ahead.index_copy_(0, hits, maps.uses_ahead.index_select(0, hits) & keep_bits)
+        maps.frequency.scatter_(0, hits, maps.frequency.index_select(0, hits) + aging.weight)
+        if use > 0:
+            newest = maps.newest_sighting.index_select(0, hits)
+            is_mine = (newest >= first_place).logical_and_(newest < end_place)
+            maps.newest_sighting.scatter_(0, hits.index_select(0, _positions(is_mine)), -1)
+            # A batch that goes ahead of others leaves their uses known.
+            if use != request.first_use:
+                hits = hits.index_select(0, _positions(maps.next_use.index_select(0, hits) == use))
+            maps.next_use.scatter_(0, hits, 0)
         self._found.add_to(tables)
         table_of_victims = torch.bucketize(victim_rows, tables.row_offsets[1:], right=True)
         tables.num_victims.add_(torch.bincount(table_of_victims, minlength=tables.num_victims.numel()))
@@ -232,14 +302,25 @@ class TorchOps(CommonOps):
             slots_of_rows = known.long()
             misses = _positions(known < 0)
             slots_of_misses = maps.row_to_slot.index_select(0, rows.index_select(0, misses))
-            slots_of_rows.index_copy_(0, misses, slots_of_misses.long())
+            slots_of_rows.scatter_(0, misses, slots_of_misses.long())
             maps.state[State.NUM_FREE] -= counts[Count.FROM_FREE]
             buffers.counts[Count.FILLS], buffers.counts[Count.WRITEBACKS] = counts[Count.MISSES], counts[Count.VICTIMS]
         if positions is None:
             slots[:num_ids].copy_(slots_of_rows)
         else:
-            slots.index_copy_(0, positions, slots_of_rows)
+            slots.scatter_(0, positions, slots_of_rows)
+        if not _is_refused(counts):
+            self._follow_sightings(request, maps)
         del self._found
+
+    def _follow_sightings(self, request: PlanRequest, maps: SlotMaps) -> None:
+        """What the batch's sightings say is now the next use of its rows."""
+        first_place = request.sighting.first_place
+        if first_place >= 0:
+            uses = maps.sightings[first_place : first_place + request.ids.ids.numel()]
+            positions = _positions(uses > 0)
+            slots = request.slots.index_select(0, positions)
+            maps.next_use.scatter_(0, slots, uses.index_select(0, positions))
 
     def move(
         self, source: Tensor, source_index: Tensor, target: Tensor, target_index: Tensor, counts: Tensor, count: Count
@@ -314,14 +395,19 @@ def _is_refused(counts: Sequence[int]) -> bool:
     return _num_missing(counts) > 0 or counts[Count.BAD_POSITION] > 0
 
 
-def _bins(maps: SlotMaps, first_held: int, next_bit: int) -> Tensor:
+def distances(uses: Tensor, first_use: int) -> Tensor:
+    """[N] int16: how many batches after `first_use`, MAX_SEEN for none. Shapes: `uses` [N] int16."""
+    ahead = (uses - first_use).bitwise_and_(NUM_USES - 1)
+    return ahead.masked_fill_((uses == 0).logical_or_(ahead >= MAX_SEEN), MAX_SEEN)
+
+
+def _bins(maps: SlotMaps, first_held: int, first_use: int) -> Tensor:
     """[S] int32: the bin of each slot, NUM_BINS if it must not go."""
     bins = (maps.frequency.view(torch.int32) >> FREQUENCY_SHIFT).sub_(LOWEST_BIN).clamp_(0, FREQUENCY_BINS - 1)
-    uses = maps.uses_ahead[: bins.numel()]
-    if int(uses.max()) > 0:
-        in_order = (uses >> next_bit) | ((uses & ((1 << next_bit) - 1)) << (WINDOW_BITS - next_bit))
-        distance = (in_order & -in_order).float().log2_().clamp_(min=0).int()
-        bins = torch.where(uses != 0, FREQUENCY_BINS + WINDOW_BITS - 1 - distance, bins)
+    uses = maps.next_use[: bins.numel()]
+    if maps.sightings.numel() and int(uses.max()) > 0:
+        ahead = distances(uses, first_use).int()
+        bins = torch.where(ahead < MAX_SEEN, FREQUENCY_BINS + MAX_SEEN - 1 - ahead, bins)
     # All ones where last_use is below 0 or not below first_held: a slot that is free, or held. Three times as fast as
     # masks.
     must_stay = (maps.last_use | (first_held - 1 - maps.last_use)) >> 31
@@ -334,7 +420,7 @@ def _notes(frequency: Tensor, origin: float) -> Tensor:
 
 
 def frequencies_of_notes(notes: Tensor, origin: float) -> Tensor:
-    """[N] float32: how often absent rows were used, by their notes; 0 without one. Shapes: `notes` [N] int32."""
+    """[N] float32: how often absent rows were used, by their notes; 0 without one. Shapes: `notes` [N] integers."""
     since_origin = (notes - 1).float() - origin
     since_origin = torch.where(since_origin < 0, since_origin + NUM_NOTES, since_origin)
     long_past = since_origin >= MAX_OCTAVES * NOTES_PER_OCTAVE

@@ -27,12 +27,13 @@ from torchrec_scratchpipe.core.slot_ops import (
     LOWEST_BIN,
     LOWEST_FREQUENCY,
     MAX_OCTAVES,
+    MAX_SEEN,
     NOTES_PER_OCTAVE,
     NUM_BINS,
     NUM_NOTES,
     NUM_ORDER_BINS,
-    WINDOW_BITS,
-    WINDOW_MASK,
+    NUM_USES,
+    SEEN,
     CommonOps,
     Count,
     FeatureIds,
@@ -42,6 +43,7 @@ from torchrec_scratchpipe.core.slot_ops import (
     PlanBuffers,
     PlanRequest,
     ScratchBuffers,
+    Sighting,
     SlotMaps,
     State,
     TableCounts,
@@ -86,12 +88,14 @@ _BOUNDS_STRIDE = tl.constexpr(int(Number.BOUNDS_STRIDE))
 _SLOTS = tl.constexpr(int(Number.SLOTS))
 _BATCH_INDEX = tl.constexpr(int(Number.BATCH_INDEX))
 _FIRST_HELD = tl.constexpr(int(Number.FIRST_HELD))
-_NEXT_BIT = tl.constexpr(int(Number.NEXT_BIT))
-_KEEP_BITS = tl.constexpr(int(Number.KEEP_BITS))
+_USE = tl.constexpr(int(Number.USE))
+_FIRST_USE = tl.constexpr(int(Number.FIRST_USE))
+_FIRST_PLACE = tl.constexpr(int(Number.FIRST_PLACE))
 _WEIGHT = tl.constexpr(int(Number.WEIGHT))
 _ORIGIN = tl.constexpr(int(Number.ORIGIN))
-_WINDOW_BITS = tl.constexpr(WINDOW_BITS)
-_WINDOW_MASK = tl.constexpr(WINDOW_MASK)
+_SEEN = tl.constexpr(SEEN)
+_MAX_SEEN = tl.constexpr(MAX_SEEN)
+_LAST_OF_USES = tl.constexpr(NUM_USES - 1)
 _NUM_BINS = tl.constexpr(NUM_BINS)
 _NUM_ORDER_BINS = tl.constexpr(NUM_ORDER_BINS)
 _FREQUENCY_BINS = tl.constexpr(FREQUENCY_BINS)
@@ -130,23 +134,30 @@ class TritonOps(CommonOps):
         )
         self._of_thread = threading.local()  # `graph`, while this thread records
 
-    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, bit: int, is_used: bool) -> None:
+    def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting, first_use: int) -> None:
+        self._mark(_mark_kernel, ids, features, maps, *sighting, first_use)
+
+    def unmark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting) -> None:
+        self._mark(_unmark_kernel, ids, features, maps, *sighting)
+
+    def _mark(self, kernel: Any, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, *numbers: int) -> None:
         # Never recorded: the ids' address and number are parameters.
         num_ids, num_features = ids.ids.numel(), features.table.numel()
         if num_ids:
             self._launch(
-                _mark_kernel,
+                kernel,
                 triton.cdiv(num_ids, IDS_PER_PROGRAM),
                 ids.ids,
                 ids.bounds,
                 *features,
                 maps.row_to_slot,
-                maps.uses_ahead,
+                maps.next_use,
+                maps.newest_sighting,
+                maps.sightings,
                 num_ids,
                 num_features,
                 ids.bounds.stride(0),
-                bit,
-                IS_USED=is_used,
+                *numbers,
                 SEARCH_STEPS=num_features.bit_length(),
                 BLOCK=IDS_PER_PROGRAM,
             )
@@ -161,8 +172,8 @@ class TritonOps(CommonOps):
         numbers[Number.SLOTS] = request.slots.data_ptr()
         numbers[Number.BATCH_INDEX] = request.batch_index
         numbers[Number.FIRST_HELD] = request.first_held
-        numbers[Number.NEXT_BIT] = request.next_bit
-        numbers[Number.KEEP_BITS] = request.keep_bits
+        numbers[Number.USE], numbers[Number.FIRST_PLACE] = request.sighting
+        numbers[Number.FIRST_USE] = request.first_use
         numbers[Number.WEIGHT] = _bits_of(request.aging.weight)
         numbers[Number.ORIGIN] = _bits_of(request.aging.origin)
         buffers.host_numbers.numpy()[:] = numbers
@@ -251,7 +262,7 @@ class TritonOps(CommonOps):
             maps.listed,
             maps.listed_last_use,
             maps.last_use,
-            maps.uses_ahead,
+            maps.next_use,
             buffers.miss_slots,
             scratch.victim_last_use,
             SKIPS_USED_AHEAD=skips_used_ahead,
@@ -262,7 +273,7 @@ class TritonOps(CommonOps):
     def scan(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, num_wanted: int) -> None:
         num_slots = maps.last_use.numel()
         num_programs = triton.cdiv(num_slots, SLOTS_PER_PROGRAM)
-        slots = (maps.last_use, maps.uses_ahead, maps.frequency, num_slots)
+        slots = (maps.last_use, maps.next_use, maps.frequency, num_slots)
         self._launch(
             _histogram_kernel,
             num_programs,
@@ -301,7 +312,9 @@ class TritonOps(CommonOps):
             maps.row_to_slot,
             maps.slot_to_row,
             maps.last_use,
-            maps.uses_ahead,
+            maps.next_use,
+            maps.newest_sighting,
+            maps.sightings,
             maps.frequency,
             maps.free_slots,
             scratch.hit_slots,
@@ -330,6 +343,8 @@ class TritonOps(CommonOps):
             buffers.counts,
             maps.state,
             maps.row_to_slot,
+            maps.next_use,
+            maps.sightings,
             buffers.rows,
             tables.row_offsets,
             tables.num_ids,
@@ -504,8 +519,15 @@ def _add_per_table(counts_ptr, sizes, TABLE_BINS: tl.constexpr):
     tl.atomic_add(counts_ptr + tl.arange(0, TABLE_BINS), sizes, mask=sizes > 0, sem="relaxed")
 
 
+@triton.jit
+def _is_ahead(uses, first_use):
+    """Whether these uses are by batches that are seen, and how many batches after the first of them they are."""
+    distance = (uses - first_use) & _LAST_OF_USES
+    return (uses > 0) & (distance < _MAX_SEEN), distance
+
+
 @triton.jit(
-    do_not_specialize=["num_ids", "num_features", "bounds_stride", "bit"],
+    do_not_specialize=["num_ids", "num_features", "bounds_stride", "use", "first_place", "first_use"],
     do_not_specialize_on_alignment=["ids_ptr", "bounds_ptr"],
 )
 def _mark_kernel(
@@ -515,12 +537,82 @@ def _mark_kernel(
     num_rows_ptr,
     table_ptr,
     row_to_slot_ptr,
-    uses_ahead_ptr,
+    next_use_ptr,
+    newest_sighting_ptr,
+    sightings_ptr,
     num_ids,
     num_features,
     bounds_stride,
-    bit,
-    IS_USED: tl.constexpr,
+    use,
+    first_place,
+    first_use,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    positions, rows, inside, _ = _rows_of_ids(
+        ids_ptr,
+        bounds_ptr,
+        first_row_ptr,
+        num_rows_ptr,
+        table_ptr,
+        num_ids,
+        num_features,
+        bounds_stride,
+        SEARCH_STEPS,
+        BLOCK,
+    )
+    places = first_place + positions.to(tl.int32)
+    end_place = first_place + num_ids
+    uses = tl.zeros_like(places) + use
+    entries = tl.load(row_to_slot_ptr + rows, mask=inside, other=0)
+
+    # 1. Rows in slots: whoever comes first finds the sighting before. Any place may be the newest in the end.
+    is_present = inside & (entries >= 0)
+    before = tl.atomic_xchg(newest_sighting_ptr + entries, places, mask=is_present, sem="relaxed")
+    is_first = is_present & ((before < first_place) | (before >= end_place))
+    tl.store(sightings_ptr + before, uses.to(tl.int16), mask=is_first & (before >= 0))
+    is_first &= before < 0
+    is_known, _ = _is_ahead(tl.load(next_use_ptr + entries, mask=is_first, other=0).to(tl.int32), first_use)
+    tl.store(next_use_ptr + entries, uses.to(tl.int16), mask=is_first & ~is_known)
+
+    # 2. Absent rows: whoever marks one first gets its entry, and moves its note to the new sighting. Who comes later,
+    # because it had read the old entry, gets the new one, and puts it back.
+    before = -1 - entries - _SEEN
+    is_mine = (before >= first_place) & (before < end_place)
+    is_absent = inside & (entries < 0) & (entries != _BEING_PLACED) & ~is_mine
+    mark = tl.full(entries.shape, _BEING_PLACED, tl.int32)
+    known = tl.atomic_min(row_to_slot_ptr + rows, mark, mask=is_absent, sem="relaxed")
+    is_absent &= known != _BEING_PLACED
+    before = -1 - known - _SEEN
+    is_mine = is_absent & (before >= first_place) & (before < end_place)
+    is_first = is_absent & ~is_mine
+    is_seen = is_first & (before >= 0)
+    notes = tl.load(sightings_ptr + before, mask=is_seen, other=0).to(tl.int32)
+    notes = tl.where(is_seen, notes, 1 + known)
+    tl.store(sightings_ptr + places, notes.to(tl.int16), mask=is_first)
+    tl.store(sightings_ptr + before, uses.to(tl.int16), mask=is_seen)
+    tl.store(row_to_slot_ptr + rows, tl.where(is_mine, known, -1 - (places | _SEEN)), mask=is_absent)
+
+
+@triton.jit(
+    do_not_specialize=["num_ids", "num_features", "bounds_stride", "use", "first_place"],
+    do_not_specialize_on_alignment=["ids_ptr", "bounds_ptr"],
+)
+def _unmark_kernel(
+    ids_ptr,
+    bounds_ptr,
+    first_row_ptr,
+    num_rows_ptr,
+    table_ptr,
+    row_to_slot_ptr,
+    next_use_ptr,
+    newest_sighting_ptr,
+    sightings_ptr,
+    num_ids,
+    num_features,
+    bounds_stride,
+    use,
+    first_place,
     SEARCH_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -536,14 +628,19 @@ def _mark_kernel(
         SEARCH_STEPS,
         BLOCK,
     )
-    slots = tl.load(row_to_slot_ptr + rows, mask=inside, other=0)
-    is_present = inside & (slots >= 0)
-    uses_of_present = tl.load(uses_ahead_ptr + slots, mask=is_present, other=0)
-    uses = tl.where(is_present, uses_of_present, -1 - slots)
-    uses = (uses | bit) if IS_USED else (uses & ~bit)
     # A repeated row is written more than once, with the same value.
-    tl.store(uses_ahead_ptr + slots, uses, mask=is_present)
-    tl.store(row_to_slot_ptr + rows, -1 - uses, mask=inside & (slots < 0))
+    end_place = first_place + num_ids
+    entries = tl.load(row_to_slot_ptr + rows, mask=inside, other=0)
+    is_present = inside & (entries >= 0)
+    is_next = is_present & (tl.load(next_use_ptr + entries, mask=is_present, other=0).to(tl.int32) == use)
+    tl.store(next_use_ptr + entries, tl.zeros_like(entries).to(tl.int16), mask=is_next)
+    newest = tl.load(newest_sighting_ptr + entries, mask=is_present, other=-1)
+    is_mine = is_present & (newest >= first_place) & (newest < end_place)
+    tl.store(newest_sighting_ptr + entries, tl.full(entries.shape, -1, tl.int32), mask=is_mine)
+    newest = -1 - entries - _SEEN
+    is_mine = inside & (entries < 0) & (newest >= first_place) & (newest < end_place)
+    notes = tl.load(sightings_ptr + newest, mask=is_mine, other=0).to(tl.int32)
+    tl.store(row_to_slot_ptr + rows, notes - 1, mask=is_mine)
 
 
 @triton.jit
@@ -627,7 +724,7 @@ def _take_kernel(
     listed_ptr,
     listed_last_use_ptr,
     last_use_ptr,
-    uses_ahead_ptr,
+    next_use_ptr,
     miss_slots_ptr,
     victim_last_use_ptr,
     SKIPS_USED_AHEAD: tl.constexpr,
@@ -651,7 +748,9 @@ def _take_kernel(
         is_usable = inside & (tl.load(last_use_ptr + slots, mask=inside, other=-1) == listed_last_use)
         is_usable &= listed_last_use < first_held
         if SKIPS_USED_AHEAD:
-            is_usable &= tl.load(uses_ahead_ptr + slots, mask=inside, other=1) == 0
+            uses = tl.load(next_use_ptr + slots, mask=inside, other=0).to(tl.int32)
+            is_used_ahead, _ = _is_ahead(uses, tl.load(numbers_ptr + _FIRST_USE).to(tl.int32))
+            is_usable &= ~is_used_ahead
         is_usable_int = is_usable.to(tl.int32)
         places = taken + tl.cumsum(is_usable_int, 0) - is_usable_int
         is_chosen = is_usable & (places < wanted)
@@ -668,23 +767,20 @@ def _take_kernel(
 
 
 @triton.jit
-def _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots):
+def _bins_of(numbers_ptr, last_use_ptr, next_use_ptr, frequency_ptr, slots, num_slots):
     """The bin of each slot, -1 if it must not go; and its last use."""
     first_held = tl.load(numbers_ptr + _FIRST_HELD)
-    next_bit = tl.load(numbers_ptr + _NEXT_BIT).to(tl.int32)
     # Occupied, and held by no batch in flight (hazards 1 and 3).
     inside = slots < num_slots
     last_use = tl.load(last_use_ptr + slots, mask=inside, other=-1)
     is_usable = (last_use >= 0) & (last_use < first_held)
-    uses = tl.load(uses_ahead_ptr + slots, mask=is_usable, other=0)
+    uses = tl.load(next_use_ptr + slots, mask=is_usable, other=0).to(tl.int32)
     frequency = tl.load(frequency_ptr + slots, mask=is_usable, other=1.0)
     bins = (frequency.to(tl.int32, bitcast=True) >> _FREQUENCY_SHIFT) - _LOWEST_BIN
     bins = tl.minimum(tl.maximum(bins, 0), _FREQUENCY_BINS - 1)
-    # Bits go round: from the oldest batch that is ahead. Slots whose next use is near have the highest bins.
-    in_order = (uses >> next_bit) | ((uses & ((1 << next_bit) - 1)) << (_WINDOW_BITS - next_bit))
-    # Half an octave more, so that no rounding of the logarithm of a power of two matters.
-    distance = (tl.log2(tl.maximum(in_order & -in_order, 1).to(tl.float32)) + 0.5).to(tl.int32)
-    bins = tl.where(uses != 0, _FREQUENCY_BINS + _WINDOW_BITS - 1 - distance, bins)
+    # Slots whose next use is near have the highest bins.
+    is_used_ahead, distance = _is_ahead(uses, tl.load(numbers_ptr + _FIRST_USE).to(tl.int32))
+    bins = tl.where(is_used_ahead, _FREQUENCY_BINS + _MAX_SEEN - 1 - distance, bins)
     return tl.where(is_usable, bins, -1), last_use
 
 
@@ -694,14 +790,14 @@ def _histogram_kernel(
     counts_ptr,
     histogram_ptr,
     last_use_ptr,
-    uses_ahead_ptr,
+    next_use_ptr,
     frequency_ptr,
     num_slots,
     BLOCK: tl.constexpr,
 ):
     if _num_missing(counts_ptr) > 0:
         slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        bins, _ = _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots)
+        bins, _ = _bins_of(numbers_ptr, last_use_ptr, next_use_ptr, frequency_ptr, slots, num_slots)
         # Most slots share few bins: counted here first, so that atomics on one address are rare.
         sizes = tl.histogram(tl.maximum(bins, 0), _NUM_BINS, mask=bins >= 0)
         tl.atomic_add(histogram_ptr + tl.arange(0, _NUM_BINS), sizes, mask=sizes > 0, sem="relaxed")
@@ -741,14 +837,14 @@ def _list_kernel(
     listed_last_use_ptr,
     capacity,
     last_use_ptr,
-    uses_ahead_ptr,
+    next_use_ptr,
     frequency_ptr,
     num_slots,
     BLOCK: tl.constexpr,
 ):
     if _num_missing(counts_ptr) > 0:
         slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        bins, last_use = _bins_of(numbers_ptr, last_use_ptr, uses_ahead_ptr, frequency_ptr, slots, num_slots)
+        bins, last_use = _bins_of(numbers_ptr, last_use_ptr, next_use_ptr, frequency_ptr, slots, num_slots)
         threshold = tl.load(state_ptr + _THRESHOLD)
         # All slots below the threshold first, then as many at the threshold as there is room for.
         is_below = (bins >= 0) & (bins < threshold)
@@ -770,7 +866,9 @@ def _commit_kernel(
     row_to_slot_ptr,
     slot_to_row_ptr,
     last_use_ptr,
-    uses_ahead_ptr,
+    next_use_ptr,
+    newest_sighting_ptr,
+    sightings_ptr,
     frequency_ptr,
     free_slots_ptr,
     hit_slots_ptr,
@@ -793,7 +891,9 @@ def _commit_kernel(
     if (first >= tl.load(counts_ptr + _HITS)) & (first >= tl.load(counts_ptr + _MISSES)):
         return
     batch_index = tl.load(numbers_ptr + _BATCH_INDEX).to(tl.int32)
-    keep_bits = tl.load(numbers_ptr + _KEEP_BITS).to(tl.int32)
+    use = tl.load(numbers_ptr + _USE).to(tl.int32)
+    first_place = tl.load(numbers_ptr + _FIRST_PLACE).to(tl.int32)
+    end_place = first_place + tl.where(use > 0, tl.load(numbers_ptr + _NUM_IDS).to(tl.int32), 0)
     weight = _float_of(numbers_ptr, _WEIGHT)
     origin = _float_of(numbers_ptr, _ORIGIN)
     positions = first + tl.arange(0, BLOCK)
@@ -814,10 +914,18 @@ def _commit_kernel(
     else:
         # Who stays.
         frequency = tl.load(frequency_ptr + hits, mask=is_hit, other=0.0)
-        uses = tl.load(uses_ahead_ptr + hits, mask=is_hit, other=0)
+        newest = tl.load(newest_sighting_ptr + hits, mask=is_hit, other=-1)
+        next_use = tl.load(next_use_ptr + hits, mask=is_hit, other=0).to(tl.int32)
+        first_use = tl.load(numbers_ptr + _FIRST_USE).to(tl.int32)
         hit_rows = tl.load(slot_to_row_ptr + hits, mask=is_hit, other=0)
         tl.store(frequency_ptr + hits, frequency + weight, mask=is_hit)
-        tl.store(uses_ahead_ptr + hits, uses & keep_bits, mask=is_hit)
+        # What its own sightings say of later uses, a batch that was seen writes when its slots are translated.
+        is_seen = is_hit & (tl.zeros_like(hits) + use > 0)
+        is_mine = is_seen & (newest >= first_place) & (newest < end_place)
+        tl.store(newest_sighting_ptr + hits, tl.full(hits.shape, -1, tl.int32), mask=is_mine)
+        # A batch that goes ahead of others leaves their uses known.
+        is_next = is_seen & ((next_use == use) | (tl.zeros_like(hits) + use == first_use))
+        tl.store(next_use_ptr + hits, tl.zeros_like(hits).to(tl.int16), mask=is_next)
         num_hits = _per_table(row_offsets_ptr, hit_rows, is_hit, num_tables, SEARCH_STEPS, TABLE_BINS)
         num_misses = _per_table(row_offsets_ptr, rows, is_miss, num_tables, SEARCH_STEPS, TABLE_BINS)
         _add_per_table(num_unique_ptr, num_hits + num_misses, TABLE_BINS)
@@ -825,13 +933,15 @@ def _commit_kernel(
 
         # Who leaves, and what is to be remembered of it.
         victim_rows = tl.load(slot_to_row_ptr + slots, mask=is_victim, other=0)
-        victim_uses = tl.load(uses_ahead_ptr + slots, mask=is_victim, other=0)
+        victim_newest = tl.load(newest_sighting_ptr + slots, mask=is_victim, other=-1)
         victim_frequency = tl.load(frequency_ptr + slots, mask=is_victim, other=1.0)
         log2 = tl.log2(tl.maximum(victim_frequency, _LOWEST_FREQUENCY))
         note = tl.floor(log2 * _NOTES_PER_OCTAVE + origin).to(tl.int32)
         note = (note + 2 * _NUM_NOTES) % _NUM_NOTES + 1
         tl.store(victim_rows_ptr + positions, victim_rows, mask=is_victim)
-        tl.store(row_to_slot_ptr + victim_rows, -1 - (victim_uses | (note << _WINDOW_BITS)), mask=is_victim)
+        is_seen = is_victim & (victim_newest >= 0)
+        tl.store(sightings_ptr + victim_newest, (-note).to(tl.int16), mask=is_seen)
+        tl.store(row_to_slot_ptr + victim_rows, -1 - tl.where(is_seen, victim_newest | _SEEN, note), mask=is_victim)
         sizes = _per_table(row_offsets_ptr, victim_rows, is_victim, num_tables, SEARCH_STEPS, TABLE_BINS)
         _add_per_table(num_victims_ptr, sizes, TABLE_BINS)
         tl.debug_barrier()  # the same places are written below
@@ -842,8 +952,15 @@ def _commit_kernel(
         free_places = tl.load(state_ptr + _NUM_FREE) - 1 - (positions - num_victims)
         free = tl.load(free_slots_ptr + free_places, mask=from_free, other=0)
         slots = tl.where(is_victim, slots, free)
-        known = -1 - known
-        note = known >> _WINDOW_BITS
+        places = -1 - known - _SEEN
+        is_seen = is_miss & (places >= 0)
+        note = tl.where(is_seen, -tl.load(sightings_ptr + places, mask=is_seen, other=0).to(tl.int32), -1 - known)
+        is_later = is_seen & ((places < first_place) | (places >= end_place))
+        tl.store(sightings_ptr + places, tl.zeros_like(places).to(tl.int16), mask=is_later)
+        # Where a batch was not seen, its rows may be used soon: which of their uses is next is not known.
+        next_use = tl.where(is_later & (tl.zeros_like(slots) + use == 0), first_use, 0)
+        tl.store(newest_sighting_ptr + slots, tl.where(is_later, places, -1), mask=is_miss)
+        tl.store(next_use_ptr + slots, next_use.to(tl.int16), mask=is_miss)
         # The row's frequency as it was when it left. Notes go round, so that a note from long ago is taken for no more
         # than the oldest that can be told apart.
         since_origin = (note - 1).to(tl.float32) - origin
@@ -854,7 +971,6 @@ def _commit_kernel(
         tl.store(row_to_slot_ptr + rows, slots, mask=is_miss)
         tl.store(slot_to_row_ptr + slots, rows, mask=is_miss)
         tl.store(last_use_ptr + slots, batch_index + tl.zeros_like(slots), mask=is_miss)
-        tl.store(uses_ahead_ptr + slots, known & _WINDOW_MASK & keep_bits, mask=is_miss)
         tl.store(frequency_ptr + slots, frequency, mask=is_miss)
 
 
@@ -864,6 +980,8 @@ def _translate_kernel(
     counts_ptr,
     state_ptr,
     row_to_slot_ptr,
+    next_use_ptr,
+    sightings_ptr,
     rows_ptr,
     row_offsets_ptr,
     num_ids_ptr,
@@ -884,6 +1002,11 @@ def _translate_kernel(
     if not is_refused:
         sizes = _per_table(row_offsets_ptr, rows, is_mine, num_tables, SEARCH_STEPS, TABLE_BINS)
         _add_per_table(num_ids_ptr, sizes, TABLE_BINS)
+        # What the batch's sightings say is now the next use of its rows. One place of a row says it.
+        first_place = tl.load(numbers_ptr + _FIRST_PLACE)
+        is_seen = is_mine & (first_place + positions >= positions)
+        uses = tl.load(sightings_ptr + first_place + positions, mask=is_seen, other=0)
+        tl.store(next_use_ptr + slots, uses, mask=is_seen & (uses > 0))
     # Moves, which come next, read these: nothing moves if the plan was refused.
     if tl.program_id(0) == 0:
         if is_refused:

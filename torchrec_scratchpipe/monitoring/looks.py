@@ -30,8 +30,8 @@ from torch import Tensor
 
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.slot_map import CachePlan
-from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS, Count
-from torchrec_scratchpipe.core.torch_ops import frequencies_of_notes
+from torchrec_scratchpipe.core.slot_ops import MAX_SEEN, SEEN, Count
+from torchrec_scratchpipe.core.torch_ops import distances, frequencies_of_notes
 
 __all__ = ["Looks", "MissCurve", "PoolWatch"]
 
@@ -168,18 +168,22 @@ class PoolWatch:
         # 2. Misses. Whoever has no note was never used.
         is_miss = positions < counts[Count.MISSES]
         slots = buffers.miss_slots.index_select(0, positions).long() * is_miss
-        known = scratch.miss_known.index_select(0, positions)
-        has_note = is_miss & (((-1 - known) >> WINDOW_BITS) > 0)
-        misses = _levels(maps.frequency.index_select(0, slots) - weight, weight_at_last_chance)
+        before = maps.frequency.index_select(0, slots) - weight
+        has_note = is_miss & (before > 0)
+        misses = _levels(before, weight_at_last_chance)
         # 3. Slots.
         some = slice(None, None, self._slot_step)
         is_held = maps.last_use[some] >= request.first_held
         is_occupied = maps.slot_to_row[some] >= 0
-        is_pinned = is_held | (is_occupied & (maps.uses_ahead[: slot_map.num_slots][some] != 0))
+        uses = maps.next_use[: slot_map.num_slots][some]
+        is_pinned = is_held | (is_occupied & (distances(uses, request.first_use) < MAX_SEEN))
         resident = _levels(maps.frequency[some], weight)
         # 4. Rows that have left.
         entries = maps.row_to_slot[:: self._row_step]
-        notes = torch.where(entries < 0, (-1 - entries) >> WINDOW_BITS, 0)
+        notes = torch.where(entries < 0, -1 - entries, 0)
+        if maps.sightings.numel():
+            places = (notes - SEEN).clamp_(min=0)
+            notes = torch.where(notes < SEEN, notes, -maps.sightings.index_select(0, places).int())
         absent = _levels(frequencies_of_notes(notes, origin), weight)
         tables = slot_map.table_counts
         by_id, by_slot, by_row = self._id_step, self._slot_step, self._row_step

@@ -30,7 +30,7 @@ from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 
-from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
+from torchrec_scratchpipe.core.slot_ops import MAX_BATCHES_SEEN_AHEAD
 from torchrec_scratchpipe.errors import ConfigError, MeasurementError, ScratchPipeError
 from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
 from torchrec_scratchpipe.planning.id_files import read_trace
@@ -110,7 +110,7 @@ def _check(args: argparse.Namespace) -> None:
         ("world_size", 1, None),
         ("local_world_size", 1, None),
         ("lookahead", 1, None),
-        ("num_batches_seen_ahead", 0, WINDOW_BITS),
+        ("num_batches_seen_ahead", 0, MAX_BATCHES_SEEN_AHEAD + 1),
     ):
         if getattr(args, name) is not None:
             check_count(f"--{name}", getattr(args, name), least, below)

@@ -19,6 +19,7 @@ A gap is the number of batches from one use of a row to the next. Pressures are
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -167,6 +168,9 @@ class ReuseMeter:
         self._exposed = _CountsByBatch(LEVELS.size + 1)
         self._begun_unexposed = _CountsByBatch(LEVELS.size + 1)
         self._ended_unexposed = _CountsByBatch(LEVELS.size + 1)
+        # Of how many batches the pieces are in which a wait is counted; as long as the levels there are apart.
+        self._wait_edges = _wait_edges(lookahead + 1, num_batches_seen_ahead + 1)
+        self._short_gaps = _CountsByBatch(lookahead + num_batches_seen_ahead + 3)  # exactly; longer ones in the last
         self._checked_at: list[int] = []
         self._rows_at_level: list[Ints] = []
 
@@ -237,6 +241,7 @@ class ReuseMeter:
         columns = np.searchsorted(GAPS, gaps)
         self._gaps.add(now, columns)
         self._begun_gaps.add_at(last_use + 1, columns)
+        self._short_gaps.add(now, np.minimum(gaps, self._held + self._ahead + 2))
         # Plan `now - ahead - 1` is the last that may let the row go; it may not while the row is held.
         is_exposed = gaps > self._held + self._ahead + 1
         last_chance = now - self._ahead - 1
@@ -244,10 +249,19 @@ class ReuseMeter:
         # Rows whose next use is seen before they could leave take a slot from their release on, whatever their level.
         released = last_use + self._held + 1
         stays_for_use = ~is_exposed & (released < now)
-        begun, values = released[stays_for_use], frequency[stays_for_use]
-        levels = np.searchsorted(LEVELS, values - begun / HALF_LIFE, side="right")
-        self._begun_unexposed.add_at(begun, levels)
-        self._ended_unexposed.add(now, levels)
+        self._count_waits(now, released[stays_for_use], frequency[stays_for_use])
+
+    def _count_waits(self, now: int, released: Ints, frequency: Floats) -> None:
+        """Rows that waited for their use, by level. It falls meanwhile, so that a long wait is counted in pieces."""
+        for begin, end in itertools.pairwise(self._wait_edges):
+            is_there = released + begin < now
+            if not is_there.any():
+                break
+            begun = released[is_there] + begin
+            ended = np.minimum(released[is_there] + end, now)
+            levels = np.searchsorted(LEVELS, frequency[is_there] - (begun + ended) / 2 / HALF_LIFE, side="right")
+            self._begun_unexposed.add_at(begun, levels)
+            self._ended_unexposed.add_at(ended, levels)
 
     def _add_entries(self, rows: Ints, now: int) -> None:
         end = self._num_entries + rows.size
@@ -292,34 +306,42 @@ class ReuseMeter:
         above = np.cumsum(rows[:, ::-1], axis=1)[:, ::-1]  # [C, 1 + LEVELS]: at or above each level; first, all
         by_level = np.stack([np.interp(batches, self._checked_at, column) for column in above.T], axis=1)
         # ... and those below it that are seen to be used before they could leave.
-        unexposed = np.cumsum(self._begun_unexposed.stack(num_batches) - self._ended_unexposed.stack(), axis=0)
+        unexposed = np.cumsum(
+            self._begun_unexposed.stack(num_batches) - self._ended_unexposed.stack(num_batches), axis=0
+        )
         below = np.concatenate([np.zeros((num_batches, 1)), np.cumsum(unexposed, axis=1)[:, :-1]], axis=1)
         kept = held + by_level + below
         # What it misses: uses of rows that were exposed while they were below the level.
         exposed = self._exposed.stack()
         missed = np.concatenate([np.zeros((num_batches, 1)), np.cumsum(exposed, axis=1)[:, :-1]], axis=1)
         # Beyond all levels: rows that are neither held nor seen have left. Then those seen to be used late leave too.
-        gaps = self._gaps.stack()
-        reused = gaps.sum(axis=1, keepdims=True)
-        kept_for_gap, missed_for_gap = [], []
-        for ahead in range(self._ahead, -1, -1):
-            longest = self._held + 1 + ahead
-            hits = gaps[:, :longest].sum(axis=1, keepdims=True)  # the columns of gaps 1, 2, ... longest
-            waiting = sum(
-                (self._waiting(gaps, gap) for gap in range(self._held + 2, longest + 1)), np.zeros(num_batches)
-            )
-            kept_for_gap.append(held + waiting[:, None])
-            missed_for_gap.append(reused - hits)
-        return np.concatenate([kept, *kept_for_gap], axis=1), np.concatenate([missed, *missed_for_gap], axis=1)
+        gaps = self._short_gaps.stack()
+        missed_for_gap = gaps.sum(axis=1, keepdims=True) - np.cumsum(gaps, axis=1)[:, self._held + 1 : -1]
+        waiting = [np.zeros(num_batches)]
+        for gap in range(self._held + 2, self._held + self._ahead + 2):
+            waiting.append(waiting[-1] + self._waiting(gaps, gap))
+        kept_for_gap = held + np.stack(waiting, axis=1)
+        return (
+            np.concatenate([kept, kept_for_gap[:, ::-1]], axis=1),
+            np.concatenate([missed, missed_for_gap[:, ::-1]], axis=1),
+        )
 
     def _waiting(self, gaps: Ints, gap: int) -> Floats:
         """[N] rows that are not held any more and will be used `gap` batches after their last use."""
         # Whatever ends its wait now began it when it was let go, some batches ago.
-        ended = gaps[:, gap - 1].astype(np.float64)
+        ended = gaps[:, gap].astype(np.float64)
         begun = np.zeros_like(ended)
         num_waiting = min(gap - self._held - 1, len(ended))
         begun[: len(ended) - num_waiting] = ended[num_waiting:]
         return np.cumsum(begun - ended)
+
+
+def _wait_edges(age: int, longest: int) -> list[int]:
+    """From a row's release to its use, cut where its age has grown by a half."""
+    edges = [0]
+    while edges[-1] < longest:
+        edges.append(edges[-1] + max(8, (age + edges[-1]) // 2))
+    return edges
 
 
 class _CountsByBatch:

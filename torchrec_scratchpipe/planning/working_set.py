@@ -19,7 +19,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface, EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
+from torchrec_scratchpipe.core.slot_ops import MAX_BATCHES_SEEN_AHEAD
 from torchrec_scratchpipe.errors import ConfigError, IdOutOfRangeError, MeasurementError
 from torchrec_scratchpipe.planning.checks import check_count, check_number, did_you_mean, few
 from torchrec_scratchpipe.planning.random_states import random_states_kept
@@ -338,7 +338,7 @@ def zipf_working_sets(
 
 def _check_settings(lookahead: int, num_batches_seen_ahead: int, world_size: int) -> None:
     check_count("lookahead", lookahead, 1)
-    check_count("num_batches_seen_ahead", num_batches_seen_ahead, 0, WINDOW_BITS)
+    check_count("num_batches_seen_ahead", num_batches_seen_ahead, 0, MAX_BATCHES_SEEN_AHEAD + 1)
     check_count("world_size", world_size, 1)
 
 
@@ -451,7 +451,7 @@ def _from_json(content: dict[str, Any]) -> Reuse:
         raise KeyError(", ".join(sorted(content.keys() ^ fields)))
     for name, least in (("num_rows", 1), ("num_batches", 1), ("lookahead", 0), ("num_distinct", 0)):
         check_count(name, content[name], least)
-    check_count("num_batches_seen_ahead", content["num_batches_seen_ahead"], 0, WINDOW_BITS)
+    check_count("num_batches_seen_ahead", content["num_batches_seen_ahead"], 0, MAX_BATCHES_SEEN_AHEAD + 1)
     check_number("num_ids", content["num_ids"])
     bin_sizes = _array("bin_sizes", content["bin_sizes"], 1)
     first_uses = _array("first_uses", content["first_uses"], 1)

@@ -23,7 +23,7 @@ from torchrec.streamable import Pipelineable
 from typing_extensions import TypeVar
 
 from torchrec_scratchpipe.core.memory import NUM_BATCHES_IN_DIST
-from torchrec_scratchpipe.core.slot_ops import WINDOW_BITS
+from torchrec_scratchpipe.core.slot_ops import MAX_BATCHES_SEEN_AHEAD
 from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.sharding.collection import (
     PlannedBatches,
@@ -520,10 +520,10 @@ def _release(context: TrainPipelineContext) -> None:
 def _check_distances(lookahead: int, num_batches_seen_ahead: int) -> None:
     if lookahead < 1:
         raise ConfigError(f"lookahead is {lookahead}, it must be at least 1: the batch after the one that trains.")
-    if not 0 <= num_batches_seen_ahead < WINDOW_BITS:
+    if not 0 <= num_batches_seen_ahead <= MAX_BATCHES_SEEN_AHEAD:
         raise ConfigError(
-            f"num_batches_seen_ahead is {num_batches_seen_ahead}, it must lie in [0, {WINDOW_BITS}): so many can be "
-            "noted for each row."
+            f"num_batches_seen_ahead is {num_batches_seen_ahead}, it must lie in [0, {MAX_BATCHES_SEEN_AHEAD}]. "
+            "Rows that are used later than that are told by how often they were used."
         )
 
 
