@@ -33,6 +33,9 @@ OPTIONS: dict[str, str] = {
     "examples/benchmark/miss_rates.py": """
         --criteo_tsv --budgets_mb --skip_training --json
     """,
+    "examples/benchmark/parquet.py": """
+        --num_rows --rows_per_group --batch_size --num_readers --rounds --json
+    """,
     "examples/benchmark/predict.py": """
         --machine --measured
     """,
@@ -57,6 +60,9 @@ OPTIONS: dict[str, str] = {
         --profile_trace --json --plot
     """,
     "torchrec_scratchpipe/__main__.py": "",  # those of the command that it runs
+    "torchrec_scratchpipe/data/__main__.py": """
+        --rows_per_group
+    """,
     "torchrec_scratchpipe/disk.py": """
         --seconds --file_gb --json
     """,
@@ -93,7 +99,7 @@ def takes_options(text: str) -> bool:
 
 
 def commands() -> list[str]:
-    paths = [*ROOT.glob("examples/**/*.py"), *ROOT.glob("torchrec_scratchpipe/*.py")]
+    paths = [*ROOT.glob("examples/**/*.py"), *ROOT.glob("torchrec_scratchpipe/**/*.py")]
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
     return sorted(name for name, text in texts.items() if '__name__ == "__main__"' in text and takes_options(text))
 
