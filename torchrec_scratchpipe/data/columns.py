@@ -222,8 +222,10 @@ def fill_dense(out: npt.NDArray[np.float32], column: Any, transform: str | None)
     if transform is None:
         out[:] = values
         return
+    is_clipped = values.size > 0 and not values.min() >= 0  # NaN, too, goes where clipping leaves it
     for first in range(0, values.size, CHUNK):
-        part = np.maximum(values[first : first + CHUNK], 0)
+        part = values[first : first + CHUNK]
+        part = np.maximum(part, 0) if is_clipped else part
         # In double precision whatever the column has, so that a column's width does not change bits.
         out[first : first + CHUNK] = np.log1p(part, dtype=np.float64)
 

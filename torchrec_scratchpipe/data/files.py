@@ -3,7 +3,8 @@
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,17 @@ class File:
     metadata: Any
     schema: Any
 
-    def open(self) -> Any:
-        """A reader of this file alone, for one thread; close it after use."""
-        is_remote = self.system is not None
-        source = self.system.open(self.path, "rb") if is_remote else self.path
-        return parquet.ParquetFile(
-            source, metadata=self.metadata, pre_buffer=is_remote, page_checksum_verification=True
-        )
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """A reader of this file alone, for one thread."""
+        with _source(self.path, self.system) as source:
+            yield parquet.ParquetFile(
+                source, metadata=self.metadata, pre_buffer=self.system is not None, page_checksum_verification=True
+            )
+
+
+def _source(path: str, system: Any) -> Any:
+    return pyarrow.OSFile(path, "rb") if system is None else system.open(path, "rb")
 
 
 def find_files(paths: Paths, columns: Columns, storage_options: Mapping[str, Any] | None) -> list[File]:
@@ -94,7 +99,8 @@ def _expand(path: str, storage_options: Mapping[str, Any] | None) -> tuple[Any, 
 def _open_footer(path: str, system: Any) -> File:
     name = path if system is None else system.unstrip_protocol(path)
     try:
-        with parquet.ParquetFile(path if system is None else system.open(path, "rb")) as reader:
+        with _source(path, system) as source:
+            reader = parquet.ParquetFile(source)
             return File(name, path, system, reader.metadata, reader.schema_arrow)
     except FileNotFoundError:
         raise DataError(f"{name}: no such file. Give the path of a Parquet file.") from None
