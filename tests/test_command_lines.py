@@ -48,7 +48,8 @@ OPTIONS: dict[str, str] = {
         --criteo_tsv --budgets_mb --limit_train_batches
     """,
     "examples/criteo_dlrm/main.py": """
-        --criteo_tsv --epochs --batch_size --limit_train_batches --limit_val_batches --num_embeddings
+        --criteo_tsv --parquet --num_readers
+        --epochs --batch_size --limit_train_batches --limit_val_batches --num_embeddings
         --num_embeddings_per_feature --max_num_embeddings --seed --embedding_dim --dense_arch_layer_sizes
         --over_arch_layer_sizes --interaction_type --interaction_branch1_layer_sizes --interaction_branch2_layer_sizes
         --dcn_num_layers --dcn_low_rank_dim --learning_rate --eps --adagrad --lr_warmup_steps --lr_decay_start
