@@ -306,10 +306,20 @@ def test_a_state_of_other_data_is_refused_and_says_what_differs(numbered: Path, 
         reader(numbered, shuffle_row_groups=True, rows=(0, 9)).load_state_dict(state)
 
 
-@pytest.mark.parametrize("state", [{}, {"epoch": 1}, {"epoch": "x", "parts": []}, {"epoch": 0, "parts": [[[1]]]}])
+@pytest.mark.parametrize("state", [{}, {"epoch": 1}, {"epoch": "x", "parts": []}, {"epoch": 0, "parts": [[[1]]]}, 7])
 def test_what_is_no_state_is_refused(numbered: Path, state: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="where a state of ParquetBatches was expected"):
         reader(numbered).load_state_dict(state)
+
+
+def test_a_state_whose_rows_do_not_exist_is_refused(numbered: Path) -> None:
+    for change in ([[[5, 3]]], [[]], [], [[[0, 3]], [[3, 5]]]):
+        with pytest.raises(DataError, match="where a state of ParquetBatches was expected"):
+            reader(numbered).load_state_dict(reader(numbered).state_dict(0) | {"parts": change})
+    with pytest.raises(DataError, match=r"rows \[0, 33\) are left, an epoch has \[0, 32\)"):
+        reader(numbered).load_state_dict(reader(numbered).state_dict(0) | {"parts": [[[0, 33]]]})
+    with pytest.raises(DataError, match="format 2"):
+        reader(numbered).load_state_dict(reader(numbered).state_dict(0) | {"format": 2})
 
 
 def test_too_few_rows_left_for_more_ranks_are_refused(numbered: Path) -> None:
@@ -543,6 +553,7 @@ def test_storage_options_are_passed_on(numbered: Path, monkeypatch: pytest.Monke
         ({"sparse": ["id", "id"]}, "each once"),
         ({"hash_sizes": {"other": 3}}, "hash_sizes names other, sparse has id, lists"),
         ({"hash_sizes": 0}, "hash_sizes of id is 0"),
+        ({"hash_sizes": np.int64(-5)}, "hash_sizes of id is -5"),
         ({"rows": (3, 99)}, r"rows is \[3, 99\), the files have \[0, 32\)"),
         ({"label": "click"}, r"numbered.parquet: no column click, it has label, x, id, lists"),
         ({"dense": ["lists"]}, "column lists: its type is list<.*>, needs integers or floats"),
@@ -599,6 +610,23 @@ def test_a_damaged_page_is_an_error_at_the_batch_that_needs_it(numbered: Path, n
     with pytest.raises(DataError, match=r"numbered.parquet, row group 2, column id: cannot be read"):
         next(batches)
     assert threads() == []
+
+
+def test_a_flipped_bit_is_noticed_where_the_file_has_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for has_checksums in (True, False):
+        table = pyarrow.table({"label": [0] * 9, "id": [0x1234567890] * 9})
+        plain: dict[str, Any] = {"use_dictionary": False, "compression": "none", "write_statistics": False}
+        parquet.write_table(table, path, write_page_checksum=has_checksums, **plain)
+        content = path.read_bytes()
+        value = (0x1234567890).to_bytes(8, "little")
+        path.write_bytes(content.replace(value, (0x1234567891).to_bytes(8, "little"), 1))
+        batches = ParquetBatches(path, label="label", dense=[], sparse=["id"], batch_size=9)
+        if has_checksums:
+            with pytest.raises(DataError, match=r"a.parquet, row group 0, column id: cannot be read .*checksum"):
+                list(batches)
+        else:  # control: nothing else would notice
+            assert len(list(batches)) == 1
 
 
 def test_strings_need_a_hash_size(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def _sizes_by_feature(sparse: Sequence[str], hash_sizes: Mapping[str, int] | int
         raise DataError(f"sparse is {list(sparse)}, needs at least one column, and each once. Change it.")
     if hash_sizes is None:
         return {}
-    sizes = dict.fromkeys(sparse, hash_sizes) if isinstance(hash_sizes, int) else dict(hash_sizes)
+    sizes = dict(hash_sizes) if isinstance(hash_sizes, Mapping) else dict.fromkeys(sparse, int(hash_sizes))
     if unknown := sorted(set(sizes) - set(sparse)):
         raise DataError(f"hash_sizes names {', '.join(unknown)}, sparse has {', '.join(sparse)}. Leave out the others.")
     for name, size in sizes.items():

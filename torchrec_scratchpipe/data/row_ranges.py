@@ -210,26 +210,27 @@ class Schedule:
             DataError: The state is of other data, is none, or leaves too few rows for all ranks.
         """
         try:
-            epoch, parts = (
-                int(state["epoch"]),
-                [[Interval(*map(int, each)) for each in part] for part in state["parts"]],
-            )
+            place, theirs = _read_state(state), dict(state["data"])
             is_same = (state["world_size"], state["batch_size"]) == (self.world_size, self.batch_size)
-            theirs = dict(state["data"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"state: {error!r} where a state of ParquetBatches was expected. Give what state_dict returned."
             ) from None
         self._check_same_data(theirs)
+        left = sorted(interval for part in place.parts for interval in part)
+        if left[0].first < 0 or left[-1].last > self.order.num_rows:
+            raise DataError(
+                f"state: rows [{left[0].first}, {left[-1].last}) are left, an epoch has [0, {self.order.num_rows}). "
+                "Give what state_dict returned."
+            )
         if is_same:
-            return Place(epoch, parts)
-        left = sorted(interval for part in parts for interval in part)
+            return place
         if (num_left := num_rows_of(left)) < self.world_size:
             raise DataError(
-                f"state: {num_left:,} rows are left of epoch {epoch}, {self.world_size} ranks need at least one each. "
-                f"Resume on at most {num_left} ranks, or from an earlier state."
+                f"state: {num_left:,} rows are left of epoch {place.epoch}, {self.world_size} ranks need at least one "
+                f"each. Resume on at most {num_left} ranks, or from an earlier state."
             )
-        return Place(epoch, divide(left, self.world_size))
+        return Place(place.epoch, divide(left, self.world_size))
 
     def _check_same_data(self, theirs: dict[str, Any]) -> None:
         ours = self.order.fingerprint()
@@ -241,3 +242,15 @@ class Schedule:
                 f"state: it is of other data or another order: {'; '.join(differing)}. Give the files and settings "
                 "that it was saved with."
             )
+
+
+def _read_state(state: dict[str, Any]) -> Place:
+    parts = [[Interval(*map(int, each)) for each in part] for part in state["parts"]]
+    if state["format"] != STATE_FORMAT:
+        raise ValueError(f"format {state['format']}")
+    if len(parts) != state["world_size"] or not all(parts):
+        raise ValueError(f"{len(parts)} parts")
+    for first, last in (interval for part in parts for interval in part):
+        if first >= last:
+            raise ValueError(f"rows [{first}, {last})")
+    return Place(int(state["epoch"]), parts)
