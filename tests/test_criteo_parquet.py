@@ -73,12 +73,27 @@ def test_ranks_share_all_samples(both: tuple[Path, Path], world_size: int) -> No
         assert torch.equal(expected, torch.cat([batch.dense_features for batch in parts]))
 
 
+def on_parquet(tsv: Path, path: Path, save_dir: Path, *args: str) -> list[str]:
+    arguments = small_run(tsv, "--save_dir", str(save_dir), *args)
+    at = arguments.index("--criteo_tsv")
+    arguments[at : at + 2] = ["--parquet", str(path), "--num_readers", "2"]
+    return arguments
+
+
+@pytest.mark.dist
+def test_two_ranks_are_resumed_to_the_same_bits(both: tuple[Path, Path], tmp_path: Path) -> None:
+    tsv, path = both
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run_example(*on_parquet(tsv, path, whole), num_ranks=2)
+    run_example(*on_parquet(tsv, path, part, "--limit_train_batches", "8"), num_ranks=2)
+    run_example(*on_parquet(tsv, path, part, "--resume"), num_ranks=2)
+    assert_same_checkpoints(whole, part, 20)
+
+
 def test_the_same_bits_are_trained_and_resumed_in_mid_epoch(both: tuple[Path, Path], tmp_path: Path) -> None:
     tsv, path = both
     run_example(*small_run(tsv, "--save_dir", str(tmp_path / "tsv"), "--epochs", "2"))
-    arguments = small_run(tsv, "--save_dir", str(tmp_path / "parquet"))
-    at = arguments.index("--criteo_tsv")
-    arguments[at : at + 2] = ["--parquet", str(path), "--num_readers", "2"]
+    arguments = on_parquet(tsv, path, tmp_path / "parquet")
     run_example(*arguments, "--limit_train_batches", "23")
     out = run_example(*arguments, "--resume", "--epochs", "2", "--verify")
     assert "epoch 1 of 2, batch 24 of 40 is next" in out
