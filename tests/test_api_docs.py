@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 import torchrec_scratchpipe
+import torchrec_scratchpipe.data
 from torchrec_scratchpipe import Advice, PoolStats, ScratchPipeError, Stage, StageSpan, TableStats
 from torchrec_scratchpipe.monitoring.window import PoolWindow, StepWindow, TableWindow
 
 ROOT = Path(__file__).parent.parent
+PUBLIC = [*torchrec_scratchpipe.__all__, *torchrec_scratchpipe.data.__all__]
 PAGE = (ROOT / "docs" / "api.md").read_text()
 
 
@@ -40,15 +42,15 @@ def public_names_of_page(page: str) -> list[str]:
 
 
 def test_every_public_name_is_there_and_nothing_else() -> None:
-    check_names(torchrec_scratchpipe.__all__, public_names_of_page(PAGE))
+    check_names(PUBLIC, public_names_of_page(PAGE))
 
 
 def test_control_a_name_that_is_missing_or_made_up_is_noticed() -> None:
     without = re.sub(r"^\| `PoolStats` \|.*\n", "", PAGE, flags=re.MULTILINE)
     with pytest.raises(AssertionError, match="names that the page lacks"):
-        check_names(torchrec_scratchpipe.__all__, public_names_of_page(without))
+        check_names(PUBLIC, public_names_of_page(without))
     with pytest.raises(AssertionError, match="names that do not exist"):
-        check_names(torchrec_scratchpipe.__all__, public_names_of_page(f"{PAGE}| `Invented` | nothing |\n"))
+        check_names(PUBLIC, public_names_of_page(f"{PAGE}| `Invented` | nothing |\n"))
 
 
 def test_every_field_of_the_statistics_is_there_and_nothing_else() -> None:
@@ -86,7 +88,7 @@ INTERNALS = (ROOT / "docs" / "internals.md").read_text()
 
 def files_of_internals() -> list[str]:
     """The files that the rooms' tables name, and those of the newcomer's minute."""
-    files = re.findall(r"`((?:core|sharding|planning|checkpoint)/\w+\.py)`", INTERNALS)
+    files = re.findall(r"`((?:core|sharding|planning|checkpoint|data)/\w+\.py)`", INTERNALS)
     for room, text in re.findall(r"^### (\w+)/: (.*?)(?=^##)", INTERNALS, flags=re.MULTILINE | re.DOTALL):
         cells = re.findall(r"^\|([^|]+)\|", text, flags=re.MULTILINE)
         files += [f"{room}/{name}" for cell in cells for name in re.findall(r"`(\w+\.py)`", cell)]
@@ -98,7 +100,7 @@ def test_every_file_that_internals_names_exists(file: str) -> None:
     assert (ROOT / "torchrec_scratchpipe" / file).exists()
 
 
-@pytest.mark.parametrize("room", ["core", "sharding", "planning", "checkpoint"])
+@pytest.mark.parametrize("room", ["core", "sharding", "planning", "checkpoint", "data"])
 def test_internals_names_every_file_of_a_room(room: str) -> None:
     files = {f"{room}/{path.name}" for path in (ROOT / "torchrec_scratchpipe" / room).glob("[a-z]*.py")}
     assert files <= set(files_of_internals())

@@ -36,6 +36,9 @@ OPTIONS: dict[str, str] = {
     "examples/benchmark/monitor.py": """
         --blocks
     """,
+    "examples/benchmark/parquet.py": """
+        --num_rows --rows_per_group --batch_size --num_readers --rounds --json
+    """,
     "examples/benchmark/predict.py": """
         --machine --measured
     """,
@@ -48,7 +51,8 @@ OPTIONS: dict[str, str] = {
         --criteo_tsv --budgets_mb --limit_train_batches
     """,
     "examples/criteo_dlrm/main.py": """
-        --criteo_tsv --epochs --batch_size --limit_train_batches --limit_val_batches --num_embeddings
+        --criteo_tsv --parquet --num_readers
+        --epochs --batch_size --limit_train_batches --limit_val_batches --num_embeddings
         --num_embeddings_per_feature --max_num_embeddings --seed --embedding_dim --dense_arch_layer_sizes
         --over_arch_layer_sizes --interaction_type --interaction_branch1_layer_sizes --interaction_branch2_layer_sizes
         --dcn_num_layers --dcn_low_rank_dim --learning_rate --eps --adagrad --lr_warmup_steps --lr_decay_start
@@ -60,6 +64,9 @@ OPTIONS: dict[str, str] = {
         --profile_trace --json --plot --html --stats_every --tensorboard_dir --json_lines
     """,
     "torchrec_scratchpipe/__main__.py": "",  # those of the command that it runs
+    "torchrec_scratchpipe/data/__main__.py": """
+        --rows_per_group
+    """,
     "torchrec_scratchpipe/disk.py": """
         --seconds --file_gb --json
     """,
@@ -96,7 +103,7 @@ def takes_options(text: str) -> bool:
 
 
 def commands() -> list[str]:
-    paths = [*ROOT.glob("examples/**/*.py"), *ROOT.glob("torchrec_scratchpipe/*.py")]
+    paths = [*ROOT.glob("examples/**/*.py"), *ROOT.glob("torchrec_scratchpipe/**/*.py")]
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
     return sorted(name for name, text in texts.items() if '__name__ == "__main__"' in text and takes_options(text))
 

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from helpers import Setting, TinyModel, Trainer, make_batches
 from packaging.requirements import Requirement
+from pyarrow import parquet
 from safetensors.torch import save_file
 from torchrec import EmbeddingBagCollection
 
-from torchrec_scratchpipe import to_stock
+from torchrec_scratchpipe import CheckpointManager, to_stock
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -171,3 +173,30 @@ def test_every_snippet_of_checkpointing_runs(tmp_path: Path, monkeypatch: pytest
     state = to_stock(ours.model).state_dict()
     assert torch.equal(state["ebc.embedding_bags.t1.weight"], weights)
     assert torch.equal(state["ebc.embedding_bags.t2.weight"], torch.full((3, 8), 0.5))
+
+
+def test_every_snippet_of_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("days").mkdir()
+    columns = {"click": [0, 1] * 30, "age": [30] * 60, "price": [0.5] * 60, "user": list(range(60))}
+    columns |= {"item": ["a", "b", None] * 20, "tags": [[1, 2], [], None] * 20}
+    parquet.write_table(pyarrow.table(columns), "days/0.parquet")
+    setting = Setting(num_batches=1)
+    ours = Trainer.scratchpipe(setting)
+    trained: list[Any] = []
+    names: dict[str, Any] = {
+        "rank": 0, "world_size": 1, "train": trained.append, "num_batches_trained": 3, "step": 1, "model": ours.model,
+        "optimizer": ours.optimizer, "checkpoints": CheckpointManager(tmp_path / "checkpoints"),
+    }  # fmt: skip
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(snippet, names)
+    assert [batch.sparse_features.keys() for batch in trained] == [["user", "item", "tags"]] * 2
+    assert names["batches"].state_dict(0)["epoch"] == 3
+    (in_readme,) = [
+        each
+        for each in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+        if "ParquetBatches" in each
+    ]
+    exec(in_readme, names)

@@ -26,7 +26,13 @@ from torch import nn
 from torchrec_scratchpipe import CheckpointManager, scratchpad_stats, warm_start
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*(ROOT / "torchrec_scratchpipe").glob("*.py"), *(ROOT / "examples").rglob("*.py")])
+SOURCES = sorted(
+    [
+        *ROOT.glob("torchrec_scratchpipe/*.py"),
+        *ROOT.glob("torchrec_scratchpipe/data/*.py"),
+        *(ROOT / "examples").rglob("*.py"),
+    ]
+)
 # What makes a tensor of torch's default dtype, or of one that depends on the values, unless it is told. All of them, so
 # that nobody has to know which.
 FACTORIES = [

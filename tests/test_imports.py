@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "planning": {"core", "sharding"},
     "checkpoint": {"core", "sharding"},
     "monitoring": {"core", "sharding", "planning"},
+    "data": set(),
 }
 FOR_ALL = {"errors", "_version"}
 
@@ -119,6 +120,7 @@ def test_public_surface() -> None:
         "to_stock",
         "warm_start",
         "ConfigError",
+        "DataError",
         "IdOutOfRangeError",
         "MeasurementError",
         "PeerFailedError",

@@ -4,9 +4,10 @@
 import argparse
 import sys
 
+from torchrec_scratchpipe.data import command as data
 from torchrec_scratchpipe.planning import command, disk_speed
 
-COMMANDS = {"plan": command.main, "disk": disk_speed.main}
+COMMANDS = {"plan": command.main, "disk": disk_speed.main, "data": data.main}
 
 
 def main() -> int:
@@ -15,13 +16,16 @@ def main() -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="torchrec-scratchpipe", description="Run one of: plan, disk.")
+    parser = argparse.ArgumentParser(prog="torchrec-scratchpipe", description="Run one of: plan, disk, data.")
     parser.add_argument(
         "command",
         choices=COMMANDS,
-        help="plan: a memory budget in, a sharding plan out; disk: how fast it is for tables",
+        help="plan: a memory budget in, a sharding plan out; disk: how fast it is for tables; data: other formats to "
+        "Parquet",
     )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="plan --help and disk --help say what they take")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="plan --help, disk --help and data --help say what they take"
+    )
     args = parser.parse_args()
     return COMMANDS[args.command](args.arguments)
 

@@ -6,6 +6,7 @@
     ScratchPipeError
     ├── ConfigError              (ValueError)    a setting cannot be served
     ├── MeasurementError         (ValueError)    a measurement cannot be made, or does not fit the model
+    ├── DataError                (ValueError)    training data cannot be read, or is not what it should be
     ├── IdOutOfRangeError        (ValueError)    an id points outside its table
     ├── ScratchpadFullError      (RuntimeError)  one batch needs more slots than there are
     ├── BatchesInFlightError     (RuntimeError)  batches were planned for another model
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointSaveError",
     "ConfigError",
+    "DataError",
     "IdOutOfRangeError",
     "MeasurementError",
     "PeerFailedError",
@@ -45,6 +47,10 @@ class ConfigError(ScratchPipeError, ValueError):
 
 class MeasurementError(ScratchPipeError, ValueError):
     """Working sets cannot be measured or read, or are those of other tables."""
+
+
+class DataError(ScratchPipeError, ValueError):
+    """Training data cannot be read, or is not what it should be; the message names file, row group and column."""
 
 
 class IdOutOfRangeError(ScratchPipeError, ValueError):

@@ -117,7 +117,12 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--criteo_tsv", help="raw Criteo TSV, as it is or gzip'd; default: generated Criteo-shaped rows")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
+        "--criteo_tsv", help="raw Criteo TSV, as it is or gzip'd; default: generated Criteo-shaped rows"
+    )
+    source.add_argument("--parquet", nargs="+", help="the same in Parquet: files, directories, globs or URLs")
+    add("--num_readers", type=whole(1), help="threads that read --parquet ahead; default: 1")
     add("--epochs", type=whole(1), default=1, help="times that the training rows are gone through")
     add("--batch_size", type=whole(1), default=1024, help="samples per rank")
     add("--limit_train_batches", type=whole(1), help="per rank; default: all of a file, 100 of generated rows")
@@ -282,6 +287,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--num_embeddings_per_feature: {len(values_per_table(args))} numbers, needs {NUM_SPARSE}")
     if args.criteo_tsv is not None and not Path(args.criteo_tsv).is_file():
         raise UsageError(f"--criteo_tsv {args.criteo_tsv}: no such file. Give the path of a raw Criteo TSV.")
+    if args.num_readers is not None and args.parquet is None:
+        raise UsageError("--num_readers is for --parquet; give that, or leave it out")
     needed, available = ram_bytes(args), available_ram_bytes()
     if available is not None and needed > available:
         raise UsageError(

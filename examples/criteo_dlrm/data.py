@@ -110,6 +110,21 @@ def make_batch(dense: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], label
     )
 
 
+def hash_values(values: npt.NDArray[np.uint64], num_embeddings: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """The rows of raw values.
+
+    Args:
+        values: [26, B]; a missing value is 0.
+        num_embeddings: [26, 1]. Rows of each table.
+
+    Returns:
+        [26, B].
+    """
+    # A multiplicative hash whose high bits decide; a missing value shares row 0 with its collisions.
+    mixed = (values * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
+    return (mixed % num_embeddings).astype(np.int64)
+
+
 class GeneratedCriteo:
     """Criteo-shaped samples without end: an empirical head, a Zipf tail, and a signal that can be learnt.
 
@@ -347,11 +362,7 @@ class CriteoTsv:
         return np.frombuffer(packed, dtype=">u4").reshape(len(rows), NUM_SPARSE).T.astype(np.uint64)
 
     def _hash(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-        if self._is_raw:
-            return values.astype(np.int64)
-        # A multiplicative hash whose high bits decide; a missing value is 0 and shares row 0 with its collisions.
-        mixed = (values * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)
-        return (mixed % self._num_embeddings).astype(np.int64)
+        return values.astype(np.int64) if self._is_raw else hash_values(values, self._num_embeddings)
 
     def _bad_cell(
         self, rows: list[list[bytes]], line_number: int, first_column: int, base: int, what: str

@@ -4,6 +4,9 @@
     python examples/criteo_dlrm/main.py --criteo_tsv train.txt --batch_size 4096 --scratchpad_budget_gb 2 --adagrad
     torchrun --nproc_per_node 2 examples/criteo_dlrm/main.py --limit_train_batches 50 --limit_val_batches 10
 
+    torchrec-scratchpipe data criteo_to_parquet train.txt train.parquet
+    python examples/criteo_dlrm/main.py --parquet train.parquet --num_readers 2
+
     python examples/criteo_dlrm/main.py --save_dir checkpoints --save_every 1000 --resume
 
 Flags keep the names of facebookresearch/dlrm's torchrec_dlrm/dlrm_main.py. `--embedding_cache fused` is stock TorchRec
@@ -29,6 +32,7 @@ import torchmetrics
 from arguments import UsageError, as_size, parse_args, ram_bytes, rows_per_table, table_bytes, values_per_table
 from data import FEATURE_NAMES, BatchSource, CriteoFormatError, CriteoTsv, GeneratedCriteo, Share
 from dlrm import make_model, make_optimizer
+from parquet_data import CriteoParquet
 from picture import plot
 from report import Measurements, ScratchpadCounts, Trace, planned_part, print_plan, summary_line
 from torch.func import functional_call
@@ -78,9 +82,14 @@ def collection_path(args: argparse.Namespace) -> str:
 
 
 def make_source(args: argparse.Namespace, share: Share) -> BatchSource:
-    if args.criteo_tsv:
-        source: BatchSource = CriteoTsv(
-            args.criteo_tsv, values_per_table(args), args.batch_size, share, is_raw=args.zch_size is not None
+    is_raw = args.zch_size is not None
+    if args.criteo_tsv or args.parquet:
+        source: BatchSource = (
+            CriteoTsv(args.criteo_tsv, values_per_table(args), args.batch_size, share, is_raw=is_raw)
+            if args.criteo_tsv
+            else CriteoParquet(
+                args.parquet, values_per_table(args), args.batch_size, share, args.num_readers or 1, is_raw=is_raw
+            )
         )
         if args.limit_train_batches is not None:
             source.num_train_batches = min(source.num_train_batches, args.limit_train_batches)
@@ -96,7 +105,7 @@ def make_source(args: argparse.Namespace, share: Share) -> BatchSource:
         num_val_batches,
         args.seed,
         share,
-        is_raw=args.zch_size is not None,
+        is_raw=is_raw,
     )
 
 
