@@ -10,14 +10,17 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO_ARGS := --batch_size 256 --limit_train_batches 400 --limit_val_batches 40 --max_num_embeddings 100000 \
              --embedding_dim 32 --load_factor 0.02 --adagrad --seed 0 --json demo_out/demo.json --plot demo_out/demo.png
 
-.PHONY: setup demo test test-quick test-oldest test-newest test-device-path benchmark conformance conformance-newest faults fuzz soak check format clean
+.PHONY: setup demo test test-quick test-oldest test-newest test-device-path benchmark conformance conformance-newest faults fuzz soak check format docs clean
 
 setup: $(STAMP)
 
+# Where torch comes from, if not from pip's own index; https://download.pytorch.org/whl/cpu has the CPU build.
+TORCH_INDEX ?=
+
 # torch first, from the CPU build where there is one; TorchRec without its dependencies, which are CUDA only.
-$(STAMP): pyproject.toml requirements-cpu.txt requirements-dev.txt
+$(STAMP): pyproject.toml requirements-cpu.txt requirements-dev.txt requirements-docs.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
+	$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) --no-deps torchrec==1.8.0
 	$(PIP) -r requirements-cpu.txt -r requirements-dev.txt
 	$(PIP) --no-deps --editable .
@@ -89,5 +92,10 @@ format: setup
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+# The documents as a site, in site/; docstrings are read, not imported
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+	@echo "site/index.html is the first page; to search, run: $(RUN) -m http.server --directory site"
+
 clean:
-	rm -rf $(VENV) demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,6 @@
 
 import ast
 import importlib
-import itertools
 import os
 import re
 import subprocess
@@ -12,17 +11,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow
 import pytest
 import torch
-from helpers import Setting, TinyModel, Trainer, make_batches
 from packaging.requirements import Requirement
-from pyarrow import parquet
-from safetensors.torch import save_file
-from torchrec import EmbeddingBagCollection
-
-from torchrec_scratchpipe import CheckpointManager, to_stock
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -143,60 +134,3 @@ def test_what_has_run_where_is_said_in_the_first_ten_lines() -> None:
     first_lines = "\n".join((ROOT / "README.md").read_text().splitlines()[:10])
     assert "On one GPU" in first_lines
     assert "**Several GPUs have not been tried.**" in first_lines
-
-
-def test_every_snippet_of_checkpointing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    setting = Setting(num_batches=12)
-    ours = Trainer.scratchpipe(setting)
-    weights = torch.rand(150, 8)
-    np.save("t0.npy", torch.rand(200, 8).numpy())
-    save_file({"sparse.t2.weight": torch.full((3, 8), 0.5)}, "pretrained.safetensors")
-
-    def make_model() -> TinyModel:
-        return TinyModel(setting).to_empty(device="cpu")
-
-    names: dict[str, Any] = {
-        "itertools": itertools, "torch": torch, "model": ours.model, "optimizer": ours.optimizer,
-        "pipeline": ours.pipeline(), "train_loader": make_batches(setting), "num_steps": 12, "save_every": 5,
-        "schedule": 0.1, "batch": make_batches(setting)[0],
-        "make_model": make_model, "weights": weights,
-    }  # fmt: skip
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpointing.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 5
-    for snippet in snippets:
-        exec(snippet, names)
-        if "checkpoints.wait()" in snippet:
-            assert names["checkpoints"].steps() == [5, 10]
-            names["step"] = 10
-    assert isinstance(names["plain"].ebc, EmbeddingBagCollection)
-    state = to_stock(ours.model).state_dict()
-    assert torch.equal(state["ebc.embedding_bags.t1.weight"], weights)
-    assert torch.equal(state["ebc.embedding_bags.t2.weight"], torch.full((3, 8), 0.5))
-
-
-def test_every_snippet_of_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("days").mkdir()
-    columns = {"click": [0, 1] * 30, "age": [30] * 60, "price": [0.5] * 60, "user": list(range(60))}
-    columns |= {"item": ["a", "b", None] * 20, "tags": [[1, 2], [], None] * 20}
-    parquet.write_table(pyarrow.table(columns), "days/0.parquet")
-    setting = Setting(num_batches=1)
-    ours = Trainer.scratchpipe(setting)
-    trained: list[Any] = []
-    names: dict[str, Any] = {
-        "rank": 0, "world_size": 1, "train": trained.append, "num_batches_trained": 3, "step": 1, "model": ours.model,
-        "optimizer": ours.optimizer, "checkpoints": CheckpointManager(tmp_path / "checkpoints"),
-    }  # fmt: skip
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 3
-    for snippet in snippets:
-        exec(snippet, names)
-    assert [batch.sparse_features.keys() for batch in trained] == [["user", "item", "tags"]] * 2
-    assert names["batches"].state_dict(0)["epoch"] == 3
-    (in_readme,) = [
-        each
-        for each in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-        if "ParquetBatches" in each
-    ]
-    exec(in_readme, names)
