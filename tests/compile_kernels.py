@@ -95,7 +95,6 @@ def compile_all(capability: int) -> dict[str, list[dict[str, int]]]:
     for dtype in (torch.int64, torch.int32):
         ids = FeatureIds(torch.zeros(1000, dtype=dtype), torch.zeros(3, dtype=dtype))
         ops.mark(ids, features, maps, Sighting(1, 0), 1)
-        ops.unmark(ids, features, maps, Sighting(1, 0))
         request = PlanRequest(ids, features, buffers.slots, 1, 1, 1, NOT_SEEN, Aging(1.0, 0.0))
         ops.find(request, maps, buffers, scratch)
     for skips_used_ahead in (True, False):

@@ -100,9 +100,6 @@ class SlotMapOfRows(SlotMap):
     def see(self, rows: Tensor) -> int | None:  # type: ignore[override]
         return super().see(self.ids_of(rows))
 
-    def unsee(self, seen: int, rows: Tensor) -> None:  # type: ignore[override]
-        super().unsee(seen, self.ids_of(rows))
-
     def plan(self, rows: Tensor, seen: int | None = None) -> PlannedRows:  # type: ignore[override]
         is_confirmed = False
         while not is_confirmed:

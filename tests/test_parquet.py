@@ -339,11 +339,13 @@ def test_ids_ahead_are_those_of_the_batches_and_disturb_nothing(numbered: Path) 
     assert rows_of(next(iterator)) == expected[0]
     for num_skipped in range(9):
         ahead = list(batches.ids_ahead(num_skipped))
-        for rows, features in zip(expected[1 + num_skipped :], ahead, strict=True):
-            check_features(rows, features)
+        for rows, batch in zip(expected[1 + num_skipped :], ahead, strict=True):
+            check_features(rows, batch.sparse_features)
+            assert batch.dense_features.shape == (len(rows), 0)
+            assert batch.labels.shape == (0,)
     assert [rows_of(batch) for batch in iterator] == expected[1:]
-    for rows, features in zip(after, batches.ids_ahead(), strict=True):  # the next epoch is next
-        check_features(rows, features)
+    for rows, batch in zip(after, batches.ids_ahead(), strict=True):  # the next epoch is next
+        check_features(rows, batch.sparse_features)
     assert epoch(batches) == after
 
 
@@ -367,8 +369,8 @@ def test_ids_ahead_begin_where_a_state_was_loaded(numbered: Path) -> None:
     batches = reader(numbered)
     expected = epoch(batches)
     batches.load_state_dict(batches.state_dict(5))
-    for rows, features in zip(expected[5:], batches.ids_ahead(), strict=True):
-        check_features(rows, features)
+    for rows, batch in zip(expected[5:], batches.ids_ahead(), strict=True):
+        check_features(rows, batch.sparse_features)
 
 
 # Values, against plain Python

@@ -74,7 +74,7 @@ def check_laws(slot_map: SlotMapOfRows, stream: list[tuple[str, list[int]]]) -> 
                 ahead[seen] = rows
         elif kind == "forget" and ahead:
             seen, rows = ahead.popitem()
-            slot_map.unsee(seen, torch.tensor(rows, dtype=torch.int64))
+            slot_map.unsee(seen)
             slot_map._take_back_sightings()  # as the next see() or plan() would
         elif kind.startswith("plan"):
             ids = torch.tensor(rows, dtype=torch.int64)
@@ -214,7 +214,7 @@ def test_rows_of_a_batch_that_was_dropped_may_go() -> None:
     rows = torch.tensor([0, 1, 50])
     seen = slot_map.see(rows)
     assert seen is not None
-    slot_map.unsee(seen, rows)
+    slot_map.unsee(seen)
     assert set(slot_map.plan(torch.tensor([10, 11])).victim_rows.tolist()) == {0, 1}
     slot_map.check_integrity()
     assert not slot_map._first_places

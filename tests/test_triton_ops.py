@@ -30,7 +30,6 @@ from torchrec_scratchpipe.core.slot_ops import (
     NUM_BINS,
     NUM_NOTES,
     NUM_USES,
-    SEEN,
     Aging,
     Count,
     FeatureIds,
@@ -412,26 +411,6 @@ def test_mark(seed: int) -> None:
         check_ahead(outcome.maps, [*zip(case.seen, SIGHTINGS, strict=True), (rows, sighting)])
         assert torch.equal(notes_of_absent(case), notes_of_absent(outcome))
     assert torch.equal(twin.maps.next_use, triton.maps.next_use)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_unmark(seed: int) -> None:
-    case = make_case(seed)
-    last = FeatureIds(torch.zeros_like(case.ids.ids), case.ids.bounds)
-    rows = case.seen[-1]
-    feature = torch.repeat_interleave(torch.arange(case.features.table.numel()), case.ids.bounds.diff().long())
-    last.ids.copy_((rows - case.features.first_row[feature]).clamp(min=0))
-    assert torch.equal(rows_of_ids(last, case.features), rows)
-    twin, triton = both(case, lambda ops, c: ops.unmark(last, c.features, c.maps, SIGHTINGS[-1]))
-    for outcome in (twin, triton):
-        assert torch.equal(notes_of_absent(case), notes_of_absent(outcome))
-        of_last = outcome.maps.newest_sighting >= SIGHTINGS[-1].first_place
-        assert not of_last.any()
-        assert not (outcome.maps.next_use == SIGHTINGS[-1].use).any()
-        entries = -1 - outcome.maps.row_to_slot[outcome.maps.row_to_slot < 0]
-        assert int((entries >= SEEN + SIGHTINGS[-1].first_place).sum()) == 0
-    assert_same_maps(twin.maps, triton.maps, "row_to_slot", *OF_AHEAD)
-    assert not torch.equal(case.maps.row_to_slot, twin.maps.row_to_slot)
 
 
 def notes_of_absent(case: Case) -> Tensor:

@@ -60,6 +60,8 @@ class Batch:
         self.pools = pools
         self.features = features
         self.ids = ids
+        self.num_ids = ids.ids.numel()  # I
+        self.is_only_seen = False  # another batch, of the same ids, will be planned in its place
         self.error: BaseException | None = None
         self.pool_ids = [PoolIds(ids, rows) for rows in rows_of_features]
         self.tickets: list[int | None] = [None] * len(pools)  # from SlotMap.see
@@ -72,11 +74,6 @@ class Batch:
         self.train_stream: torch.Stream | None = None
         self.let_go = let_go
         self.state = BatchState.SUBMITTED
-
-    @property
-    def num_ids(self) -> int:
-        """I."""
-        return self.ids.ids.numel()
 
     @property
     def is_pending(self) -> bool:
@@ -97,6 +94,20 @@ class Batch:
     def slots(self) -> Tensor:
         """[I] int64, the slot of each id, in the pool of its feature; for a table that is kept whole, the id."""
         return self.plans[0].slots[: self.num_ids]
+
+    def forget_ids(self) -> None:
+        """Nothing is needed any more of a batch that is only seen, but its tickets."""
+        self.ids = FeatureIds(self.ids.ids.new_empty(0), self.ids.bounds.new_empty(0))
+        self.pool_ids = []
+
+    def take_over(self, seen: "Batch") -> bool:
+        """Be planned in the place of a batch of the same ids that was seen; whether that could be."""
+        # Its ids go last of all, so that a worker is not at its tickets any more.
+        if seen.pool_ids or seen.num_ids != self.num_ids:
+            return False
+        self.tickets, seen.tickets = seen.tickets, [None] * len(seen.tickets)
+        self.state = BatchState.SEEN
+        return True
 
     def find_bad_id(self, position: int) -> IdOutOfRangeError | None:
         """The error for an id that is out of range."""

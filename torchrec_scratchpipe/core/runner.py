@@ -149,7 +149,7 @@ class StageRunner:
         for index, ticket in enumerate(batch.tickets):
             if ticket is not None:
                 batch.tickets[index] = None
-                batch.pools[index].slot_map.unsee(ticket, batch.pool_ids[index])
+                batch.pools[index].slot_map.unsee(ticket)
         if had_anything:
             self._queue.note_change()
         for pool in updated:
@@ -215,6 +215,9 @@ class StageRunner:
         self._queue.advance(batch, BatchState.SEEN)
         for index, (pool, ids) in enumerate(zip(batch.pools, batch.pool_ids, strict=True)):
             batch.tickets[index] = pool.slot_map.see(ids)
+        if batch.is_only_seen:
+            batch.forget_ids()
+            self._queue.leave(batch)  # it must not stand before those that are to be planned
         if batch.is_released:  # meanwhile
             self.release(batch)
 
@@ -263,7 +266,7 @@ class StageRunner:
             if counts[Count.IS_REFUSED]:
                 ticket = batch.tickets[index]
                 if ticket is not None:
-                    pool.slot_map.unsee_failed(ticket, batch.pool_ids[index])
+                    pool.slot_map.unsee_failed(ticket)
                 return _refused_error(batch, pool, plan, counts[Count.BAD_POSITION])
         return None
 
@@ -530,8 +533,13 @@ class _Queue:
         """The stages of a batch have run, well or badly."""
         with self._changed:
             self.advance(batch, BatchState.READY if batch.error is None else BatchState.FAILED)
-            self._waiting = [entry for entry in self._waiting if entry.batch() is not batch]
+            self.leave(batch)
             self._changed.notify_all()
+
+    def leave(self, batch: Batch) -> None:
+        """Nothing more is to be done for a batch."""
+        with self._changed:
+            self._waiting = [entry for entry in self._waiting if entry.batch() is not batch]
 
     def note_change(self) -> None:
         with self._changed:

@@ -206,8 +206,8 @@ class SlotMap:
         ] = {}  # of the sightings of a batch, from when it is seen until it is released
         self._free_places: list[int] = []
         self._sightings_per_batch = 0
-        self._newly_unseen: deque[tuple[int, PoolIds]] = deque()
-        self._newly_failed: deque[tuple[int, PoolIds]] = deque()
+        self._newly_unseen: deque[int] = deque()
+        self._newly_failed: deque[int] = deque()
         self.half_life = half_life
         self._origin = 0
         self._newest: CachePlan | None = None
@@ -253,13 +253,16 @@ class SlotMap:
         self.ops.mark(*batch, self.maps, self._sighting_of(seen), use_of(self._seen[0]))
         return seen
 
-    def unsee(self, seen: int, batch: PoolIds) -> None:
-        """Take back :meth:`see` of a batch that was not planned and will not be; from any thread."""
-        self._newly_unseen.append((seen, batch))
+    def unsee(self, seen: int) -> None:
+        """Take back :meth:`see` of a batch that was not planned and will not be; from any thread.
 
-    def unsee_failed(self, seen: int, batch: PoolIds) -> None:
+        All rows are looked at, once for all batches that are taken back together.
+        """
+        self._newly_unseen.append(seen)
+
+    def unsee_failed(self, seen: int) -> None:
         """Take back :meth:`see` of a batch whose plan was refused for a bad id; from any thread."""
-        self._newly_failed.append((seen, batch))
+        self._newly_failed.append(seen)
 
     def release(self, batch_index: int) -> None:
         """Let go of a batch's slots; may be called from any thread, in any order; a second call does nothing."""
@@ -601,19 +604,37 @@ class SlotMap:
         self._free_buffers.clear()
 
     def _take_back_sightings(self) -> None:
+        dropped = []
         while self._newly_unseen:
-            seen, batch = self._newly_unseen.popleft()
+            seen = self._newly_unseen.popleft()
             if seen in self._seen:
                 self._seen.remove(seen)
-                self._unmark(batch, seen)
-                self._let_go_of_places(seen)
+                dropped.append(seen)
         while self._newly_failed:
-            seen, batch = self._newly_failed.popleft()
-            self._unmark(batch, seen)
-            self._let_go_of_places(seen)
+            dropped.append(self._newly_failed.popleft())
+        if dropped:
+            self._forget(dropped)
 
-    def _unmark(self, batch: PoolIds, seen: int) -> None:
-        self.ops.unmark(*batch, self.maps, self._sighting_of(seen))
+    def _forget(self, dropped: Sequence[int]) -> None:
+        """No row is to be found by the sightings of these batches any more, or wait for them.
+
+        A use after one of theirs is forgotten where theirs was the next.
+        """
+        maps, size = self.maps, self._sightings_per_batch
+        is_dropped = torch.zeros(maps.sightings.numel() // size, dtype=torch.bool, device=self.device)
+        for seen in dropped:
+            is_dropped[self._first_places[seen] // size] = True
+        for entries in maps.row_to_slot.split(ROWS_AT_A_TIME):
+            absent = (entries < -SEEN).nonzero().view(-1)
+            places = -1 - SEEN - entries.index_select(0, absent)
+            theirs = is_dropped[places // size]
+            notes = -maps.sightings.index_select(0, places[theirs].long()).clamp_(max=0)
+            entries.index_copy_(0, absent[theirs], -1 - notes.int())
+        newest = maps.newest_sighting
+        newest.masked_fill_((newest >= 0) & is_dropped[newest.clamp(min=0) // size], -1)
+        for seen in dropped:
+            maps.next_use.masked_fill_(maps.next_use == use_of(seen), 0)
+            self._let_go_of_places(seen)
 
     def _sighting_of(self, seen: int) -> Sighting:
         return Sighting(use_of(seen), self._first_places[seen])

@@ -283,12 +283,6 @@ class SlotOps(Protocol):
         Its sightings are zeros. `first_use` is as in :class:`PlanRequest`.
         """
 
-    def unmark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting) -> None:
-        """Take back :meth:`mark`: no row is to be found by these sightings any more.
-
-        A use after this one is forgotten where this one was the next.
-        """
-
     def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
         """Take in what is asked for; before the operations of a plan, which may be enqueued by :meth:`enqueue`."""
 

@@ -118,20 +118,6 @@ class TorchOps(CommonOps):
         maps.sightings.scatter_(0, before.index_select(0, _positions(before >= 0)).long(), use)
         maps.sightings.scatter_(0, places.index_select(0, stands).long(), -notes)
 
-    def unmark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting) -> None:
-        use, first_place = sighting
-        rows, _ = _rows_of_ids(ids, features).valid()
-        end = first_place + ids.ids.numel()
-        known = maps.row_to_slot.index_select(0, rows)
-        slots = known.index_select(0, _positions(known >= 0)).long()
-        maps.next_use.scatter_(0, slots[maps.next_use.index_select(0, slots) == use], 0)
-        newest = maps.newest_sighting.index_select(0, slots)
-        maps.newest_sighting.scatter_(0, slots[(newest >= first_place) & (newest < end)], -1)
-        places = -1 - known - SEEN  # below 0 where there is none
-        mine = _positions((known < 0).logical_and_(places >= first_place).logical_and_(places < end))
-        notes = self.notes_of(known.index_select(0, mine), maps)
-        maps.row_to_slot.scatter_(0, rows.index_select(0, mine), -1 - notes.int())
-
     @staticmethod
     def notes_of(entries: Tensor, maps: SlotMaps) -> Tensor:
         """[N] int16: the notes of absent rows, by their entries, [N] int32."""
@@ -140,7 +126,9 @@ class TorchOps(CommonOps):
         seen = _positions(values >= SEEN)
         if seen.numel() == 0:
             return notes
-        return notes.scatter_(0, seen, -maps.sightings.index_select(0, (values.index_select(0, seen) - SEEN).long()))
+        # Never below 0: where ids have changed since they were seen, a sighting may say anything.
+        sightings = maps.sightings.index_select(0, (values.index_select(0, seen) - SEEN).long())
+        return notes.scatter_(0, seen, sightings.neg_().clamp_(min=0))
 
     def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
         ids, features = request.ids, request.features
@@ -310,15 +298,15 @@ class TorchOps(CommonOps):
         else:
             slots.scatter_(0, positions, slots_of_rows)
         if not _is_refused(counts):
-            self._follow_sightings(request, maps)
+            self._follow_sightings(request, maps, buffers.rows[:num_ids])
         del self._found
 
-    def _follow_sightings(self, request: PlanRequest, maps: SlotMaps) -> None:
+    def _follow_sightings(self, request: PlanRequest, maps: SlotMaps, rows: Tensor) -> None:
         """What the batch's sightings say is now the next use of its rows."""
         first_place = request.sighting.first_place
         if first_place >= 0:
             uses = maps.sightings[first_place : first_place + request.ids.ids.numel()]
-            positions = _positions(uses > 0)
+            positions = _positions((uses > 0).logical_and_(rows >= 0))
             slots = request.slots.index_select(0, positions)
             maps.next_use.scatter_(0, slots, uses.index_select(0, positions))
 

@@ -135,17 +135,11 @@ class TritonOps(CommonOps):
         self._of_thread = threading.local()  # `graph`, while this thread records
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting, first_use: int) -> None:
-        self._mark(_mark_kernel, ids, features, maps, *sighting, first_use)
-
-    def unmark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting) -> None:
-        self._mark(_unmark_kernel, ids, features, maps, *sighting)
-
-    def _mark(self, kernel: Any, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, *numbers: int) -> None:
         # Never recorded: the ids' address and number are parameters.
         num_ids, num_features = ids.ids.numel(), features.table.numel()
         if num_ids:
             self._launch(
-                kernel,
+                _mark_kernel,
                 triton.cdiv(num_ids, IDS_PER_PROGRAM),
                 ids.ids,
                 ids.bounds,
@@ -157,7 +151,8 @@ class TritonOps(CommonOps):
                 num_ids,
                 num_features,
                 ids.bounds.stride(0),
-                *numbers,
+                *sighting,
+                first_use,
                 SEARCH_STEPS=num_features.bit_length(),
                 BLOCK=IDS_PER_PROGRAM,
             )
@@ -587,60 +582,12 @@ def _mark_kernel(
     is_mine = is_absent & (before >= first_place) & (before < end_place)
     is_first = is_absent & ~is_mine
     is_seen = is_first & (before >= 0)
-    notes = tl.load(sightings_ptr + before, mask=is_seen, other=0).to(tl.int32)
+    # Never above 0, where notes are: where ids have changed since they were seen, a sighting may say anything.
+    notes = tl.minimum(tl.load(sightings_ptr + before, mask=is_seen, other=0).to(tl.int32), 0)
     notes = tl.where(is_seen, notes, 1 + known)
     tl.store(sightings_ptr + places, notes.to(tl.int16), mask=is_first)
     tl.store(sightings_ptr + before, uses.to(tl.int16), mask=is_seen)
     tl.store(row_to_slot_ptr + rows, tl.where(is_mine, known, -1 - (places | _SEEN)), mask=is_absent)
-
-
-@triton.jit(
-    do_not_specialize=["num_ids", "num_features", "bounds_stride", "use", "first_place"],
-    do_not_specialize_on_alignment=["ids_ptr", "bounds_ptr"],
-)
-def _unmark_kernel(
-    ids_ptr,
-    bounds_ptr,
-    first_row_ptr,
-    num_rows_ptr,
-    table_ptr,
-    row_to_slot_ptr,
-    next_use_ptr,
-    newest_sighting_ptr,
-    sightings_ptr,
-    num_ids,
-    num_features,
-    bounds_stride,
-    use,
-    first_place,
-    SEARCH_STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    _, rows, inside, _ = _rows_of_ids(
-        ids_ptr,
-        bounds_ptr,
-        first_row_ptr,
-        num_rows_ptr,
-        table_ptr,
-        num_ids,
-        num_features,
-        bounds_stride,
-        SEARCH_STEPS,
-        BLOCK,
-    )
-    # A repeated row is written more than once, with the same value.
-    end_place = first_place + num_ids
-    entries = tl.load(row_to_slot_ptr + rows, mask=inside, other=0)
-    is_present = inside & (entries >= 0)
-    is_next = is_present & (tl.load(next_use_ptr + entries, mask=is_present, other=0).to(tl.int32) == use)
-    tl.store(next_use_ptr + entries, tl.zeros_like(entries).to(tl.int16), mask=is_next)
-    newest = tl.load(newest_sighting_ptr + entries, mask=is_present, other=-1)
-    is_mine = is_present & (newest >= first_place) & (newest < end_place)
-    tl.store(newest_sighting_ptr + entries, tl.full(entries.shape, -1, tl.int32), mask=is_mine)
-    newest = -1 - entries - _SEEN
-    is_mine = inside & (entries < 0) & (newest >= first_place) & (newest < end_place)
-    notes = tl.load(sightings_ptr + newest, mask=is_mine, other=0).to(tl.int32)
-    tl.store(row_to_slot_ptr + rows, notes - 1, mask=is_mine)
 
 
 @triton.jit
@@ -954,7 +901,8 @@ def _commit_kernel(
         slots = tl.where(is_victim, slots, free)
         places = -1 - known - _SEEN
         is_seen = is_miss & (places >= 0)
-        note = tl.where(is_seen, -tl.load(sightings_ptr + places, mask=is_seen, other=0).to(tl.int32), -1 - known)
+        note = -tl.minimum(tl.load(sightings_ptr + places, mask=is_seen, other=0).to(tl.int32), 0)
+        note = tl.where(is_seen, note, -1 - known)
         is_later = is_seen & ((places < first_place) | (places >= end_place))
         tl.store(sightings_ptr + places, tl.zeros_like(places).to(tl.int16), mask=is_later)
         # Where a batch was not seen, its rows may be used soon: which of their uses is next is not known.

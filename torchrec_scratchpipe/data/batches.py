@@ -110,11 +110,11 @@ def to_batch(keys: Sequence[str], parts: Sequence[Rows]) -> Batch:
         parts: What the batch consists of.
 
     Returns:
-        Dense features [B, D] float32, ids, and labels [B] int32 or float32.
+        Dense features [B, D] float32, ids, and labels [B] int32 or float32, [0] where they were not read.
     """
-    labels: list[Any] = [part.labels for part in parts]
+    labels: list[Any] = [part.labels for part in parts if part.labels is not None]
     return Batch(
         dense_features=torch.from_numpy(np.concatenate([part.dense for part in parts])),
         sparse_features=to_features(keys, parts),
-        labels=torch.from_numpy(np.concatenate(labels)),
+        labels=torch.from_numpy(np.concatenate(labels)) if labels else torch.empty(0, dtype=torch.float32),
     )

@@ -7,9 +7,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torchrec.datasets.utils import Batch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_scratchpipe.data.batches import cut, to_batch, to_features
+from torchrec_scratchpipe.data.batches import cut, to_batch
 from torchrec_scratchpipe.data.columns import TRANSFORMS, Columns
 from torchrec_scratchpipe.data.files import Paths, find_files
 from torchrec_scratchpipe.data.readers import in_order
@@ -105,8 +104,8 @@ class ParquetBatches:
         self._running = (place, 0)
         return self._count(place, self._batches(place, self._row_groups, to_batch))
 
-    def ids_ahead(self, num_skipped: int = 0) -> Iterator[KeyedJaggedTensor]:
-        """The features of coming batches, to the end of the epoch; labels and dense features are not read.
+    def ids_ahead(self, num_skipped: int = 0) -> Iterator[Batch]:
+        """The ids of coming batches, to the end of the epoch; labels and dense features are not read.
 
         Changes nothing: the iteration over batches goes on as if this had not been.
 
@@ -114,7 +113,8 @@ class ParquetBatches:
             num_skipped: Batches to leave out first, counted from the one that iteration gives next.
 
         Returns:
-            Features, equal to those of the batches.
+            Batches with the same sparse features; their dense features are [B, 0], their labels [0]. For
+            :meth:`ScratchPipeTrainPipeline.see_ahead`.
 
         Raises:
             DataError: `num_skipped` is negative.
@@ -130,7 +130,7 @@ class ParquetBatches:
         if num_skipped >= num_left:
             return iter(())
         place = self._schedule.after(place, num_skipped)
-        return self._batches(place, self._row_groups.only_sparse(), to_features)
+        return self._batches(place, self._row_groups.only_sparse(), to_batch)
 
     def state_dict(self, num_batches_trained: int) -> dict[str, Any]:
         """Where training stands, for :meth:`load_state_dict`; reads no data.

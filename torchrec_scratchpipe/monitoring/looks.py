@@ -183,7 +183,7 @@ class PoolWatch:
         notes = torch.where(entries < 0, -1 - entries, 0)
         if maps.sightings.numel():
             places = (notes - SEEN).clamp_(min=0)
-            notes = torch.where(notes < SEEN, notes, -maps.sightings.index_select(0, places).int())
+            notes = torch.where(notes < SEEN, notes, -maps.sightings.index_select(0, places).int().clamp_(max=0))
         absent = _levels(frequencies_of_notes(notes, origin), weight)
         tables = slot_map.table_counts
         by_id, by_slot, by_row = self._id_step, self._slot_step, self._row_step

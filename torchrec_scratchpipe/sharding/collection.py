@@ -126,6 +126,7 @@ class ScratchpadCollection:
         """What a constructor does before TorchRec's, which makes the lookups."""
         self._options = options
         self._peers = PeerNotice()
+        self._has_said_other_ids = False
         make_runner = OverlappedStageRunner if options.overlap else StageRunner
         self._runner: StageRunner = make_runner(device or torch.device("cpu"))
 
@@ -191,17 +192,22 @@ class ScratchpadCollection:
         with self._looking_up(planned):
             return super().compute(ctx, dist_input)  # type: ignore[misc]
 
-    def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
+    def prefetch(
+        self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None, *, seen: PlannedBatches | None = None
+    ) -> None:
         """Send a distributed batch through the stages; any number of batches may be ahead.
 
         `ctx` is the batch's own context, which will be passed to `compute_and_output_dist`. Without one nothing is
         sent, and the batch is fetched on the spot. Events order the streams, so that `forward_stream` is not used.
+        `seen` is what :meth:`see_ids` was given for the same ids.
         """
         if not isinstance(ctx, PlannedBatches):
             return
         for served in self._served:
             if served.lookup_index not in ctx.planned_batches:
-                ctx.planned_batches[served.lookup_index] = _make_batches(served, dist_input)
+                batches = ctx.planned_batches[served.lookup_index] = _make_batches(served, dist_input)
+                if seen is not None:
+                    self._take_over(batches, seen.planned_batches.get(served.lookup_index, []))
             for batch in ctx.planned_batches[served.lookup_index]:
                 self._runner.submit(batch)
 
@@ -211,6 +217,26 @@ class ScratchpadCollection:
             ctx.planned_batches[served.lookup_index] = _make_batches(served, dist_input)
             for batch in ctx.planned_batches[served.lookup_index]:
                 self._runner.see(batch)
+
+    def see_ids(self, dist_input: KJTList, ctx: PlannedBatches) -> None:
+        """As :meth:`see`, of ids whose batch comes later; nothing is kept of them but what the slot maps note."""
+        for served in self._served:
+            ctx.planned_batches[served.lookup_index] = _make_batches(served, dist_input)
+            for batch in ctx.planned_batches[served.lookup_index]:
+                batch.is_only_seen = True
+                self._runner.see(batch)
+
+    def _take_over(self, batches: Sequence[Batch], seen: Sequence[Batch]) -> None:
+        for batch, of_ids in zip(batches, seen, strict=True):
+            if not batch.take_over(of_ids) and batch.num_ids != of_ids.num_ids and not self._has_said_other_ids:
+                self._has_said_other_ids = True
+                logger.warning(
+                    "a batch has %d ids where %d were seen ahead of it: see_ahead() was given the ids of other "
+                    "batches. Results are right, and more rows are evicted than need be. Give it the batches that "
+                    "progress() will get, from the next one that is loaded on.",
+                    batch.num_ids,
+                    of_ids.num_ids,
+                )
 
     def snapshot(self, storage: SnapshotStorage) -> list[tuple[Pool, TableSnapshot]]:
         """Flush, and keep all rows readable as they are now; training may go on. Raises TableStorageError."""

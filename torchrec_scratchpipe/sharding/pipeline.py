@@ -3,7 +3,7 @@
 
 import inspect
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisio
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForward
+from torchrec.distributed.train_pipeline.utils import _to_device
 from torchrec.distributed.types import Awaitable
 from torchrec.streamable import Pipelineable
 from typing_extensions import TypeVar
@@ -55,6 +56,7 @@ class ScratchPipeTrainPipelineContext(TrainPipelineContext):
 
     planned_inputs: dict[str, Any] = field(default_factory=dict, kw_only=True)
     forecasts: dict[str, Forecast] = field(default_factory=dict, kw_only=True)  # of modules with managed collision
+    seen: dict[ScratchpadCollection, PlannedBatches] = field(default_factory=dict, kw_only=True)  # its ids, before it
     is_distributed: bool = field(default=False, kw_only=True)  # or on its way
     is_seen: bool = field(default=False, kw_only=True)
     is_planned: bool = field(default=False, kw_only=True)
@@ -147,7 +149,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         lookahead: How many batches are planned ahead of Train, at least 1. What must fit in a scratchpad is the
             unique rows of `lookahead + 1` batches; where they do not fit, Plan waits for Train.
         num_batches_seen_ahead: How many batches beyond those are loaded and distributed, so that rows which they will
-            use are not evicted now. Fewer rows travel; the input of these batches takes device memory, no slots.
+            use are not evicted now, at most 500. Fewer rows travel; the input of these batches takes device memory, no
+            slots. With :meth:`see_ahead`, their ids alone are read.
 
     Raises:
         ConfigError: `lookahead` is below 1, too many batches are to be seen ahead, or a stock option is asked for that
@@ -197,6 +200,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         self._collections = scratchpad_collections(model)
         self._own_forwards: list[Callable[..., Any]] = []
         self._forecasters: dict[str, Forecaster] = {}  # by module
+        self._ids_ahead: Iterator[In] | None = None
+        self._seen_ahead: deque[dict[ScratchpadCollection, PlannedBatches]] = deque()  # of batches not loaded yet
         self._peers = PeerNotice()
         self._progress_hooks: OrderedDict[int, Callable[[In], None]] = OrderedDict()
         super().__init__(
@@ -266,6 +271,27 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             hook(batch)
         return output
 
+    def see_ahead(self, ids: Iterator[In]) -> None:
+        """Take the ids of batches that are seen ahead from here, in place of the batches themselves.
+
+        So `num_batches_seen_ahead` of them cost 2 bytes an id of device memory, and no other input is loaded before its
+        turn. Call it before the first :meth:`progress` of an epoch. Collections with managed collision see nothing
+        ahead then.
+
+        Args:
+            ids: Batches as those that :meth:`progress` will load next, one for one. Only what embeddings look up is
+                used; the rest may be empty. :meth:`ParquetBatches.ids_ahead` gives such batches.
+
+        Raises:
+            ConfigError: `num_batches_seen_ahead` is 0.
+        """
+        if self._num_batches_known == self._lookahead:
+            raise ConfigError(
+                "see_ahead(): the pipeline sees nothing ahead. Give it num_batches_seen_ahead, how many batches."
+            )
+        self._forget_seen_ahead()
+        self._ids_ahead = ids
+
     def register_progress_hook(self, hook: Callable[[In], None]) -> RemovableHandle:
         """Have a function called at the end of every :meth:`progress`.
 
@@ -321,10 +347,12 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             dataloader_iter: Where the next batches come from.
         """
         self._correct_forecasts()
+        self._see_more()
+        num_known = self._num_batches_known if self._ids_ahead is None else self._lookahead
         # A batch is planned as soon as it is distributed, so that the worker starts while the next one is loaded; the
         # loop below catches up with the last batches when the data has ended.
         num_unplanned = NUM_BATCHES_IN_DIST + self._num_batches_in_copy
-        while len(self.batches) <= self._num_batches_known + num_unplanned:
+        while len(self.batches) <= num_known + num_unplanned:
             # Before the next copy begins: a dist waits for all copies that have begun.
             if self._num_batches_in_copy:
                 self._start_dists()
@@ -334,11 +362,39 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 self._start_dists()
             if len(self.batches) > num_unplanned:
                 self._bring_forward(len(self.batches) - 1 - num_unplanned)
-        for position in range(min(self._num_batches_known + 1, len(self.batches))):
+        for position in range(min(num_known + 1, len(self.batches))):
             self._bring_forward(position)
         # One batch further, sizes are exchanged, so that the next step finds them.
-        if len(self.batches) > self._num_batches_known + 1:
-            self.wait_sparse_data_dist(self.contexts[self._num_batches_known + 1])
+        if len(self.batches) > num_known + 1:
+            self.wait_sparse_data_dist(self.contexts[num_known + 1])
+
+    def _see_more(self) -> None:
+        """Show ids of coming batches to the choice of victims, as far ahead as is wanted."""
+        if self._ids_ahead is None or not self._pipelined_modules:  # the first batch says where ids are
+            return
+        while len(self._seen_ahead) < self._num_batches_known - self._lookahead:
+            with self._stream_context(self._memcpy_stream):
+                batch = next(self._ids_ahead, None)
+                if batch is None:
+                    return
+                batch = cast(In, _to_device(batch, self._device, non_blocking=True))
+            context = ScratchPipeTrainPipelineContext(version=1)
+            with deferring_id_errors(self._collections):
+                self._init_pipelined_modules(batch, context, self._pipelined_forward_type)
+            self._finish_dist(context)
+            seen: dict[ScratchpadCollection, PlannedBatches] = {}
+            for collection, features, _ in self._to_plan(context):
+                seen[collection] = PlannedBatches()
+                with self._stream_context(self._data_dist_stream):
+                    collection.see_ids(features, seen[collection])
+            self._seen_ahead.append(seen)
+
+    def _forget_seen_ahead(self) -> None:
+        for seen in self._seen_ahead:
+            for planned in seen.values():
+                planned.release()
+        self._seen_ahead.clear()
+        self._ids_ahead = None
 
     def attach(self, model: torch.nn.Module | None = None, sparse_dist: bool = True) -> None:
         """As stock, but batches in flight keep what was planned for them.
@@ -371,6 +427,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         for module in self._model.modules():
             if isinstance(module, ScratchpadCollection):
                 module.wait_until_idle()  # the worker may just have planned a batch, and lets go of it in a moment
+        self._forget_seen_ahead()
         super().reset()
         self._dataloader_iter = None
         self._failed_to_load = None
@@ -409,9 +466,15 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         if self._dataloader_exhausted and dataloader_iter is self._dataloader_iter:
             return False
         try:
-            return bool(self.enqueue_batch(dataloader_iter))
+            if not self.enqueue_batch(dataloader_iter):
+                return False
         except StopIteration:  # the data has ended and execute_all_batches is False
             return False
+        if self._seen_ahead:
+            cast(ScratchPipeTrainPipelineContext, self.contexts[-1]).seen = self._seen_ahead.popleft()
+        elif self._ids_ahead is not None:
+            next(self._ids_ahead, None)  # those of this batch
+        return True
 
     def _start_dists(self) -> None:
         """Start the input dist of every batch that was loaded since."""
@@ -456,7 +519,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
             context.is_planned = True
             for collection, features, planned in self._to_plan(context):
                 with self._stream_context(self._data_dist_stream):
-                    collection.prefetch(features, ctx=planned)
+                    collection.prefetch(features, ctx=planned, seen=context.seen.pop(collection, None))
 
     def _finish_dist(self, context: ScratchPipeTrainPipelineContext) -> None:
         self.wait_sparse_data_dist(context)
@@ -512,7 +575,8 @@ def _is_remapped(module: torch.nn.Module) -> bool:
 
 def _release(context: TrainPipelineContext) -> None:
     """Let go of the slots of one batch, wherever they are held."""
-    for planned in (*context.module_contexts.values(), *context.forecasts.values()):
+    seen = context.seen if isinstance(context, ScratchPipeTrainPipelineContext) else {}
+    for planned in (*context.module_contexts.values(), *context.forecasts.values(), *seen.values()):
         if isinstance(planned, PlannedBatches):
             planned.release()
 
