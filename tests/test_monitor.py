@@ -6,11 +6,13 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from core_helpers import SlotMapOfRows
 from helpers import DEVICE, Setting, Trainer, assert_same_bits, drain, make_batches
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -18,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import Advice, ConfigError, ScratchPipeMonitor, scratchpad_stats
 from torchrec_scratchpipe.monitoring.advice import advice_of
-from torchrec_scratchpipe.monitoring.looks import NUM_LEVELS, MissCurve
+from torchrec_scratchpipe.monitoring.looks import NUM_LEVELS, MissCurve, PoolWatch
 from torchrec_scratchpipe.monitoring.window import PoolWindow, Speeds, StepWindow, as_json
 
 SETTING = Setting(num_rows=(60, 90), dims=(4, 4), load_factor=0.5)
@@ -152,6 +154,33 @@ def test_stock_pipeline_and_no_pipeline_call_step() -> None:
             trainer.step(batch)
             monitor.step()
     assert [window.samples_per_s for window in monitor.windows] == [None, None]
+
+
+def test_a_monitor_that_fails_stops_no_job(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = make_batches(SETTING)
+    trainer, twin = Trainer.scratchpipe(SETTING), Trainer.scratchpipe(SETTING)
+    trainer.copy_from(twin)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("of a look")
+
+    monkeypatch.setattr(PoolWatch, "_parts", fail)
+    pipeline = trainer.pipeline()
+    with ScratchPipeMonitor(trainer.model, pipeline, every=10, json_lines="/dev/full") as monitor:
+        drain(pipeline, batches)
+    assert not monitor.windows
+    assert caplog.text.count("is watched no more") == len(trainer.model.module.ebc.pools)
+    drain(twin.pipeline(), batches)
+    assert_same_bits(twin, trainer)
+
+
+def test_a_full_disk_stops_no_job(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = Trainer.scratchpipe(SETTING)
+    pipeline = trainer.pipeline()
+    with ScratchPipeMonitor(trainer.model, pipeline, every=10, json_lines="/dev/full", log=False) as monitor:
+        drain(pipeline, make_batches(SETTING))
+    assert len(monitor.windows) == 10
+    assert caplog.text.count("no more figures are written") == 1
 
 
 def test_closed_monitor_watches_no_more() -> None:
@@ -353,3 +382,54 @@ def test_pieces_of_a_window_are_json(window: StepWindow) -> None:
     content = as_json(dataclasses.replace(window, step_p50_ms=float("nan")))
     assert json.loads(json.dumps(content, allow_nan=False))["step_p50_ms"] is None
     assert "looks" not in content["pools"][0]
+
+
+@pytest.mark.parametrize("seen_ahead", [0, 4])
+def test_a_look_counts_what_is_there(seen_ahead: int) -> None:
+    """Beside a plain count of the same batches."""
+    num_rows, num_slots, lookahead = 120, 60, 2
+    slot_map = SlotMapOfRows(num_rows, num_slots)
+    pool: Any = SimpleNamespace(
+        slot_map=slot_map, scratchpad=SimpleNamespace(num_slots=num_slots), host_table=SimpleNamespace(tables=[0])
+    )
+    watch = PoolWatch(pool, 1)
+    watch.start()
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.rand(10, generator=generator) ** 2 * num_rows).long() for _ in range(80)]
+    seen = [slot_map.see(rows) if seen_ahead else None for rows in batches[:seen_ahead]]
+    last_use: dict[int, int] = {}
+    in_flight: list[int] = []
+    checked = 0
+    for now, rows in enumerate(batches):
+        if seen_ahead:
+            seen.append(slot_map.see(batches[now + seen_ahead]) if now + seen_ahead < len(batches) else None)
+        plan = slot_map.plan(rows, seen[now] if seen_ahead else None)
+        looks = watch.take()
+        assert looks is not None
+        curve = looks.curve
+        unique, misses = set(rows.tolist()), set(plan.miss_rows.tolist())
+        held = {row for some in batches[max(0, now - lookahead) : now + 1] for row in some.tolist()}
+        resident = set(slot_map.maps.slot_to_row[slot_map.maps.slot_to_row >= 0].tolist())
+        ahead = {row for some in batches[now + 1 : now + 1 + seen_ahead] for row in some.tolist()}
+        left = set(last_use) - resident - unique
+        assert looks.held.tolist() == [len(held)]
+        assert looks.num_resident == len(resident)
+        assert curve.num_pinned == len(held | (resident & ahead))
+        assert curve.resident.sum() == len(resident - held - ahead)
+        assert curve.absent.sum() == len(left)
+        assert curve.num_unique == len(unique)
+        assert curve.num_misses == len(misses)
+        assert curve.num_first_uses == len(unique - set(last_use))
+        assert curve.misses.sum() == len(misses & set(last_use))
+        ages = [now - last_use[row] for row in unique - misses]
+        assert looks.hits_by_age.sum() == len(ages)
+        assert all(looks.hits_by_age[age - 1] == ages.count(age) for age in set(ages) if age < 60)
+        num_held = plan.batch_index - min([*in_flight, plan.batch_index])
+        num_ahead = slot_map.num_seen_ahead
+        assert curve.hits.sum() == sum(age > num_held + num_ahead + 1 for age in ages)
+        checked += curve.hits.sum() > 0 and curve.misses.sum() > 0
+        last_use |= dict.fromkeys(unique, now)
+        in_flight.append(plan.batch_index)
+        if len(in_flight) > lookahead:
+            slot_map.release(in_flight.pop(0))
+    assert checked > 20

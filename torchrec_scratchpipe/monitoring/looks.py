@@ -19,6 +19,7 @@ hits. A hit on a row that was held or seen ahead since its last use is a hit wit
 A look costs a few small operations on the device, and no wait. It takes every k-th of what there is, and scales it up.
 """
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,6 +35,8 @@ from torchrec_scratchpipe.core.slot_ops import MAX_SEEN, SEEN, Count
 from torchrec_scratchpipe.core.torch_ops import distances, frequencies_of_notes
 
 __all__ = ["Looks", "MissCurve", "PoolWatch"]
+
+logger: logging.Logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 
@@ -129,13 +132,21 @@ class PoolWatch:
     def look(self, plan: CachePlan) -> None:
         """Take in a plan that was just made, if it is its turn; on the stream of Plan."""
         if plan.batch_index % self._every == 0:
-            numbers = torch.cat(self._parts(plan))
-            event = None
-            if numbers.device.type != "cpu":
-                host = torch.empty(numbers.shape, dtype=torch.int64, pin_memory=numbers.device.type == "cuda")
-                numbers, event = host.copy_(numbers, non_blocking=True), torch.Event(numbers.device)
-                event.record()
-            self._looks.append(_Look(plan.batch_index, numbers, event))
+            try:
+                self._looks.append(self._look(plan))
+            except Exception:  # whoever only watches stops no job
+                self.stop()
+                logger.exception("%s is watched no more", self.pool.name)
+
+    def _look(self, plan: CachePlan) -> _Look:
+        numbers = torch.cat(self._parts(plan))
+        if numbers.device.type == "cpu":
+            return _Look(plan.batch_index, numbers, None)
+        host = torch.empty(numbers.shape, dtype=torch.int64, pin_memory=numbers.device.type == "cuda")
+        event = torch.Event(numbers.device)
+        host.copy_(numbers, non_blocking=True)
+        event.record()
+        return _Look(plan.batch_index, host, event)
 
     def take(self) -> Looks | None:
         """What was seen since the last call; None if nothing was."""

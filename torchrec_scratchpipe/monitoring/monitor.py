@@ -205,15 +205,22 @@ class ScratchPipeMonitor:
             for tag, value in scalars(window).items():
                 self._tensorboard.add_scalar(tag, value, window.last_step)
         if self._json_lines is not None:
-            content = as_json(window) | {"advice": [as_json(advice) for advice in self.advice]}
-            self._json_lines.write(json.dumps(content) + "\n")
-            self._json_lines.flush()
+            self._write_line(as_json(window) | {"advice": [as_json(advice) for advice in self.advice]})
         if self._log:
             logger.info("%s", _line(window))
             for advice in self.advice:
                 if (advice.pool, advice.kind) not in self._told:
                     self._told.add((advice.pool, advice.kind))
                     logger.info("advice: %s: %s", advice.pool, advice.text)
+
+    def _write_line(self, content: dict[str, Any]) -> None:
+        assert self._json_lines is not None
+        try:
+            self._json_lines.write(json.dumps(content) + "\n")
+            self._json_lines.flush()
+        except OSError as error:  # a full disk stops no job
+            logger.warning("%s: no more figures are written (%s)", self._json_lines.name, error)
+            self._json_lines = None
 
     def _samples_of(self, batch: Any) -> int:
         if not self._has_samples or batch is None:
