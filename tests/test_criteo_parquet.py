@@ -95,7 +95,9 @@ def test_the_same_bits_are_trained_and_resumed_in_mid_epoch(both: tuple[Path, Pa
     run_example(*small_run(tsv, "--save_dir", str(tmp_path / "tsv"), "--epochs", "2"))
     arguments = on_parquet(tsv, path, tmp_path / "parquet")
     run_example(*arguments, "--limit_train_batches", "23")
-    out = run_example(*arguments, "--resume", "--epochs", "2", "--verify")
+    # Ids are seen ahead of their batches, between validations, and where it goes on.
+    ahead = ["--num_batches_seen_ahead", "30", "--validation_freq_within_epoch", "7"]
+    out = run_example(*arguments, "--resume", "--epochs", "2", "--verify", *ahead)
     assert "epoch 1 of 2, batch 24 of 40 is next" in out
     assert_same_checkpoints(tmp_path / "tsv", tmp_path / "parquet", 80)
 

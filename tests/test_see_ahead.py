@@ -91,6 +91,24 @@ def test_epochs_follow_each_other() -> None:
     assert_same_bits(stock, ours)
 
 
+def test_evaluation_in_between_leaves_what_was_seen(caplog: pytest.LogCaptureFixture) -> None:
+    batches, others = make_batches(SETTING), make_batches(dataclasses.replace(SETTING, seed=5), num_batches=15)
+    ours, stock = Trainer.scratchpipe(SETTING), Trainer(SETTING)
+    ours.copy_from(stock)
+    pipeline = ours.pipeline(num_batches_seen_ahead=30)
+    pipeline.see_ahead(ids_of(batches))
+    for first in range(0, len(batches), 20):
+        drain(pipeline, batches[first : first + 20])
+        ours.model.eval()
+        with torch.no_grad():
+            drain(pipeline, others)
+        ours.model.train()
+    stock.train_plain(batches)
+    assert_same_bits(stock, ours)
+    assert "were seen ahead of it" not in caplog.text
+    check_maps(ours)
+
+
 @pytest.mark.parametrize("num_ids", [0, 7, 50])
 def test_ids_may_end_before_batches_and_after_them(num_ids: int) -> None:
     batches = make_batches(SETTING, num_batches=60)

@@ -333,6 +333,13 @@ class Trainer:
         period = self._args.validation_freq_within_epoch or num_batches
         done = self._num_steps - epoch * num_batches  # not 0 where it is resumed
         batches = self._source.train(done)
+        is_seen_by_ids = self._args.num_batches_seen_ahead > 0 and self._args.zch_size is None
+        if (
+            is_seen_by_ids
+            and isinstance(self._source, CriteoParquet)
+            and isinstance(self._pipeline, ScratchPipeTrainPipeline)
+        ):
+            self._pipeline.see_ahead(self._source.ids_ahead())
         metrics: dict[str, float | None] = {}
         with tqdm(total=num_batches, initial=done, desc=f"epoch {epoch}", disable=not self._is_main) as bar:
             while done < num_batches:

@@ -73,6 +73,10 @@ class CriteoParquet:
         self._train.load_state_dict(self._train.state_dict(first_batch))
         return itertools.islice(map(self._hashed, self._train), self.num_train_batches - first_batch)
 
+    def ids_ahead(self) -> Iterator[Batch]:
+        """The ids of what :meth:`train` gives next, read without labels and dense features."""
+        return map(self._hashed, self._train.ids_ahead())
+
     def validate(self) -> Iterator[Batch]:
         """The rank's validation batches, in time order."""
         if self.num_val_batches == 0:

@@ -279,8 +279,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         ahead then.
 
         Args:
-            ids: Batches as those that :meth:`progress` will load next, one for one. Only what embeddings look up is
-                used; the rest may be empty. :meth:`ParquetBatches.ids_ahead` gives such batches.
+            ids: Batches as those that :meth:`progress` will load next in training, one for one. Only what embeddings
+                look up is used; the rest may be empty. :meth:`ParquetBatches.ids_ahead` gives such batches.
 
         Raises:
             ConfigError: `num_batches_seen_ahead` is 0.
@@ -470,6 +470,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 return False
         except StopIteration:  # the data has ended and execute_all_batches is False
             return False
+        if not self._model.training:  # batches to evaluate are not those whose ids were seen
+            return True
         if self._seen_ahead:
             cast(ScratchPipeTrainPipelineContext, self.contexts[-1]).seen = self._seen_ahead.popleft()
         elif self._ids_ahead is not None:
