@@ -37,7 +37,7 @@ REFUSED = [
     (["--num_embeddings", "0"], r"argument --num_embeddings: got '0'"),
     (["--seed", "-1"], r"argument --seed: got '-1', needs a whole number of at least 0"),
     (["--validation_freq_within_epoch", "0"], r"argument --validation_freq_within_epoch: got '0'"),
-    (["--num_batches_seen_ahead", "20"], r"needs a whole number of at least 0 and below 20"),
+    (["--num_batches_seen_ahead", "501"], r"needs a whole number of at least 0 and below 501"),
     (["--load_factor", "0"], r"argument --load_factor: got '0', needs a number above 0, at most 1"),
     (["--load_factor", "1.5"], r"argument --load_factor: got '1.5', needs a number above 0, at most 1"),
     (["--scratchpad_budget_gb", "0"], r"argument --scratchpad_budget_gb: got '0', needs a number above 0"),

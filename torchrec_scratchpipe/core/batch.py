@@ -62,6 +62,7 @@ class Batch:
         self.ids = ids
         self.num_ids = ids.ids.numel()  # I
         self.is_only_seen = False  # another batch, of the same ids, will be planned in its place
+        self.seen_as: Batch | None = None  # in whose place this one will be planned
         self.error: BaseException | None = None
         self.pool_ids = [PoolIds(ids, rows) for rows in rows_of_features]
         self.tickets: list[int | None] = [None] * len(pools)  # from SlotMap.see
@@ -100,14 +101,13 @@ class Batch:
         self.ids = FeatureIds(self.ids.ids.new_empty(0), self.ids.bounds.new_empty(0))
         self.pool_ids = []
 
-    def take_over(self, seen: "Batch") -> bool:
-        """Be planned in the place of a batch of the same ids that was seen; whether that could be."""
-        # Its ids go last of all, so that a worker is not at its tickets any more.
-        if seen.pool_ids or seen.num_ids != self.num_ids:
-            return False
-        self.tickets, seen.tickets = seen.tickets, [None] * len(seen.tickets)
-        self.state = BatchState.SEEN
-        return True
+    def take_over(self) -> None:
+        """Be planned in the place of the batch of the same ids that was seen, if it was."""
+        seen, self.seen_as = self.seen_as, None
+        # Its ids are forgotten last of all, so that it is known by then.
+        if seen is not None and not seen.pool_ids and seen.num_ids == self.num_ids and self.is_pending:
+            self.tickets, seen.tickets = seen.tickets, [None] * len(seen.tickets)
+            self.state = BatchState.SEEN
 
     def find_bad_id(self, position: int) -> IdOutOfRangeError | None:
         """The error for an id that is out of range."""

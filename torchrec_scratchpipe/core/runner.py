@@ -210,6 +210,8 @@ class StageRunner:
 
     def _see(self, batch: Batch | None) -> None:
         """Tell each pool's slot map what a batch will use; only between the stages of two batches."""
+        if batch is not None:
+            batch.take_over()
         if batch is None or batch.state is not BatchState.SUBMITTED:
             return
         self._queue.advance(batch, BatchState.SEEN)
@@ -223,6 +225,7 @@ class StageRunner:
 
     def _try_stages(self, batch: Batch, is_last_chance: bool) -> bool:
         """Run the stages of every pool that has not run them."""
+        batch.take_over()
         try:
             while len(batch.plans) < len(batch.pools) and not batch.is_released:
                 pool = batch.pools[len(batch.plans)]

@@ -228,7 +228,8 @@ class ScratchpadCollection:
 
     def _take_over(self, batches: Sequence[Batch], seen: Sequence[Batch]) -> None:
         for batch, of_ids in zip(batches, seen, strict=True):
-            if not batch.take_over(of_ids) and batch.num_ids != of_ids.num_ids and not self._has_said_other_ids:
+            batch.seen_as = of_ids
+            if batch.num_ids != of_ids.num_ids and not self._has_said_other_ids:
                 self._has_said_other_ids = True
                 logger.warning(
                     "a batch has %d ids where %d were seen ahead of it: see_ahead() was given the ids of other "
