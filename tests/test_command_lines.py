@@ -39,6 +39,9 @@ OPTIONS: dict[str, str] = {
     "examples/benchmark/parquet.py": """
         --num_rows --rows_per_group --batch_size --num_readers --rounds --json
     """,
+    "examples/benchmark/plan_speed.py": """
+        --num_batches_seen_ahead --num_batches
+    """,
     "examples/benchmark/predict.py": """
         --machine --measured
     """,
