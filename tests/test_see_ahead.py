@@ -17,6 +17,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import ConfigError, scratchpad_stats
+from torchrec_scratchpipe.core.runner import MAX_BATCHES_READ_AHEAD
 from torchrec_scratchpipe.data import ParquetBatches
 
 SETTING = Setting(num_rows=(60, 90), dims=(4, 8), load_factor=0.4)
@@ -76,6 +77,34 @@ def test_same_bits_with_fewer_misses(num_ahead: int, overlap: bool) -> None:
     if num_ahead >= 6:
         assert num_misses(ours) < 0.95 * num_misses(unseen)
         assert num_misses(ours) == pytest.approx(num_misses(by_batch), rel=0.08)  # the first batches come unseen
+
+
+@pytest.mark.parametrize("is_by_ids", [True, False])
+def test_rows_on_a_disk_are_not_read_hundreds_of_batches_ahead(is_by_ids: bool, tmp_path: Path) -> None:
+    batches = make_batches(SETTING)
+    ours = Trainer.scratchpipe(SETTING, table_dir=tmp_path)
+    stock = Trainer(SETTING)
+    ours.copy_from(stock)
+    pipeline = ours.pipeline(num_batches_seen_ahead=80)
+    if is_by_ids:
+        pipeline.see_ahead(ids_of(batches))
+    iterator = iter(batches)
+    most_asked = 0
+    for _ in batches:
+        pipeline.progress(iterator)
+        kept = [
+            batch
+            for context in pipeline.contexts
+            for planned in context.module_contexts.values()
+            for group in planned.planned_batches.values()
+            for batch in group
+        ]
+        most_asked = max(most_asked, sum(batch.is_pending and any(batch.asked) for batch in kept))
+    stock.train_plain(batches)
+    assert_same_bits(stock, ours)
+    assert ours.num_victims > 0
+    assert most_asked <= MAX_BATCHES_READ_AHEAD + pipeline.lookahead
+    check_maps(ours)
 
 
 def test_epochs_follow_each_other() -> None:

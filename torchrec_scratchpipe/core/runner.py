@@ -53,6 +53,10 @@ from torchrec_scratchpipe.errors import ScratchPipeError
 
 __all__ = ["OverlappedStageRunner", "StageRunner"]
 
+# Rows on a disk are read when their batch is seen, and are in RAM until it is planned. Batches that are seen from
+# farther away are read when they are submitted.
+MAX_BATCHES_READ_AHEAD = 20
+
 
 class _Waiting:
     """A batch whose stages have not run. It is not owned: a batch that nobody is going to look up any more leaves."""
@@ -76,13 +80,17 @@ class StageRunner:
 
     def see(self, batch: Batch) -> None:
         """Let a batch's ids guide the choice of victims; it holds no slots, and no row moves."""
+        if not batch.is_only_seen and self._queue.num_waiting < MAX_BATCHES_READ_AHEAD:
+            self._ask_ahead(batch)
         self._admit(batch)
         self._run_waiting()
 
     def submit(self, batch: Batch) -> None:
         """Run a batch's stages; now, or, while batches in flight hold too many slots, later."""
-        if batch.is_pending and not self._queue.has(batch):
-            self._admit(batch)
+        if batch.is_pending:
+            self._ask_ahead(batch)
+            if not self._queue.has(batch):
+                self._admit(batch)
         if self._queue.allow(batch):
             self._run_waiting()
 
@@ -292,6 +300,9 @@ class StageRunner:
         """Put a new batch into the queue."""
         self._queue.put(batch)
 
+    def _ask_ahead(self, batch: Batch) -> None:
+        """Have rows on a disk read, if that has not been asked for."""
+
     def _record_refresh(self) -> None:
         """Rows in the scratchpad have just been read anew."""
 
@@ -405,7 +416,6 @@ class OverlappedStageRunner(StageRunner):
             super()._see(batch)
 
     def _admit(self, batch: Batch) -> None:
-        self._ask_ahead(batch)
         # The ids are the work of the caller's stream; and its allocator must not give them away while Plan reads them.
         self.streams.wait(self.streams.plan, self.streams.record(None))
         for tensor in batch.ids:
@@ -415,7 +425,7 @@ class OverlappedStageRunner(StageRunner):
     def _ask_ahead(self, batch: Batch) -> None:
         """Have rows on a disk read while earlier batches run their stages; on a thread of its own."""
         for index, (pool, ids) in enumerate(zip(batch.pools, batch.pool_ids, strict=True)):
-            if pool.host_table.is_on_disk:
+            if pool.host_table.is_on_disk and batch.asked[index] is None:
                 if self._asking is None:
                     self._asking = ThreadPoolExecutor(1, "scratchpipe-asking", self.streams.use_device)
                 batch.asked[index] = self._asking.submit(
@@ -491,6 +501,11 @@ class _Queue:
             self._waiting.append(_Waiting(batch))
             self._is_paused = False
             self.note_change()
+
+    @property
+    def num_waiting(self) -> int:
+        """Batches whose stages have not run; those that nobody owns any more may count."""
+        return len(self._waiting)
 
     def waiting(self) -> list[_Waiting]:
         """Batches whose stages have not run, in the order in which they came."""

@@ -360,6 +360,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 break
             if not self._num_batches_in_copy:
                 self._start_dists()
+            if not self._seen_ahead:  # the first batch has just said where ids are
+                self._see_more()
             if len(self.batches) > num_unplanned:
                 self._bring_forward(len(self.batches) - 1 - num_unplanned)
         for position in range(min(num_known + 1, len(self.batches))):
