@@ -223,6 +223,11 @@ def fill_dense(out: npt.NDArray[np.float32], column: Any, transform: str | None)
         out[:] = values
         return
     is_clipped = values.size > 0 and not values.min() >= 0  # NaN, too, goes where clipping leaves it
+    if values.dtype.kind in "iu" and values.size and values.max() < values.size // 2:
+        # Small integers, as most counts are: each logarithm is taken once, with the same bits.
+        logarithms = np.log1p(np.arange(max(0, int(values.max())) + 1), dtype=np.float64).astype(np.float32)
+        out[:] = logarithms.take(np.maximum(values, 0) if is_clipped else values)
+        return
     for first in range(0, values.size, CHUNK):
         part = values[first : first + CHUNK]
         part = np.maximum(part, 0) if is_clipped else part
