@@ -115,7 +115,7 @@ def test_every_window_is_told_to_all_who_listen(tmp_path: Path, caplog: pytest.L
         assert line == {**as_json(window), "advice": line["advice"]}
     last = monitor.windows[-1]
     assert last.samples_per_s == pytest.approx(60 / last.seconds)
-    assert last.pools[0].misses_per_batch == scalars.of_step[30]["scratchpipe_pool_0/misses_per_batch"]
+    assert round(last.pools[0].misses_per_batch, 6) == scalars.of_step[30]["scratchpipe_pool_0/misses_per_batch"]
     assert scalars.of_step[30]["scratchpipe_table_t1/num_ids"] == last.pools[0].tables[1].num_ids
     assert len([record for record in caplog.records if record.message.startswith("step ")]) == 3
     assert set(last.pools[0].stage_ms) >= {"plan", "collect", "insert", "train"}
