@@ -33,6 +33,13 @@ def ids_of(batches: Sequence[Batch]) -> Iterator[Batch]:
         )
 
 
+def pair(setting: Setting, **sharder_kwargs: Any) -> tuple[Trainer, Trainer]:
+    """Ours and stock, with the same weights."""
+    ours, stock = Trainer.scratchpipe(setting, **sharder_kwargs), Trainer(setting)
+    ours.copy_from(stock)
+    return ours, stock
+
+
 def train(
     trainer: Trainer, batches: Sequence[Batch], ids: Sequence[Batch] | None, num_ahead: int
 ) -> list[torch.Tensor]:
@@ -82,9 +89,7 @@ def test_same_bits_with_fewer_misses(num_ahead: int, overlap: bool) -> None:
 @pytest.mark.parametrize("is_by_ids", [True, False])
 def test_rows_on_a_disk_are_not_read_hundreds_of_batches_ahead(is_by_ids: bool, tmp_path: Path) -> None:
     batches = make_batches(SETTING)
-    ours = Trainer.scratchpipe(SETTING, table_dir=tmp_path)
-    stock = Trainer(SETTING)
-    ours.copy_from(stock)
+    ours, stock = pair(SETTING, table_dir=tmp_path)
     pipeline = ours.pipeline(num_batches_seen_ahead=80)
     if is_by_ids:
         pipeline.see_ahead(ids_of(batches))
@@ -109,8 +114,7 @@ def test_rows_on_a_disk_are_not_read_hundreds_of_batches_ahead(is_by_ids: bool, 
 
 def test_epochs_follow_each_other() -> None:
     batches = make_batches(SETTING, num_batches=30)
-    ours, stock = Trainer.scratchpipe(SETTING), Trainer(SETTING)
-    ours.copy_from(stock)
+    ours, stock = pair(SETTING)
     pipeline = ours.pipeline(num_batches_seen_ahead=10)
     for _ in range(3):
         pipeline.see_ahead(ids_of(batches))
@@ -122,8 +126,7 @@ def test_epochs_follow_each_other() -> None:
 
 def test_evaluation_in_between_leaves_what_was_seen(caplog: pytest.LogCaptureFixture) -> None:
     batches, others = make_batches(SETTING), make_batches(dataclasses.replace(SETTING, seed=5), num_batches=15)
-    ours, stock = Trainer.scratchpipe(SETTING), Trainer(SETTING)
-    ours.copy_from(stock)
+    ours, stock = pair(SETTING)
     pipeline = ours.pipeline(num_batches_seen_ahead=30)
     pipeline.see_ahead(ids_of(batches))
     for first in range(0, len(batches), 20):
@@ -141,8 +144,7 @@ def test_evaluation_in_between_leaves_what_was_seen(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("num_ids", [0, 7, 50])
 def test_ids_may_end_before_batches_and_after_them(num_ids: int) -> None:
     batches = make_batches(SETTING, num_batches=60)
-    ours, stock = Trainer.scratchpipe(SETTING), Trainer(SETTING)
-    ours.copy_from(stock)
+    ours, stock = pair(SETTING)
     pipeline = ours.pipeline(num_batches_seen_ahead=10)
     pipeline.see_ahead(ids_of(batches[:num_ids]))
     drain(pipeline, batches[:30])
@@ -155,8 +157,7 @@ def test_ids_may_end_before_batches_and_after_them(num_ids: int) -> None:
 def test_ids_of_other_batches_are_named_and_change_no_bit(caplog: pytest.LogCaptureFixture) -> None:
     batches = make_batches(SETTING)
     others = make_batches(dataclasses.replace(SETTING, seed=5))
-    ours, stock = Trainer.scratchpipe(SETTING), Trainer(SETTING)
-    ours.copy_from(stock)
+    ours, stock = pair(SETTING)
     with caplog.at_level(logging.WARNING, "torchrec_scratchpipe"):
         train(ours, batches, others, 20)
     stock.train_plain(batches)
@@ -187,8 +188,7 @@ def test_as_many_ids_of_other_rows_change_no_bit() -> None:
         )
         for batch, other in zip(batches, ids, strict=True)
     ]
-    ours, stock = Trainer.scratchpipe(setting), Trainer(setting)
-    ours.copy_from(stock)
+    ours, stock = pair(setting)
     train(ours, batches, ids, 20)
     stock.train_plain(batches)
     assert_same_bits(stock, ours)
@@ -197,8 +197,7 @@ def test_as_many_ids_of_other_rows_change_no_bit() -> None:
 
 def test_a_reset_in_between_drops_what_was_seen() -> None:
     batches = make_batches(SETTING)
-    ours, stock = Trainer.scratchpipe(SETTING), Trainer(SETTING)
-    ours.copy_from(stock)
+    ours, stock = pair(SETTING)
     pipeline = ours.pipeline(num_batches_seen_ahead=25)
     pipeline.see_ahead(ids_of(batches))
     iterator = iter(batches)
@@ -239,8 +238,7 @@ def test_a_pipeline_that_sees_nothing_ahead_refuses_ids() -> None:
 
 def check_rank(rank: int, setting: Setting) -> None:
     batches = make_batches(setting, rank)
-    ours, stock = Trainer.scratchpipe(setting), Trainer(setting)
-    ours.copy_from(stock)
+    ours, stock = pair(setting)
     train(ours, batches, batches, 30)
     stock.train_plain(batches)
     assert_same_bits(stock, ours)
@@ -260,8 +258,7 @@ def test_ids_of_parquet_files(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet", row_group_size=100)
     dense = ["x", "y", "x"][: make_batches(SETTING, num_batches=1)[0].dense_features.shape[1]]
     settings: dict[str, Any] = {"label": "label", "dense": dense, "sparse": ["f0", "f1"], "batch_size": 6}
-    ours, stock = Trainer.scratchpipe(SETTING), Trainer(SETTING)
-    ours.copy_from(stock)
+    ours, stock = pair(SETTING)
     batches = ParquetBatches(str(tmp_path / "rows.parquet"), shuffle_row_groups=True, **settings)
     pipeline = ours.pipeline(num_batches_seen_ahead=40)
     for _ in range(2):

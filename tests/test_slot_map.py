@@ -332,7 +332,7 @@ class ExactOrder(TorchOps):
         missing = counts[Count.MISSES] - counts[Count.FROM_FREE] - counts[Count.VICTIMS]
         if missing <= 0:
             return
-        ahead = distances(maps.next_use[:-1], request.first_use)
+        ahead = distances(maps.next_use, request.first_use)
         order = torch.where(ahead < MAX_SEEN, 1e30 / (1 + ahead).double(), maps.frequency.double())
         order[(maps.last_use < 0) | (maps.last_use >= first_held)] = torch.inf
         lowest, slots = order.sort(stable=True)

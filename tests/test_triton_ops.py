@@ -45,7 +45,7 @@ from torchrec_scratchpipe.core.slot_ops import (
     make_maps,
     use_of,
 )
-from torchrec_scratchpipe.core.torch_ops import TorchOps, _bins, _notes, frequencies_of_notes, rows_of_ids
+from torchrec_scratchpipe.core.torch_ops import TorchOps, _bins, _notes, frequencies_of_notes, notes_of, rows_of_ids
 from torchrec_scratchpipe.core.triton_ops import TritonOps
 
 CPU = torch.device("cpu")
@@ -355,10 +355,10 @@ def test_whole_plan(ids_per_feature: tuple[int, ...], is_refused: bool, seed: in
         old_slots = case.maps.row_to_slot[victims].long()
         assert torch.equal(old_slots, buffers.miss_slots[: victims.numel()].long())
         assert int((case.maps.last_use[old_slots] >= FIRST_HELD).sum()) == 0
-        known = TorchOps.notes_of(maps.row_to_slot[victims], maps)
+        known = notes_of(maps.row_to_slot[victims], maps)
         assert torch.equal(known.int(), _notes(case.maps.frequency[old_slots], 700.0))
         misses = buffers.miss_rows[: int(counts[Count.FILLS])]
-        known = TorchOps.notes_of(case.maps.row_to_slot[misses], case.maps)
+        known = notes_of(case.maps.row_to_slot[misses], case.maps)
         new_slots = maps.row_to_slot[misses].long()
         expected = frequencies_of_notes(known, 700.0) + 2.0**1.5
         torch.testing.assert_close(maps.frequency[new_slots], expected)
@@ -415,7 +415,7 @@ def test_mark(seed: int) -> None:
 
 def notes_of_absent(case: Case) -> Tensor:
     entries = case.maps.row_to_slot
-    return TorchOps.notes_of(entries[entries < 0], case.maps)
+    return notes_of(entries[entries < 0], case.maps)
 
 
 @pytest.mark.parametrize(

@@ -118,14 +118,19 @@ def run(job: Job, device: torch.device) -> tuple[PoolWindow, Sequence[Advice]]:
     return window.pools[0], advice
 
 
-def count_after(advice: Advice, job: Job, device: torch.device) -> dict[str, float]:
-    """What the same job counts with the settings that it was told."""
-    pool, _ = run(replace(job, load_factor=advice.settings["load_factor"]), device)
-    counted = {
+def counts_of(pool: PoolWindow) -> dict[str, float]:
+    """What advice may foretell, by its names there."""
+    return {
         "misses_per_batch": pool.misses_per_batch,
         "slot_wait_share": pool.num_slot_waits / pool.num_batches,
         "num_growths": float(pool.num_growths),
     }
+
+
+def count_after(advice: Advice, job: Job, device: torch.device) -> dict[str, float]:
+    """What the same job counts with the settings that it was told."""
+    pool, _ = run(replace(job, load_factor=advice.settings["load_factor"]), device)
+    counted = counts_of(pool)
     return {name: counted[name] for name in advice.predicted}
 
 
@@ -135,11 +140,7 @@ def check_advice(device: torch.device) -> None:
     print("|---|---|---|---|")
     for job in JOBS:
         pool, all_advice = run(job, device)
-        before = {
-            "misses_per_batch": pool.misses_per_batch,
-            "slot_wait_share": pool.num_slot_waits / pool.num_batches,
-            "num_growths": pool.num_growths,
-        }
+        before = counts_of(pool)
         for advice in all_advice:
             if advice.kind == job.kind:
                 for name, counted in count_after(advice, job, device).items():

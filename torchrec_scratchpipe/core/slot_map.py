@@ -44,6 +44,7 @@ from torchrec_scratchpipe.core.slot_ops import (
     use_of,
 )
 from torchrec_scratchpipe.core.streams import StageStreams
+from torchrec_scratchpipe.core.torch_ops import notes_of
 
 __all__ = ["BUFFER_HEADROOM", "SIGHTINGS_AT_A_TIME", "CachePlan", "PoolIds", "RowMoves", "SlotMap", "SlotsHeldError"]
 
@@ -201,9 +202,8 @@ class SlotMap:
         self._slots_held_by: dict[int, int] = {}  # at most, for each batch since the first held
         self._seen: deque[int] = deque()  # batches seen and not yet planned, in the order they were seen
         self._num_seen = 0
-        self._first_places: dict[
-            int, int
-        ] = {}  # of the sightings of a batch, from when it is seen until it is released
+        # Where the sightings of a batch begin, from when it is seen until it is released.
+        self._first_places: dict[int, int] = {}
         self._free_places: list[int] = []
         self._sightings_per_batch = 0
         self._newly_unseen: deque[int] = deque()
@@ -419,10 +419,8 @@ class SlotMap:
         old, num_old, self.num_slots = self.maps, self.num_slots, num_slots
         new_maps = make_maps(old.row_to_slot, num_slots, self._num_listed + self._capacity)
         self.maps = replace(new_maps, sightings=old.sightings)
-        for name in ("slot_to_row", "last_use", "frequency"):
+        for name in ("slot_to_row", "last_use", "next_use", "newest_sighting", "frequency"):
             getattr(self.maps, name)[:num_old] = getattr(old, name)
-        for name in ("next_use", "newest_sighting"):
-            getattr(self.maps, name)[:num_old] = getattr(old, name)[:num_old]
         num_free = int(old.state[State.NUM_FREE])
         new = torch.arange(num_old, num_slots, dtype=torch.int32, device=self.device).flip(0)
         self.maps.free_slots[: num_free + new.numel()] = torch.cat([new, old.free_slots[:num_free]])
@@ -471,7 +469,7 @@ class SlotMap:
         assert int((maps.slot_to_row[free_slots] >= 0).sum()) == 0, "a free slot holds a row"
         assert free_slots.unique().numel() == num_free, "a slot is free twice"
         assert int((maps.last_use[occupied] < 0).sum()) == 0, "an occupied slot was never used"
-        newest = maps.newest_sighting[: self.num_slots]
+        newest = maps.newest_sighting
         absent = -1 - maps.row_to_slot[maps.row_to_slot < 0]
         places = torch.cat([newest[newest >= 0], absent[absent >= SEEN] - SEEN]).long()
         assert places.unique().numel() == places.numel(), "two rows have one sighting"
@@ -628,8 +626,8 @@ class SlotMap:
             absent = (entries < -SEEN).nonzero().view(-1)
             places = -1 - SEEN - entries.index_select(0, absent)
             theirs = is_dropped[places // size]
-            notes = -maps.sightings.index_select(0, places[theirs].long()).clamp_(max=0)
-            entries.index_copy_(0, absent[theirs], -1 - notes.int())
+            absent = absent[theirs]
+            entries.index_copy_(0, absent, -1 - notes_of(entries.index_select(0, absent), maps))
         newest = maps.newest_sighting
         newest.masked_fill_((newest >= 0) & is_dropped[newest.clamp(min=0) // size], -1)
         for seen in dropped:

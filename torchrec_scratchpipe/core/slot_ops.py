@@ -205,8 +205,8 @@ class SlotMaps:
     row_to_slot: Tensor  # [R] int32, see above
     slot_to_row: Tensor  # [S] int64, -1 for a free slot
     last_use: Tensor  # [S] int32, the newest planned batch that uses the slot's row, -1 for a free slot
-    next_use: Tensor  # [S + 1] int16, the next use of the slot's row by a batch seen ahead
-    newest_sighting: Tensor  # [S + 1] int32, where the last of them is; -1 for none
+    next_use: Tensor  # [S] int16, the next use of the slot's row by a batch seen ahead
+    newest_sighting: Tensor  # [S] int32, where the last of them is; -1 for none
     frequency: Tensor  # [S] float32
     sightings: Tensor  # [any] int16, by place: the use after this one; at a row's newest, 0 or the row's note
     free_slots: Tensor  # [S] int32, of which the first NUM_FREE count
@@ -385,8 +385,8 @@ def make_maps(row_to_slot: Tensor, num_slots: int, list_capacity: int) -> SlotMa
         row_to_slot=row_to_slot,
         slot_to_row=torch.full((num_slots,), -1, dtype=torch.int64, device=device),
         last_use=torch.full((num_slots,), -1, dtype=torch.int32, device=device),
-        next_use=torch.zeros(num_slots + 1, dtype=torch.int16, device=device),
-        newest_sighting=torch.full((num_slots + 1,), -1, dtype=torch.int32, device=device),
+        next_use=torch.zeros(num_slots, dtype=torch.int16, device=device),
+        newest_sighting=torch.full((num_slots,), -1, dtype=torch.int32, device=device),
         frequency=torch.zeros(num_slots, dtype=torch.float32, device=device),
         sightings=torch.zeros(0, dtype=torch.int16, device=device),
         free_slots=torch.arange(num_slots - 1, -1, -1, dtype=torch.int32, device=device),

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.rows import Stage, StageSpan, TimedStage
@@ -103,13 +104,28 @@ class PoolCounters:
         self.num_stalls += 1
         self.stall_ms += stall_ms
 
+    def on_host(self) -> dict[str, Any]:
+        """Those counts that no device has, by their names in :class:`PoolStats`; waits for nothing."""
+        disk = self._host_table.disk_counts
+        return {
+            "num_stalls": self.num_stalls,
+            "stall_ms": self.stall_ms,
+            "num_slot_waits": self.num_slot_waits,
+            "num_growths": self.num_growths,
+            "num_rows_reset": self.num_rows_reset,
+            "num_disk_rows_read": disk.num_rows_read,
+            "num_disk_pages_read": disk.num_pages_read,
+            "num_cold_pages_at_collect": disk.num_pages_waited_for,
+            "disk_bytes_written": disk.num_bytes_written + self._host_table.num_log_bytes_written,
+        }
+
     def stats(self, num_slots: int, num_resident_rows: int) -> PoolStats:
         """Read all counts; waits for the device."""
         tables, counts = self._host_table.tables, self._table_counts
         num_ids, num_unique, num_misses, num_victims = (
             numbers.tolist() for numbers in (counts.num_ids, counts.num_unique, counts.num_misses, counts.num_victims)
         )
-        row_bytes, disk = self._host_table.layout.row_bytes, self._host_table.disk_counts
+        row_bytes = self._host_table.layout.row_bytes
         return PoolStats(
             table_names=tuple(table.name for table in tables),
             num_slots=num_slots,
@@ -122,20 +138,12 @@ class PoolCounters:
             num_victims=sum(num_victims),
             fill_bytes=sum(num_misses) * row_bytes,
             writeback_bytes=sum(num_victims) * row_bytes,
-            num_stalls=self.num_stalls,
-            stall_ms=self.stall_ms,
             num_misses_at_train=int(counts.num_misses_at_train),
-            num_slot_waits=self.num_slot_waits,
-            num_growths=self.num_growths,
-            num_rows_reset=self.num_rows_reset,
-            num_disk_rows_read=disk.num_rows_read,
-            num_disk_pages_read=disk.num_pages_read,
-            num_cold_pages_at_collect=disk.num_pages_waited_for,
-            disk_bytes_written=disk.num_bytes_written + self._host_table.num_log_bytes_written,
             scratchpad_bytes=num_slots * row_bytes,
             table_bytes=self._host_table.num_bytes,
             tables=tuple(
                 TableStats(table.name, table.num_rows, *numbers)
                 for table, *numbers in zip(tables, num_ids, num_unique, num_misses, num_victims, strict=True)
             ),
+            **self.on_host(),
         )

@@ -37,7 +37,7 @@ from torchrec_scratchpipe.core.slot_ops import (
     TableCounts,
 )
 
-__all__ = ["TorchOps", "distances", "frequencies_of_notes", "rows_of_ids"]
+__all__ = ["TorchOps", "distances", "frequencies_of_notes", "notes_of", "rows_of_ids"]
 
 SMALLEST_CHUNK = 1024  # of the list of coming victims, looked at together
 
@@ -113,22 +113,10 @@ class TorchOps(CommonOps):
         maps.row_to_slot.scatter_(0, rows, new_entries)
         stands = _positions(maps.row_to_slot.index_select(0, rows) == new_entries)
         entries = entries.index_select(0, absent).index_select(0, stands)
-        notes = self.notes_of(entries, maps)
+        notes = notes_of(entries, maps).short()
         before = -1 - SEEN - entries
         maps.sightings.scatter_(0, before.index_select(0, _positions(before >= 0)).long(), use)
         maps.sightings.scatter_(0, places.index_select(0, stands).long(), -notes)
-
-    @staticmethod
-    def notes_of(entries: Tensor, maps: SlotMaps) -> Tensor:
-        """[N] int16: the notes of absent rows, by their entries, [N] int32."""
-        values = -1 - entries
-        notes = values.short()
-        seen = _positions(values >= SEEN)
-        if seen.numel() == 0:
-            return notes
-        # Never below 0: where ids have changed since they were seen, a sighting may say anything.
-        sightings = maps.sightings.index_select(0, (values.index_select(0, seen) - SEEN).long())
-        return notes.scatter_(0, seen, sightings.neg_().clamp_(min=0))
 
     def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
         ids, features = request.ids, request.features
@@ -251,7 +239,7 @@ class TorchOps(CommonOps):
         num_free = int(maps.state[State.NUM_FREE])
         free = maps.free_slots[num_free - (num_misses - num_victims) : num_free].flip(0).long()
         slots = torch.cat([victims, free])
-        frequencies = frequencies_of_notes(self.notes_of(known, maps), aging.origin)
+        frequencies = frequencies_of_notes(notes_of(known, maps), aging.origin)
         places = -1 - known - SEEN
         is_later = (places >= 0) & ((places < first_place) | (places >= end_place))
         maps.sightings.scatter_(0, places.index_select(0, _positions(is_later)).long(), 0)
@@ -392,9 +380,8 @@ def distances(uses: Tensor, first_use: int) -> Tensor:
 def _bins(maps: SlotMaps, first_held: int, first_use: int) -> Tensor:
     """[S] int32: the bin of each slot, NUM_BINS if it must not go."""
     bins = (maps.frequency.view(torch.int32) >> FREQUENCY_SHIFT).sub_(LOWEST_BIN).clamp_(0, FREQUENCY_BINS - 1)
-    uses = maps.next_use[: bins.numel()]
-    if maps.sightings.numel() and int(uses.max()) > 0:
-        ahead = distances(uses, first_use).int()
+    if maps.sightings.numel() and int(maps.next_use.max()) > 0:
+        ahead = distances(maps.next_use, first_use).int()
         bins = torch.where(ahead < MAX_SEEN, FREQUENCY_BINS + MAX_SEEN - 1 - ahead, bins)
     # All ones where last_use is below 0 or not below first_held: a slot that is free, or held. Three times as fast as
     # masks.
@@ -405,6 +392,16 @@ def _bins(maps: SlotMaps, first_held: int, first_use: int) -> Tensor:
 def _notes(frequency: Tensor, origin: float) -> Tensor:
     log2 = frequency.clamp(min=LOWEST_FREQUENCY).log2()
     return (log2 * NOTES_PER_OCTAVE + origin).floor().int().remainder(NUM_NOTES) + 1
+
+
+def notes_of(entries: Tensor, maps: SlotMaps) -> Tensor:
+    """The notes of absent rows, by their entries in `row_to_slot`. Waits for nothing. Shapes: [N] int32 both."""
+    values = -1 - entries
+    if maps.sightings.numel() == 0:
+        return values
+    # Never below 0: where ids have changed since they were seen, a sighting may say anything.
+    at_newest = maps.sightings.index_select(0, (values - SEEN).clamp_(min=0)).int().neg_().clamp_(min=0)
+    return torch.where(values < SEEN, values, at_newest)
 
 
 def frequencies_of_notes(notes: Tensor, origin: float) -> Tensor:

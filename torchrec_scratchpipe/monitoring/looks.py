@@ -31,8 +31,8 @@ from torch import Tensor
 
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.slot_map import CachePlan
-from torchrec_scratchpipe.core.slot_ops import MAX_SEEN, SEEN, Count
-from torchrec_scratchpipe.core.torch_ops import distances, frequencies_of_notes
+from torchrec_scratchpipe.core.slot_ops import MAX_SEEN, Count
+from torchrec_scratchpipe.core.torch_ops import distances, frequencies_of_notes, notes_of
 
 __all__ = ["Looks", "MissCurve", "PoolWatch"]
 
@@ -186,15 +186,11 @@ class PoolWatch:
         some = slice(None, None, self._slot_step)
         is_held = maps.last_use[some] >= request.first_held
         is_occupied = maps.slot_to_row[some] >= 0
-        uses = maps.next_use[: slot_map.num_slots][some]
-        is_pinned = is_held | (is_occupied & (distances(uses, request.first_use) < MAX_SEEN))
+        is_pinned = is_held | (is_occupied & (distances(maps.next_use[some], request.first_use) < MAX_SEEN))
         resident = _levels(maps.frequency[some], weight)
         # 4. Rows that have left.
         entries = maps.row_to_slot[:: self._row_step]
-        notes = torch.where(entries < 0, -1 - entries, 0)
-        if maps.sightings.numel():
-            places = (notes - SEEN).clamp_(min=0)
-            notes = torch.where(notes < SEEN, notes, -maps.sightings.index_select(0, places).int().clamp_(max=0))
+        notes = torch.where(entries < 0, notes_of(entries, maps), 0)
         absent = _levels(frequencies_of_notes(notes, origin), weight)
         tables = slot_map.table_counts
         by_id, by_slot, by_row = self._id_step, self._slot_step, self._row_step

@@ -81,8 +81,7 @@ class ScratchPipeMonitor:
                 "the model has no scratchpad to watch. Give the monitor the sharded model, and plan a table as "
                 "fused_uvm_caching with one of ScratchPipe's sharders."
             )
-        self._runners = [collection._runner for collection in collections]
-        self._device = self._runners[0].device
+        self._device = collections[0]._runner.device
         pools = [pool for collection in collections for pool in collection.pools]
         if any(pool.slot_map.observer is not None for pool in pools):
             raise ConfigError("another monitor watches this model. Call its close() first.")
@@ -90,14 +89,14 @@ class ScratchPipeMonitor:
         self._json_lines = None if json_lines is None else Path(json_lines).open("a", encoding="utf-8")  # noqa: SIM115
         self._lookahead = pipeline.lookahead if isinstance(pipeline, ScratchPipeTrainPipeline) else 1
         self._speeds = Speeds(_copy_bytes_per_s(self._device), disk_reads_per_s)
-        self._watches = [PoolWatch(pool, max(1, every // NUM_LOOKS)) for pool in pools]
+        self._watches: list[PoolWatch] = []
         self._counts: list[Counts] = []
         for collection in collections:
             with collection._runner.between_batches():
-                self._counts += [Counts(pool) for pool in collection.pools]
-                for watch in self._watches:
-                    if watch.pool in collection.pools:
-                        watch.start()
+                for pool in collection.pools:
+                    self._counts.append(Counts(pool))
+                    self._watches.append(PoolWatch(pool, max(1, every // NUM_LOOKS)))
+                    self._watches[-1].start()
         self.windows: deque[StepWindow] = deque(maxlen=MAX_WINDOWS)  # the newest last
         self.advice: list[Advice] = []  # of the latest window
         self._told: set[tuple[str, str]] = set()

@@ -125,33 +125,22 @@ class StepWindow:
 class Counts:
     """Running counts of one pool, and what they were when the last window ended; made while no stage runs."""
 
-    NAMES = ("num_stalls", "stall_ms", "num_slot_waits", "num_growths", "num_rows_reset")
-
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         counts = pool.slot_map.table_counts
         rows = [counts.num_ids, counts.num_unique, counts.num_misses, counts.num_victims]
         self._rows = np.array([numbers.tolist() for numbers in rows])
         self._last_batch = pool.slot_map.next_batch - 1
-        self._numbers = self._now()
+        self._numbers = pool.counters.on_host()
 
     def differences(self, looks: Looks) -> tuple[int, Any, dict[str, Any]]:
         """Batches, [4, T] ids, unique ids, misses and victims, and other counts since the last call."""
         rows = np.stack([looks.num_ids, looks.num_unique, looks.num_misses, looks.num_victims])
-        numbers = self._now()
+        numbers = self._pool.counters.on_host()
         num_batches = looks.last_batch - self._last_batch
         result = num_batches, rows - self._rows, {name: numbers[name] - self._numbers[name] for name in numbers}
         self._rows, self._last_batch, self._numbers = rows, looks.last_batch, numbers
         return result
-
-    def _now(self) -> dict[str, Any]:
-        counters, disk = self._pool.counters, self._pool.host_table.disk_counts
-        return {name: getattr(counters, name) for name in self.NAMES} | {
-            "num_disk_rows_read": disk.num_rows_read,
-            "num_disk_pages_read": disk.num_pages_read,
-            "num_cold_pages_at_collect": disk.num_pages_waited_for,
-            "disk_bytes_written": disk.num_bytes_written + self._pool.host_table.num_log_bytes_written,
-        }
 
 
 def pool_window(
