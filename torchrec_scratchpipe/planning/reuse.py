@@ -7,7 +7,11 @@ A full scratchpad keeps the rows above some level of its eviction order and lets
 pressure. Given the pressure, each row's fate can be told by itself: how long it stays after a use, and whether it is
 still there at the next one. So one pass over the batches counts the rows kept and the uses missed for all pressures at
 once. What presses on a scratchpad is then looked up: the pressure at which the rows of all its tables together just
-fill its slots. It is looked up for each bin of batches, because it rises while the scratchpad fills.
+fill its slots. It is looked up for each bin of batches, because it rises while the scratchpad fills, and falls where
+the data end and nothing more is seen ahead.
+
+A use misses because its row was let go some batches before. So it counts at the pressure of that time: rows kept are
+counted when those that a batch uses could last be let go.
 
 A gap is the number of batches from one use of a row to the next. Pressures are
 
@@ -52,7 +56,7 @@ LEVELS: Floats = np.unique(  # log2 of frequencies: one use so long ago; so many
 class Curve(NamedTuple):
     """Means per batch, by bin and rising pressure; a row's first use misses anyway and is not among `missed`."""
 
-    kept: Floats  # [B, P] rows in the scratchpad
+    kept: Floats  # [B, P] rows in the scratchpad, when those that the batch uses could be let go
     missed: Floats  # [B, P] unique rows to be fetched
 
 
@@ -146,6 +150,9 @@ class ReuseMeter:
     counts by level: rows that are there to stay (what a scratchpad must hold), and exposed rows that are used again
     (what it misses if it holds only rows above the level). Both together are a curve: slots against misses.
 
+    The level of a row falls by one in a half-life, also while its use is seen. A row that was above the pressure at its
+    last chance to leave stays till that use, though it may be below by then. With hundreds of batches seen, many are.
+
     Memory grows with distinct rows, 16 to 32 bytes each, and with batches, about 3 KB each; of 4 bytes per row of the
     table, only the pages in which a row was used are touched.
     """
@@ -166,10 +173,12 @@ class ReuseMeter:
         self._begun_gaps = _CountsByBatch(GAPS.size + 1)
         # Uses of rows that could have left, by their level before they were seen.
         self._exposed = _CountsByBatch(LEVELS.size + 1)
-        self._begun_unexposed = _CountsByBatch(LEVELS.size + 1)
-        self._ended_unexposed = _CountsByBatch(LEVELS.size + 1)
+        # Waits of rows whose next use is seen, by their level meanwhile.
+        self._begun_waits = _CountsByBatch(LEVELS.size + 1)
+        self._ended_waits = _CountsByBatch(LEVELS.size + 1)
         # Of how many batches the pieces are in which a wait is counted; as long as the levels there are apart.
         self._wait_edges = _wait_edges(lookahead + 1, num_batches_seen_ahead + 1)
+        self._wait_edges_of_exposed = _wait_edges(lookahead + num_batches_seen_ahead, num_batches_seen_ahead)
         self._short_gaps = _CountsByBatch(lookahead + num_batches_seen_ahead + 3)  # exactly; longer ones in the last
         self._checked_at: list[int] = []
         self._rows_at_level: list[Ints] = []
@@ -245,23 +254,30 @@ class ReuseMeter:
         # Plan `now - ahead - 1` is the last that may let the row go; it may not while the row is held.
         is_exposed = gaps > self._held + self._ahead + 1
         last_chance = now - self._ahead - 1
-        self._exposed.add(now, np.searchsorted(LEVELS, frequency[is_exposed] - last_chance / HALF_LIFE, side="right"))
+        levels = np.searchsorted(LEVELS, frequency[is_exposed] - last_chance / HALF_LIFE, side="right")
+        self._exposed.add(now, levels)
         # Rows whose next use is seen before they could leave take a slot from their release on, whatever their level.
         released = last_use + self._held + 1
         stays_for_use = ~is_exposed & (released < now)
-        self._count_waits(now, released[stays_for_use], frequency[stays_for_use])
+        self._count_waits(now, released[stays_for_use], frequency[stays_for_use], self._wait_edges)
+        # So do exposed rows after their last chance; without those that were below the level then, which have left.
+        if levels.size:
+            seen = np.full(levels.size, last_chance + 1)
+            self._count_waits(now, seen, frequency[is_exposed], self._wait_edges_of_exposed)
+            self._ended_waits.add(last_chance + 1, levels)
+            self._begun_waits.add(now, levels)
 
-    def _count_waits(self, now: int, released: Ints, frequency: Floats) -> None:
+    def _count_waits(self, now: int, since: Ints, frequency: Floats, edges: list[int]) -> None:
         """Rows that waited for their use, by level. It falls meanwhile, so that a long wait is counted in pieces."""
-        for begin, end in itertools.pairwise(self._wait_edges):
-            is_there = released + begin < now
+        for begin, end in itertools.pairwise(edges):
+            is_there = since + begin < now
             if not is_there.any():
                 break
-            begun = released[is_there] + begin
-            ended = np.minimum(released[is_there] + end, now)
+            begun = since[is_there] + begin
+            ended = np.minimum(since[is_there] + end, now)
             levels = np.searchsorted(LEVELS, frequency[is_there] - (begun + ended) / 2 / HALF_LIFE, side="right")
-            self._begun_unexposed.add_at(begun, levels)
-            self._ended_unexposed.add_at(ended, levels)
+            self._begun_waits.add_at(begun, levels)
+            self._ended_waits.add_at(ended, levels)
 
     def _add_entries(self, rows: Ints, now: int) -> None:
         end = self._num_entries + rows.size
@@ -305,11 +321,9 @@ class ReuseMeter:
         rows = np.stack(self._rows_at_level)
         above = np.cumsum(rows[:, ::-1], axis=1)[:, ::-1]  # [C, 1 + LEVELS]: at or above each level; first, all
         by_level = np.stack([np.interp(batches, self._checked_at, column) for column in above.T], axis=1)
-        # ... and those below it that are seen to be used before they could leave.
-        unexposed = np.cumsum(
-            self._begun_unexposed.stack(num_batches) - self._ended_unexposed.stack(num_batches), axis=0
-        )
-        below = np.concatenate([np.zeros((num_batches, 1)), np.cumsum(unexposed, axis=1)[:, :-1]], axis=1)
+        # ... and those below it whose use was seen before they could leave.
+        seen = np.cumsum(self._begun_waits.stack(num_batches) - self._ended_waits.stack(num_batches), axis=0)
+        below = np.concatenate([np.zeros((num_batches, 1)), np.cumsum(seen, axis=1)[:, :-1]], axis=1)
         kept = held + by_level + below
         # What it misses: uses of rows that were exposed while they were below the level.
         exposed = self._exposed.stack()
@@ -317,12 +331,18 @@ class ReuseMeter:
         # Beyond all levels: rows that are neither held nor seen have left. Then those seen to be used late leave too.
         gaps = self._short_gaps.stack()
         missed_for_gap = gaps.sum(axis=1, keepdims=True) - np.cumsum(gaps, axis=1)[:, self._held + 1 : -1]
-        waiting = [np.zeros(num_batches)]
-        for gap in range(self._held + 2, self._held + self._ahead + 2):
-            waiting.append(waiting[-1] + self._waiting(gaps, gap))
-        kept_for_gap = held + np.stack(waiting, axis=1)
+        # All this is counted when rows could be let go. For a level, that is at the last chance, when it is lowest. For
+        # a gap, it is any batch of the wait: the one at which most rows are there.
+        waiting = np.zeros(num_batches)
+        for_gaps = []
+        for gap in range(self._held + 1, self._held + self._ahead + 2):
+            waiting += self._waiting(gaps, gap)
+            for_gaps.append(_most_before(held[:, 0] + waiting, gap - self._held))
+        kept_for_gap = np.stack(for_gaps[::-1], axis=1)
+        at_last_chance = np.zeros_like(kept)
+        at_last_chance[self._ahead + 1 :] = kept[: max(0, num_batches - self._ahead - 1)]
         return (
-            np.concatenate([kept, kept_for_gap[:, ::-1]], axis=1),
+            np.concatenate([np.maximum(at_last_chance, kept_for_gap[:, :1]), kept_for_gap], axis=1),
             np.concatenate([missed, missed_for_gap[:, ::-1]], axis=1),
         )
 
@@ -342,6 +362,17 @@ def _wait_edges(age: int, longest: int) -> list[int]:
     while edges[-1] < longest:
         edges.append(edges[-1] + max(8, (age + edges[-1]) // 2))
     return edges
+
+
+def _most_before(values: Floats, num_batches: int) -> Floats:
+    """[N] The largest of so many values before each one."""
+    most = np.concatenate([[0.0], values[:-1]])
+    covered = 1
+    while covered < num_batches:
+        step = min(covered, num_batches - covered)
+        most[step:] = np.maximum(most[step:], most[:-step])
+        covered += step
+    return most
 
 
 class _CountsByBatch:

@@ -43,14 +43,16 @@ def zipf_reuse(
 
     held = lookahead + 1
     frequencies = np.log2(1.0 + rates * HALF_LIFE / np.log(2))
-    stay = np.maximum(held, 1 + HALF_LIFE * (frequencies[:, None] - LEVELS))  # [C, P]
-    kept_at_level = np.append(num_rows, sizes @ -np.expm1(-rates[:, None] * stay))
-    missed_at_level = np.append(0.0, used_per_batch @ np.exp(-rates[:, None] * (stay + num_batches_seen_ahead)))
-    longest = held + np.arange(num_batches_seen_ahead, -1, -1)
-    missed_for_gap = used_per_batch @ np.exp(-np.outer(rates, longest))
-    kept_for_gap = used_within(np.full(longest.shape, held, dtype=np.float64)) + [
-        sum(float(ends_in_gap[gap - 1]) * (gap - held) for gap in range(held + 1, last + 1)) for last in longest
-    ]
+    # A row stays for so many batches after a use; and until its next use, if that is at most so many more later: those
+    # that are seen ahead, and beyond all levels fewer.
+    stays = np.maximum(held, 1 + HALF_LIFE * (frequencies[:, None] - LEVELS))
+    stays = np.concatenate([stays, np.full((rates.size, num_batches_seen_ahead + 1), held)], axis=1)  # [C, P]
+    seen = np.arange(num_batches_seen_ahead, -1, -1)
+    more = np.concatenate([np.full(LEVELS.size, num_batches_seen_ahead), seen])  # [P]
+    has_left = np.exp(-rates[:, None] * (stays + more))
+    # Kept are rows used within `stays` batches, and rows that wait for a use: in any batch, a gap of g batches begins
+    # with probability used ** 2 * exp(-rate * (g - 1)), and its row waits for g - stays of them.
+    kept = sizes @ (1.0 - has_left * (1.0 - np.outer(np.expm1(-rates), more)))
     return Reuse(
         num_rows=num_rows,
         num_batches=1,
@@ -65,10 +67,7 @@ def zipf_reuse(
         bin_sizes=np.ones(1),
         first_uses=np.zeros(1),
         curves={
-            "ours": Curve(
-                np.concatenate([kept_at_level, kept_for_gap])[None],
-                np.concatenate([missed_at_level, missed_for_gap])[None],
-            ),
+            "ours": Curve(np.append(num_rows, kept)[None], np.append(0.0, used_per_batch @ has_left)[None]),
             "lru": _curve(windows, missed_after_gap),
             "optimum": optimum,
         },
