@@ -546,7 +546,7 @@ def flip(path: Path, at: float) -> None:
 @pytest.mark.fault("a bit-flipped checkpoint file")
 def test_flipped_bit_names_file_and_table(at: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchrec_scratchpipe.checkpoint.files.CHECKSUM_BYTES", 512)
-    monkeypatch.setattr("torchrec_scratchpipe.checkpoint.manager.CHECKSUM_BYTES", 512)
+    monkeypatch.setattr("torchrec_scratchpipe.checkpoint.loading.CHECKSUM_BYTES", 512)
     manager = saved(tmp_path)
     flip(manager.path(30) / "__0_0.distcp", at)
     check_refused(manager, r"__0_0.distcp: is not what was written. The damage lies in .*(weight|momentum|over)")

@@ -19,6 +19,9 @@ OPTIONS: dict[str, str] = {
     "examples/benchmark/checkpoint_memory.py": """
         --sizes_gb --dir --json --one
     """,
+    "examples/benchmark/delta_log.py": """
+        --blocks --dir --interval
+    """,
     "examples/benchmark/disk_tier.py": """
         --table_dir --cap_gb --ram_budget_gb --num_tables --num_embeddings --embedding_dim --batch_size --zipf
         --num_batches_seen_ahead --load_factor --warmup --steps --rounds --ways --json --way --group

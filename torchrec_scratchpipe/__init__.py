@@ -3,7 +3,8 @@
 
 from torchrec_scratchpipe._version import __version__
 from torchrec_scratchpipe.checkpoint.export import to_stock
-from torchrec_scratchpipe.checkpoint.manager import Checkpoint, CheckpointManager, load_checkpoint
+from torchrec_scratchpipe.checkpoint.loading import load_checkpoint
+from torchrec_scratchpipe.checkpoint.manager import Checkpoint, CheckpointManager
 from torchrec_scratchpipe.checkpoint.warm_start import warm_start
 from torchrec_scratchpipe.core.rows import Stage, StageSpan
 from torchrec_scratchpipe.core.stats import PoolStats, TableStats

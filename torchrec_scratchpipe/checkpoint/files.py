@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ __all__ = [
     "RowBlockSavePlanner",
     "SafeLoadPlanner",
     "SafeReader",
+    "base_path",
+    "base_steps",
     "check_values",
     "checksums_of",
     "load_plain",
@@ -49,6 +52,18 @@ FORMAT_VERSION = 1
 BLOCK_BYTES = 32 * 1024 * 1024  # of rows, states included, that are copied at a time; some copies exist at once
 NUM_BUFFERS = 4  # blocks of different shapes whose memory is kept for the next one
 CHECKSUM_BYTES = 4 * 1024 * 1024  # of a file that one checksum is for
+
+
+def base_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return directory / f"step_{step:012d}"
+
+
+def base_steps(directory: Path) -> list[int]:
+    """Steps of all complete checkpoints, ascending."""
+    names = [path.name for path in directory.glob("step_*") if (path / MANIFEST_FILE).is_file()]
+    steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{12,}", name))
+    return [step for step in steps if base_path(directory, step).name in names]
 
 
 class FileChecksums(NamedTuple):
@@ -64,16 +79,33 @@ class Manifest(NamedTuple):
     step: int
     world_size: int
     files: dict[str, FileChecksums]
+    run: str = ""  # that logs deltas, if it does
+    digest: str = ""  # of the delta set of this step, if there is one
 
     def to_json(self) -> str:
         """With a checksum of itself."""
-        body = {
+        body: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "step": self.step,
             "world_size": self.world_size,
             "files": {name: file._asdict() for name, file in sorted(self.files.items())},
         }
+        if self.run:
+            body |= {"run": self.run, "digest": self.digest}
         return json.dumps({"crc32": _crc32_of_json(body), "checkpoint": body}, indent=1)
+
+    @classmethod
+    def read_base(cls, directory: Path, step: int) -> "Manifest":
+        """Of the checkpoint of a step. Raises CheckpointMismatchError."""
+        path = base_path(directory, step)
+        if not path.is_dir():
+            raise CheckpointMismatchError(
+                f"{path} does not exist. Steps that were saved: {', '.join(map(str, base_steps(directory))) or 'none'}."
+            )
+        manifest = cls.read(path)
+        if manifest.step != step:
+            raise CheckpointMismatchError(f"{path} holds step {manifest.step}. It was renamed; give it its name back.")
+        return manifest
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -87,7 +119,7 @@ class Manifest(NamedTuple):
             if body["format"] != FORMAT_VERSION:
                 raise ValueError(f"its format is {body['format']}, this version reads {FORMAT_VERSION}")
             files = {name: FileChecksums(**file) for name, file in body["files"].items()}
-            return cls(int(body["step"]), int(body["world_size"]), files)
+            return cls(int(body["step"]), int(body["world_size"]), files, body.get("run", ""), body.get("digest", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointMismatchError(
                 f"{path}: cannot be read ({error}). Load another step, or read the tables with "

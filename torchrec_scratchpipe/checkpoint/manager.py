@@ -4,8 +4,9 @@
 import io
 import logging
 import os
-import re
 import shutil
+import uuid
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,34 +16,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from torchrec_scratchpipe.checkpoint.delta_chain import LOG_DIRECTORY, Chain, digest_of
+from torchrec_scratchpipe.checkpoint.delta_files import Schema
+from torchrec_scratchpipe.checkpoint.delta_log import DeltaLog, pool_schemas, take_state
 from torchrec_scratchpipe.checkpoint.files import (
-    CHECKSUM_BYTES,
     MANIFEST_FILE,
     METADATA_FILE,
     ChecksummedWriter,
     FileChecksums,
     Manifest,
     RowBlockSavePlanner,
-    SafeLoadPlanner,
-    SafeReader,
-    check_values,
+    base_path,
+    base_steps,
     checksums_of,
 )
+from torchrec_scratchpipe.checkpoint.loading import brief, is_saved, mismatch_error, reasons
 from torchrec_scratchpipe.checkpoint.optimizer_states import fit_states, load_wrapper_states, wrapper_states
+from torchrec_scratchpipe.checkpoint.pieces import pieces_of
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
+from torchrec_scratchpipe.checkpoint.source import find_source, open_source
 from torchrec_scratchpipe.core.disk import MappedStorage
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
 from torchrec_scratchpipe.errors import CheckpointMismatchError, CheckpointSaveError, ConfigError
-from torchrec_scratchpipe.sharding.model import only_read, scratchpad_collections
+from torchrec_scratchpipe.sharding.model import only_located, only_read, scratchpad_collections
 from torchrec_scratchpipe.sharding.table_view import shown
 
-__all__ = ["Checkpoint", "CheckpointManager", "load_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointManager"]
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -53,6 +57,14 @@ class Checkpoint(NamedTuple):
     step: int
     extra: Any  # what this rank saved; rank 0's, if there were other ranks
     world_size: int  # of the job that saved it
+
+
+class _Resumed(NamedTuple):
+    """What a delta log may go on from."""
+
+    model: Callable[[], nn.Module | None]
+    step: int
+    digest: str
 
 
 class CheckpointManager:
@@ -71,9 +83,13 @@ class CheckpointManager:
         directory: Made if it is missing.
         keep_last: Delete all but so many, after each save; None keeps all.
         process_group: Of the ranks that train; a gloo group of the same ranks is made from it. Default: all ranks.
+        delta_every: How many batches lie between two deltas of the delta log; see :meth:`trained`. None: there is no
+            log.
+        state_every: How many batches lie between two deltas that a job can be resumed from, because they have
+            everything else than tables behind a scratchpad, too. A multiple of `delta_every`, which is the default.
 
     Raises:
-        ConfigError: `keep_last` is not positive.
+        ConfigError: `keep_last`, `delta_every` or `state_every` is not positive, or they do not fit each other.
         CheckpointSaveError: The directory cannot be made.
     """
 
@@ -82,11 +98,25 @@ class CheckpointManager:
         directory: str | os.PathLike[str],
         keep_last: int | None = None,
         process_group: dist.ProcessGroup | None = None,
+        *,
+        delta_every: int | None = None,
+        state_every: int | None = None,
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ConfigError(f"keep_last is {keep_last}, it must be at least 1, or None to keep all checkpoints.")
+        if delta_every is not None and delta_every < 1:
+            raise ConfigError(f"delta_every is {delta_every}, it must be at least 1 batch, or None for no delta log.")
+        if state_every is not None and (delta_every is None or state_every < 1 or state_every % delta_every):
+            raise ConfigError(
+                f"state_every is {state_every}, delta_every is {delta_every}: it must be a multiple of it. Leave it "
+                "out to have everything in each delta."
+            )
         self._directory = Path(directory).absolute()  # the job may change its working directory
         self._keep_last = keep_last
+        self._delta_every = delta_every
+        self._state_every = state_every or delta_every
+        self._log: DeltaLog | None = None
+        self._resumed: _Resumed | None = None
         self._ranks = Ranks(process_group)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scratchpipe-checkpoint")
         self._pending: Future[None] | None = None
@@ -95,14 +125,50 @@ class CheckpointManager:
         )
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending."""
-        names = [path.name for path in self._directory.glob("step_*") if (path / MANIFEST_FILE).is_file()]
-        steps = sorted(int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{12,}", name))
-        return [step for step in steps if self.path(step).name in names]
+        """Steps of all complete checkpoints, ascending; those of deltas are not among them."""
+        return base_steps(self._directory)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, for `torch.distributed.checkpoint.load(..., checkpoint_id=)`."""
-        return self._directory / f"step_{step:012d}"
+        return base_path(self._directory, step)
+
+    def trained(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
+    ) -> "Future[None] | None":
+        """Say that a batch has trained; every `delta_every` batches, a delta is logged. All ranks call it, each time.
+
+        A delta has the rows that were trained or reset since the last one, with their optimizer states, once each, and
+        every `state_every` batches everything that is in no scratchpad's table. It is of one moment, and is written
+        while training goes on: a row that is about to change before it was written is kept first. Tables are not
+        flushed, copied or scanned.
+
+        The first call saves a checkpoint by :meth:`async_save` for the deltas to go on from, unless :meth:`load` has
+        found one.
+
+        Args:
+            step: Batches trained.
+            model: As :meth:`save`; always the same.
+            optimizer: As :meth:`save`.
+            extra: As :meth:`save`.
+
+        Returns:
+            If a delta was taken: done when it is on the disk. Its `result()` raises CheckpointSaveError if it cannot be
+            written; that is logged too, and the next delta has what it was to have. Else None.
+
+        Raises:
+            CheckpointSaveError: There is no room to begin, or this directory has later deltas of another run.
+            ConfigError: There is no `delta_every`, or `extra` is not plain data.
+        """
+        if self._delta_every is None or self._state_every is None:
+            raise ConfigError(
+                "trained(): the CheckpointManager has no delta_every. Give it one, or leave this call out."
+            )
+        log = self._log
+        if log is None or log.model is not model:
+            log = self._log = self._begin_log(step, model, optimizer, extra)
+        if step - log.step < self._delta_every:
+            return None
+        return self._take_delta(log, step, optimizer, extra, has_state=step - log.step_with_state >= self._state_every)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
@@ -126,6 +192,7 @@ class CheckpointManager:
         """
         self.wait()
         extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
+        self._take_delta_beside(step, model, optimizer, extra)
         with only_read(model):
             state = _state_of(model, optimizer)
         pools = _pools(model)
@@ -163,6 +230,7 @@ class CheckpointManager:
         """
         self.wait()
         extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
+        self._take_delta_beside(step, model, optimizer, extra)
         with only_read(model):
             state = _state_of(model, optimizer)
         taken: list[tuple[Pool, TableSnapshot]] = []
@@ -206,10 +274,12 @@ class CheckpointManager:
         return done
 
     def wait(self) -> None:
-        """Wait until no save is under way, well or badly; what :meth:`async_save` returned says which."""
+        """Wait until no save is under way and all deltas are written, well or badly; the futures say which."""
         if self._pending is not None:
             self._pending.exception()
             self._pending = None
+        if self._log is not None:
+            self._log.wait()
 
     def load(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, step: int | None = None
@@ -231,35 +301,47 @@ class CheckpointManager:
         self.wait()
         for pool in _pools(model):  # another manager may be saving this model
             pool.host_table.wait_for_snapshots()
-        step = self._ranks.from_first(lambda: step if step is not None else max(self.steps(), default=None))
-        if step is None:
+        make_error = mismatch_error(f"step {step} cannot be loaded" if step is not None else "the latest step")
+        is_first = self._ranks.rank == 0
+        found = self._ranks.each_or_fail(lambda: find_source(self._directory, step) if is_first else None, make_error)
+        found = self._ranks.gather(found)[0]
+        if found is None:
             return None
+        base, step = found
         # 1. Everything is looked at before anything is changed: files, names, shapes, values.
-        directory = self.path(step)
-        make_error = _mismatch_error(f"step {step} cannot be loaded")
-        manifest, metadata = self._ranks.each_or_fail(lambda: self._check_files(step, directory), make_error)
-        undo = fit_states(optimizer, _is_saved(metadata)) if optimizer is not None else None
-        state = _state_of(model, optimizer)
-        names: set[str] = set().union(*self._ranks.gather(set(flatten_state_dict(state)[0])))
+        make_error = mismatch_error(f"step {step} cannot be loaded")
+        with open_source(self._directory, base, step, self._ranks, make_error) as source:
+            undo = fit_states(optimizer, is_saved(source.names)) if optimizer is not None else None
+            state = _state_of(model, optimizer)
+            flat, places = flatten_state_dict(state)
+            names: set[str] = set().union(*self._ranks.gather(set(flat)))
+            pieces = {name: pieces_of(value) or [] for name, value in flat.items()}
+            rank = self._ranks.rank if source.world_size == self._ranks.world_size else 0
 
-        def check() -> tuple[Any, Any]:
-            _check_fits(state, metadata, names, directory)
-            check_values(directory, metadata, flatten_state_dict(state)[0])
-            return self._read_extra(directory, manifest)
+            def check() -> tuple[Any, Any]:
+                source.check(state, flat, names, pieces)
+                return source.beside(rank)
 
-        try:
-            extra, wrappers = self._ranks.each_or_fail(check, make_error)
-        except BaseException:
-            if undo is not None:
-                undo()
-            raise
-        # 2. Tables are written where they are; load_state_dict takes in the rest.
-        _load(directory, state, self._ranks.group)
+            try:
+                extra, wrappers = self._ranks.each_or_fail(check, make_error)
+            except BaseException:
+                if undo is not None:
+                    undo()
+                raise
+            # 2. Tables are written where they are; load_state_dict takes in the rest.
+            source.load(state, flat, pieces, lambda name, value: set_element(state, places[name], value), self._ranks)
         model.load_state_dict(state["model"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
             load_wrapper_states(optimizer, wrappers)
-        return Checkpoint(step, extra, manifest.world_size)
+        if self._delta_every is not None:
+            for collection in scratchpad_collections(model):
+                collection.watch_changes()
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+            self._resumed = _Resumed(weakref.ref(model), step, source.digest)
+        return Checkpoint(step, extra, source.world_size)
 
     def _write(self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes) -> None:
         temporary = self._directory / f".step_{step:012d}.unfinished"
@@ -272,7 +354,7 @@ class CheckpointManager:
             try:
                 save(state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
             except CheckpointException as error:
-                raise make_error(_reasons(error)) from error
+                raise make_error(reasons(error)) from error
             extra_name = f"extra_{self._ranks.rank}.pt"
             writer.files[extra_name] = self._ranks.each_or_fail(
                 lambda: _write_durably(temporary / extra_name, extra_bytes), make_error
@@ -281,7 +363,7 @@ class CheckpointManager:
             files: dict[str, FileChecksums] = {}
             for some in self._ranks.gather(writer.files):
                 files.update(some)
-            manifest = Manifest(step, self._ranks.world_size, files)
+            manifest = Manifest(step, self._ranks.world_size, files, *self._run_and_digest(step))
             self._ranks.first_or_fail(lambda: self._complete(temporary, manifest), make_error)
         except BaseException:
             if self._ranks.rank == 0:
@@ -309,6 +391,8 @@ class CheckpointManager:
         self._delete_old(manifest.step)
 
     def _delete_old(self, newest: int) -> None:
+        if self._keep_last and self._delta_every is not None:
+            self._delete_old_deltas(min(self.steps()[-self._keep_last :]))
         for old in self.steps()[: -self._keep_last] if self._keep_last else []:
             if old != newest:
                 doomed = self._directory / f".step_{old:012d}.unfinished"
@@ -318,99 +402,108 @@ class CheckpointManager:
                 except OSError as error:
                     logger.warning("checkpoint of step %s could not be deleted: %s", old, error)
 
-    def _check_files(self, step: int, directory: Path) -> tuple[Manifest, Metadata]:
-        if not directory.is_dir():
-            raise CheckpointMismatchError(
-                f"{directory} does not exist. Steps that were saved: {', '.join(map(str, self.steps())) or 'none'}."
-            )
-        manifest = Manifest.read(directory)
-        if manifest.step != step:
-            raise CheckpointMismatchError(
-                f"{directory} holds step {manifest.step}. It was renamed; give it its name back."
-            )
-        return manifest, _check_all_files(directory, manifest, self._ranks)
-
-    def _read_extra(self, directory: Path, manifest: Manifest) -> tuple[Any, Any]:
-        rank = self._ranks.rank if manifest.world_size == self._ranks.world_size else 0
-        path = directory / f"extra_{rank}.pt"
+    def _delete_old_deltas(self, oldest: int) -> None:
+        """Before the checkpoints that they lead on from, so that a job that stops here leaves nothing without."""
         try:
-            content = torch.load(path, weights_only=True)
-            return content["extra"], content["optimizer_wrappers"]
-        except Exception as error:
-            raise CheckpointMismatchError(
-                f"{path}: is not plain data ({_brief(error)}), and reading it might run code. Load another step."
-            ) from error
+            chain = Chain.read(self._directory)
+            chain.delete_before(oldest)
+            chain.close()
+        except (OSError, CheckpointMismatchError) as error:
+            logger.warning("deltas before step %s could not be deleted: %s", oldest, error)
 
+    def _begin_log(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Any) -> DeltaLog:
+        self.wait()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        resumed = self._resumed if self._resumed is not None and self._resumed.model() is model else None
+        self._resumed = None
+        since, follows = (step, "") if resumed is None else (resumed.step, resumed.digest)
+        if resumed is None:
+            for collection in scratchpad_collections(model):
+                collection.watch_changes()
+        run = self._ranks.from_first(lambda: uuid.uuid4().hex)
+        with only_located(model):
+            state = _state_of(model, optimizer)
+        self._names_of_first = self._ranks.from_first(lambda: set(flatten_state_dict(state)[0]))
+        make_error = _save_error(f"a delta log cannot begin in {self._directory}")
+        self._ranks.first_or_fail(lambda: self._make_room_for_log(since, resumed is None), make_error)
 
-def load_checkpoint(
-    directory: str | os.PathLike[str], state: dict[str, Any], process_group: dist.ProcessGroup | None = None
-) -> None:
-    """Load any directory of torch.distributed.checkpoint in place, without running code that its files might name.
+        def begin() -> DeltaLog:
+            schema = Schema(
+                run,
+                since,
+                follows,
+                self._ranks.rank,
+                self._ranks.world_size,
+                since,
+                follows,
+                pool_schemas(state, _pools(model)),
+            )
+            return DeltaLog(self._directory / LOG_DIRECTORY, model, schema)
 
-    Shapes and dtypes are compared first, and checksums where there are any. All ranks call it.
+        log = self._ranks.each_or_fail(begin, make_error)
+        if resumed is None:
+            self._log = log  # whose run the checkpoint is of
+            self.async_save(step, model, optimizer, extra)
+        return log
 
-    Args:
-        directory: Written by stock or by :class:`CheckpointManager`.
-        state: As for `torch.distributed.checkpoint.load`: tensors are written, other values replaced. What else the
-            directory holds is left out.
-        process_group: Of the ranks that load; default: all of them.
+    def _make_room_for_log(self, since: int, is_new: bool) -> None:
+        """Leave out, for good, what was recorded after the batch that this run goes on from."""
+        log = self._directory / LOG_DIRECTORY
+        log.mkdir(exist_ok=True)
+        chain = Chain.read(self._directory)
+        try:
+            later = [one.step for one in chain.sets if one.has_state and one.step > since] + [
+                step for step in self.steps() if step > since or (step == since and is_new)
+            ]
+            if later:
+                raise FileExistsError(
+                    f"there is step {max(later)} already, of a run that went as far or further. Load it, or use "
+                    "another directory"
+                )
+            chain.cut(since)
+        finally:
+            chain.close()
+        _sync_directory(log)
 
-    Raises:
-        CheckpointMismatchError: Files are missing or damaged, or of something else than `state`; nothing was loaded.
-    """
-    path, ranks = Path(directory), Ranks(process_group)
+    def _take_delta(
+        self, log: DeltaLog, step: int, optimizer: torch.optim.Optimizer | None, extra: Any, *, has_state: bool
+    ) -> "Future[None]":
+        if not has_state:
+            return log.take(step, None)
+        _prepare(step, extra, optimizer)
+        wrappers = [] if optimizer is None else wrapper_states(optimizer)
+        with only_located(log.model):
+            state = _state_of(log.model, optimizer)
+        elsewhere = self._names_of_first if self._ranks.rank else set()
+        beside = {"extra": extra, "optimizer_wrappers": wrappers}
+        return log.take(step, take_state(state, _pools(log.model), beside, elsewhere))
 
-    def check() -> None:
-        manifest = Manifest.read(path) if (path / MANIFEST_FILE).exists() else None
-        metadata = _check_all_files(path, manifest, ranks) if manifest else SafeReader(path).read_metadata()
-        _check_fits(state, metadata, None, path)
-        check_values(path, metadata, flatten_state_dict(state)[0])
+    def _take_delta_beside(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Any
+    ) -> None:
+        """At a checkpoint's moment a delta, so that older checkpoints lead on to younger deltas, too."""
+        log = self._log
+        if log is not None and log.model is model and step > log.step:
+            self._take_delta(log, step, optimizer, extra, has_state=True)
 
-    ranks.each_or_fail(check, _mismatch_error(f"{path} cannot be loaded"))
-    _load(path, state, ranks.group)
-
-
-def _load(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    try:
-        load(state, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(), process_group=group)
-    except CheckpointException as error:
-        raise CheckpointMismatchError(
-            f"{directory}: {_reasons(error)}. It changed while it was being loaded, and some of it was; load another."
-        ) from error
-
-
-def _check_all_files(directory: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
-    """Read the metadata, and this rank's share of the files."""
-    names = sorted(manifest.files)
-    if METADATA_FILE in names:  # all ranks read it
-        _check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
-    metadata = SafeReader(directory).read_metadata()
-    stray = {place.relative_path for place in (metadata.storage_data or {}).values()} - set(names)
-    if stray:
-        raise CheckpointMismatchError(f"{directory}: {min(stray)} has no checksum. Load another step.")
-    for name in names[ranks.rank :: ranks.world_size]:
-        _check_file(directory, name, manifest.files[name], metadata)
-    return metadata
-
-
-def _is_saved(metadata: Metadata) -> Callable[[str], bool]:
-    """Whether there are optimizer states of a parameter."""
-    names = list(metadata.state_dict_metadata)
-    return lambda name: any(other.startswith(f"optimizer.state.{name}.") for other in names)
+    def _run_and_digest(self, step: int) -> tuple[str, str]:
+        """Which run logs beside a checkpoint, and the digest of its delta set of that step; on all ranks."""
+        log = self._log
+        mine = ("", "")
+        if log is not None:
+            log.wait()
+            mine = (log.schema.run, log.digests.get(step, ""))
+        found = self._ranks.gather(mine)
+        is_whole = all(digest for _, digest in found)
+        return found[0][0], digest_of([digest for _, digest in found]) if is_whole else ""
 
 
 def _save_error(what: str) -> Callable[[str], CheckpointSaveError]:
     return lambda reason: CheckpointSaveError(
         f"{what}: {reason}. Earlier checkpoints are untouched; free space or name another directory, and save again."
     )
-
-
-def _mismatch_error(what: str) -> Callable[[str], CheckpointMismatchError]:
-    return lambda reason: CheckpointMismatchError(f"{what}: {reason}")
-
-
-def _reasons(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {_brief(failure)}" for rank, (failure, _) in sorted(error.failures.items()))
 
 
 def _remove(path: Path) -> None:
@@ -458,7 +551,7 @@ def _prepare(step: int, extra: Any, optimizer: torch.optim.Optimizer | None) -> 
         torch.load(stream, weights_only=True)
     except Exception as error:
         raise ConfigError(
-            f"extra: cannot be saved as plain data ({_brief(error)}). Give numbers, strings, tensors, and lists and "
+            f"extra: cannot be saved as plain data ({brief(error)}). Give numbers, strings, tensors, and lists and "
             "dicts of them."
         ) from error
     return stream.getvalue()
@@ -478,70 +571,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _check_file(directory: Path, name: str, expected: FileChecksums, metadata: Metadata | None) -> None:
-    path = directory / name
-    try:
-        found = checksums_of(path)
-    except OSError as error:
-        raise CheckpointMismatchError(
-            f"{path}: cannot be read ({error.strerror}). It holds {_tables_in(name, metadata, 0)}. Load another step."
-        ) from error
-    if found == expected:
-        return
-    if found.num_bytes != expected.num_bytes:
-        what = f"has {found.num_bytes:,} bytes, {expected.num_bytes:,} were written"
-        first_bad = min(len(found.crc32), len(expected.crc32)) - 1
-    else:
-        what = "is not what was written"
-        first_bad = len(expected.crc32)
-    pairs = zip(found.crc32, expected.crc32, strict=False)
-    first_bad = next((index for index, (left, right) in enumerate(pairs) if left != right), max(0, first_bad))
-    raise CheckpointMismatchError(
-        f"{path}: {what}. The damage lies in {_tables_in(name, metadata, first_bad)}. Load another step."
-    )
-
-
-def _tables_in(name: str, metadata: Metadata | None, checksum_index: int) -> str:
-    """What lies in a file from a checksum's block on."""
-    first = checksum_index * CHECKSUM_BYTES
-    found: list[str] = []
-    for index, info in (metadata.storage_data or {}).items() if metadata is not None else ():
-        is_behind = info.relative_path == name and info.offset + info.length > first
-        if is_behind and info.offset < first + CHECKSUM_BYTES and index.fqn not in found:
-            found.append(index.fqn)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "") if found else "no table"
-
-
-def _check_fits(state: dict[str, Any], metadata: Metadata, names: set[str] | None, directory: Path) -> None:
-    """Compare names, sizes and dtypes with what a checkpoint holds."""
-    saved = metadata.state_dict_metadata
-    for name, value in flatten_state_dict(state)[0].items():
-        found = saved.get(name)
-        if found is None:
-            raise CheckpointMismatchError(f"{directory}: has no {name}. {_advice(name)}")
-        if isinstance(value, Tensor) and isinstance(found, TensorStorageMetadata):
-            if tuple(found.size) != tuple(value.shape):
-                raise CheckpointMismatchError(
-                    f"{directory}: {name} has shape {tuple(found.size)} there and {tuple(value.shape)} here. "
-                    f"{_advice(name)}"
-                )
-            if found.properties.dtype != value.dtype:
-                raise CheckpointMismatchError(
-                    f"{directory}: {name} is {found.properties.dtype} there and {value.dtype} here. {_advice(name)}"
-                )
-    left = [] if names is None else [name for name in saved if name not in names and name.partition(".")[0] in state]
-    if left:
-        raise CheckpointMismatchError(f"{directory}: has {min(left)}, which is not there here. {_advice(min(left))}")
-
-
-def _advice(name: str) -> str:
-    if name.startswith("optimizer."):
-        return "It was saved with another optimizer or other tables; build those, or load without optimizer."
-    return "It was saved from another model; build the model with the same tables, or load the step that belongs to it."
-
-
-def _brief(error: BaseException) -> str:
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"

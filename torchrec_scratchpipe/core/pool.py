@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.profiler import record_function
 
+from torchrec_scratchpipe.core.changes import Changes
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.rows import RowLayout, write_rows
 from torchrec_scratchpipe.core.scratchpad import Scratchpad
-from torchrec_scratchpipe.core.slot_map import SlotMap, SlotsHeldError
+from torchrec_scratchpipe.core.slot_map import CachePlan, SlotMap, SlotsHeldError
 from torchrec_scratchpipe.core.snapshot import SnapshotStorage, TableSnapshot
 from torchrec_scratchpipe.core.stats import PoolCounters, PoolStats
+from torchrec_scratchpipe.core.streams import StageStreams
 from torchrec_scratchpipe.errors import ScratchpadFullError, StageFailedError, TableOverwrittenError
 
 __all__ = ["STAGING_HEADROOM", "Pool", "Staging"]
@@ -42,6 +44,8 @@ class Pool:
         self.counters = PoolCounters(host_table, slot_map.table_counts)
         self._enlarge = enlarge
         self.failure: str | None = None
+        self.changes: Changes | None = None  # if somebody wants to know
+        self._may_be_written_unseen = False  # until resident rows are read anew
         self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
         self._num_updates = 0
         self._num_updates_flushed = 0
@@ -58,6 +62,21 @@ class Pool:
     def note_update(self) -> None:
         """A batch has trained: its rows are newer in the scratchpad than in the table."""
         self._num_updates += 1
+
+    def will_update(self, plan: CachePlan) -> None:
+        """Train of a batch is about to update its rows (hazard 9)."""
+        if self.changes is not None:
+            rows, slots = plan.buffers.rows[: plan.num_ids], plan.slots[: plan.num_ids]
+            self.changes.will_train(rows, slots, self.scratchpad.parts)
+
+    def watch_changes(self, streams: StageStreams) -> None:
+        """Note which rows change from now on; only between the stages of two batches, when tables are not overwritten.
+
+        See :class:`Changes`.
+        """
+        if self.changes is None:
+            self.changes = Changes(self.host_table.num_rows, self.slot_map.device, streams, self.read_some)
+        self.changes.forget()
 
     @property
     def can_grow(self) -> bool:
@@ -158,6 +177,9 @@ class Pool:
         Empties the scratchpad, unless batches in flight rely on its rows. Waits for snapshots to be read. Does nothing
         if it has been done, and no stage has run since.
         """
+        self._may_be_written_unseen = True
+        if self.changes is not None:
+            self.changes.all_will_change()
         if self.is_flushed and self.host_table.is_marked_overwritten and not self.host_table.has_snapshots:
             return
         self.flush()
@@ -174,6 +196,9 @@ class Pool:
 
     def refresh(self) -> None:
         """Read every resident row anew from its table. Raises TableOverwrittenError."""
+        if self.changes is not None and (self._may_be_written_unseen or self.host_table.is_seen_overwritten):
+            self.changes.all_will_change()
+        self._may_be_written_unseen = False
         if self._num_updates != self._num_updates_flushed and not self.host_table.is_seen_overwritten:
             # Somebody was given the table in the middle of a step, by another thread or a hook: the step's rows are
             # newer.
@@ -197,12 +222,17 @@ class Pool:
 
         Shapes: `rows` [N] int64 on the host, returns [N, D] or [N] on the host. Raises TableStorageError.
         """
-        values = self.host_table.layout.empty(rows.numel())
-        self.host_table.read(rows, values)
         is_resident, slots = self._find_resident(rows)
-        for value, part in zip(values, self.scratchpad.parts, strict=True):
-            value[is_resident] = part.index_select(0, slots).cpu()
-        return values
+        values = [part.index_select(0, slots).cpu() for part in self.scratchpad.parts]
+        if slots.numel() == rows.numel():
+            return values
+        is_absent = ~is_resident
+        absent = self.host_table.layout.empty(rows.numel() - slots.numel())
+        self.host_table.read(rows[is_absent], absent)
+        both = self.host_table.layout.empty(rows.numel())
+        write_rows(both, is_resident.nonzero().view(-1), values)
+        write_rows(both, is_absent.nonzero().view(-1), absent)
+        return both
 
     def write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Write some rows wherever they are (hazard 8); only between the stages of two batches.
@@ -211,6 +241,8 @@ class Pool:
 
         Shapes: `rows` [N] int64 on the host, each once, `values` [N, D] or [N] on the host. Raises TableStorageError.
         """
+        if self.changes is not None:
+            self.changes.will_write(rows)
         # The table first: its disk may fail, and then nothing has changed. It keeps what snapshots are to show.
         self.host_table.write(rows, values)
         is_resident, slots = self._find_resident(rows)

@@ -20,6 +20,7 @@ Hazards and guards; the numbers are those of docs/how_it_works.md:
 7.  Collect(N) must not use a row that was read ahead from a disk and has been written since: :meth:`DiskRows.read`.
 8.  A row that is reset between two Trains must be new for every later one, planned already or not, and old in no copy:
     no stage runs meanwhile (:meth:`StageRunner.between_batches`), then :meth:`Pool.write_some`.
+9.  A row of a delta must be read as it was at the delta's moment, while later Trains change it: :class:`Changes`.
 
 What stops the world, and how far:
 
@@ -75,6 +76,7 @@ class StageRunner:
         self.streams = streams or StageStreams(device, is_overlapped=False)
         self.lent = LentMemories()
         self.is_only_read = False  # whoever takes tables now only reads them, at once
+        self.is_only_located = False  # whoever takes tables now only asks where they are
         self._queue = _Queue(self.lent)
         self._lock = threading.RLock()  # whoever runs stages, or must not have them run, has it
 
@@ -128,6 +130,15 @@ class StageRunner:
             with self.between_batches():
                 for pool in batch.pools:
                     self.refresh_pool(pool)
+
+    def begin_update(self, batch: Batch) -> None:
+        """Train of a batch is about to update its rows: they must be current, and what they were may be wanted.
+
+        Hazards 6 and 9. Raises TableOverwrittenError.
+        """
+        self.refresh(batch)
+        for pool, plan in tuple(batch.held):
+            pool.will_update(plan)
 
     def release(self, batch: Batch, *, is_updated: bool = False) -> None:
         """Let go of a batch's slots; from any thread; later calls do nothing.

@@ -252,6 +252,26 @@ class ScratchpadCollection:
                 raise
         return taken
 
+    def watch_changes(self) -> None:
+        """Note which rows change from now on; before, or between, Trains. Raises TableOverwrittenError."""
+        with self._runner.between_batches():
+            for pool in self.pools:
+                self._runner.refresh_pool(pool)
+                pool.watch_changes(self._runner.streams)
+
+    def cut_changes(self) -> None:
+        """End the interval in which rows have changed, and begin another; between two Trains."""
+        for pool in self.pools:
+            assert pool.changes is not None, "nobody watches"
+            if pool.host_table.lent.is_any_lent:  # who has its memory may write it unseen
+                with self._runner.between_batches():
+                    pool.changes.all_will_change()
+            pool.changes.cut()
+
+    def between_batches(self) -> AbstractContextManager[None]:
+        """See :meth:`StageRunner.between_batches`."""
+        return self._runner.between_batches()
+
     def holding_back(self) -> AbstractContextManager[None]:
         """See :meth:`StageRunner.holding_back`."""
         return self._runner.holding_back()

@@ -202,6 +202,8 @@ class ScratchpadKernel(FusedOptimizerModule):
         TorchRec calls this when somebody takes a state_dict. What is done to that by PyTorch's operations is noticed;
         for the sake of what goes round them, resident rows are read anew before the next batch.
         """
+        if self._runner.is_only_located:
+            return
         self._runner.wait_until_idle()
         with self._runner.between_batches():
             for pool in self.pools:
@@ -603,7 +605,7 @@ def _release_after_backward(output: Tensor, batch: Batch, runner: StageRunner) -
                 "by the pipeline's reset(). Call backward once per forward (retain_graph=True cannot be used through "
                 "embeddings), and not for batches that were dropped."
             )
-        runner.refresh(batch)  # tables may have been loaded since the forward, and this update goes on top
+        runner.begin_update(batch)  # tables may have been loaded since the forward, and this update goes on top
 
     # The first hook runs right before the fused update, the second right after it (hazards 1 and 3).
     output.grad_fn.register_prehook(prepare_update)

@@ -21,6 +21,7 @@ from torchrec_scratchpipe.sharding.collection import ScratchpadCollection
 from torchrec_scratchpipe.sharding.lookup import SCRATCHPAD_KERNEL
 
 __all__ = [
+    "only_located",
     "only_read",
     "refuse_pruning",
     "scratchpad_collections",
@@ -67,6 +68,19 @@ def only_read(module: nn.Module) -> Iterator[None]:
     finally:
         for runner in runners:
             runner.is_only_read = False
+
+
+@contextmanager
+def only_located(module: nn.Module) -> Iterator[None]:
+    """While entered, a state_dict says where tables are, and does not bring them up to date."""
+    runners = [collection._runner for collection in scratchpad_collections(module)]
+    for runner in runners:
+        runner.is_only_located = True
+    try:
+        yield
+    finally:
+        for runner in runners:
+            runner.is_only_located = False
 
 
 def stage_spans(module: nn.Module) -> list[list[StageSpan]]:

@@ -27,7 +27,7 @@ from torchrec.distributed.composable.table_batched_embedding_slice import TableB
 from torchrec_scratchpipe.core.host_table import LentMemory
 from torchrec_scratchpipe.errors import ConfigError
 
-__all__ = ["TableOwner", "TableParameter", "TableView", "shown"]
+__all__ = ["TableOwner", "TableParameter", "TableView", "shown", "to_write"]
 
 NUM_DRAWN_TOGETHER = 1 << 24  # values: 64 MB of float32 on the device
 
@@ -224,6 +224,14 @@ class TableParameter(_ShowsTable, TableBatchedEmbeddingSlice):
 def shown(tensor: Tensor) -> Tensor:
     """The tensor behind a view, for this package's own use: nobody is asked before it is read or written."""
     return tensor._shown if isinstance(tensor, _ShowsTable) else tensor
+
+
+def to_write(tensor: Tensor) -> Tensor:
+    """The tensor behind a view, whose owner expects it to be written until the next batch; for this package alone."""
+    if isinstance(tensor, _ShowsTable):
+        tensor._owner.prepare_write(tensor._shown)
+        return tensor._shown.detach()
+    return tensor.detach()
 
 
 # Read nothing, and show nothing.

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Brings tensors up to date with delta sets, whatever ranks and sharding wrote them, and whatever have them now.
+
+Shapes: ``N`` rows.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrec_scratchpipe.checkpoint.delta_chain import DeltaSet, RankRecord
+from torchrec_scratchpipe.checkpoint.delta_files import Block, Entry, Part, PoolSchema
+from torchrec_scratchpipe.checkpoint.files import load_plain
+from torchrec_scratchpipe.checkpoint.pieces import Piece
+from torchrec_scratchpipe.core.rows import write_rows
+from torchrec_scratchpipe.errors import CheckpointMismatchError
+
+__all__ = ["LoggedState", "RowWriter", "check_fit", "first_of_each", "logged_names", "read_state", "write_state"]
+
+
+class LoggedState(NamedTuple):
+    """What is in no pool, of one rank at one moment."""
+
+    tensors: dict[tuple[str, tuple[int, ...]], Piece]  # by name in the flat state and offsets
+    values: dict[str, Any]
+    beside: dict[str, Any]
+
+    @property
+    def names(self) -> set[str]:
+        """In the flat state."""
+        return {name for name, _ in self.tensors} | self.values.keys()
+
+
+def read_state(of_rank: RankRecord) -> LoggedState:
+    """Read what :func:`take_state` has taken. Raises CheckpointMismatchError."""
+    payload = of_rank.reader.state(of_rank.record)
+    content = load_plain(io.BytesIO(payload), f"{of_rank.reader.path}, batch {of_rank.record.step}")
+    pieces = [(name, Piece(tensor, tuple(offsets), tuple(size))) for name, offsets, size, tensor in content["tensors"]]
+    tensors = {(name, piece.offsets): piece for name, piece in pieces}
+    return LoggedState(tensors, content["values"], content["beside"])
+
+
+def check_fit(sets: Sequence[DeltaSet], state: LoggedState | None, pieces: Mapping[str, Sequence[Piece]]) -> None:
+    """Make sure that what is logged fits. Raises CheckpointMismatchError.
+
+    Args:
+        sets: To be written.
+        state: To be written, of all ranks.
+        pieces: By name in the flat state, the pieces of each tensor that are here.
+    """
+    logged = {
+        (entry.name, entry.size, pool.parts[entry.part].dtype)
+        for delta_set in sets
+        for record in delta_set.records
+        for pool in record.segment.schema.pools
+        for entry in pool.entries
+    }
+    if state is not None:
+        logged |= {(name, piece.size, _dtype_of(piece)) for (name, _), piece in state.tensors.items()}
+    for name, size, dtype in sorted(logged):
+        for piece in pieces.get(name, ()):
+            if (piece.size, _dtype_of(piece)) != (size, dtype):
+                raise CheckpointMismatchError(
+                    f"{name} is {piece.size} {_dtype_of(piece)} here and {size} {dtype} in the delta log. Build the "
+                    "model with the same tables and optimizers."
+                )
+
+
+def _dtype_of(piece: Piece) -> str:
+    return str(piece.tensor.dtype).removeprefix("torch.")
+
+
+def logged_names(sets: Iterable[DeltaSet]) -> set[str]:
+    """Tensors of the state whose rows are logged."""
+    schemas = {record.segment.schema for delta_set in sets for record in delta_set.records}
+    return {entry.name for schema in schemas for pool in schema.pools for entry in pool.entries}
+
+
+class _Copy(NamedTuple):
+    """Rows of a pool that belong to one piece of a target."""
+
+    part: int
+    first_row: int  # in the pool
+    last_row: int
+    shift: int  # from a row of the pool to one of the target
+    source_columns: slice | None
+    target: Tensor  # [rows, D] or [rows]
+
+
+class RowWriter:
+    """Writes logged rows to where they belong.
+
+    Args:
+        targets: By name in the flat state, the pieces of each tensor that are here. Other rows are left out, unread.
+    """
+
+    def __init__(self, targets: Mapping[str, Sequence[Piece]]) -> None:
+        self._targets = targets
+        self._copies: dict[PoolSchema, list[_Copy]] = {}
+
+    def write(self, record: RankRecord) -> int:
+        """Write all rows of a record that belong here, and say how many; their checksums are verified."""
+        num_rows = 0
+        for block in record.record.row_blocks:
+            copies = self._copies_of(record.segment.schema.pools[block.pool])
+            if copies:
+                num_rows += self._write_block(record, block, copies)
+        return num_rows
+
+    def _write_block(self, record: RankRecord, block: Block, copies: list[_Copy]) -> int:
+        ids, values = record.reader.rows(block)
+        bounds = torch.tensor([(copy.first_row, copy.last_row) for copy in copies], dtype=ids.dtype)
+        places = torch.searchsorted(ids, bounds).tolist()
+        num_rows = 0
+        for copy, (first, last) in zip(copies, places, strict=True):
+            if first == last:
+                continue
+            rows = ids[first:last].long() + copy.shift
+            value = values[copy.part][first:last]
+            if copy.source_columns is not None:
+                value = value[:, copy.source_columns]
+            if copy.source_columns is None and copy.target.is_contiguous():
+                write_rows([copy.target], rows, [value])
+            else:
+                copy.target.index_copy_(0, rows, value)
+            num_rows += last - first
+        return num_rows
+
+    def _copies_of(self, pool: PoolSchema) -> list[_Copy]:
+        if pool not in self._copies:
+            found = [
+                _overlap(entry, pool.parts[entry.part], piece)
+                for entry in pool.entries
+                for piece in self._targets.get(entry.name, ())
+            ]
+            self._copies[pool] = [copy for copy in found if copy is not None]
+        return self._copies[pool]
+
+
+def _overlap(entry: Entry, part: Part, piece: Piece) -> _Copy | None:
+    """What is logged of a tensor and is here, too."""
+    box = _common_box(
+        entry.offsets, (entry.num_rows, part.num_columns)[: len(entry.offsets)], piece.offsets, piece.tensor.shape
+    )
+    if box is None:
+        return None
+    (first, last), *columns = box
+    target, source_columns = piece.tensor, None
+    if columns:
+        begin, end = columns[0]
+        target = target[:, begin - piece.offsets[1] : end - piece.offsets[1]]
+        if end - begin < part.num_columns:
+            source_columns = slice(begin - entry.offsets[1], end - entry.offsets[1])
+    to_pool = entry.first_row - entry.offsets[0]  # from a row of the tensor
+    return _Copy(entry.part, first + to_pool, last + to_pool, -to_pool - piece.offsets[0], source_columns, target)
+
+
+def first_of_each(states: Sequence[LoggedState]) -> LoggedState:
+    """What all ranks together have; of what several have, that of the first."""
+    tensors: dict[tuple[str, tuple[int, ...]], Piece] = {}
+    values: dict[str, Any] = {}
+    for state in reversed(states):
+        tensors |= state.tensors
+        values |= state.values
+    return LoggedState(tensors, values, states[0].beside)
+
+
+def write_state(state: LoggedState, targets: Mapping[str, Sequence[Piece]]) -> None:
+    """Write tensors that are in no pool.
+
+    Args:
+        state: Of all ranks.
+        targets: By name in the flat state, the pieces of each tensor that are here.
+    """
+    for (name, _), piece in state.tensors.items():
+        for target in targets.get(name, ()):
+            _copy_box(piece, target)
+
+
+def _copy_box(source: Piece, target: Piece) -> None:
+    box = _common_box(source.offsets, source.tensor.shape, target.offsets, target.tensor.shape)
+    if box is not None:
+        here = tuple(slice(first - at, last - at) for (first, last), at in zip(box, source.offsets, strict=True))
+        there = tuple(slice(first - at, last - at) for (first, last), at in zip(box, target.offsets, strict=True))
+        target.tensor[there].copy_(source.tensor[here])
+
+
+def _common_box(
+    offsets: Sequence[int], sizes: Sequence[int], other_offsets: Sequence[int], other_sizes: Sequence[int]
+) -> list[tuple[int, int]] | None:
+    """First and last of each dimension."""
+    box = [
+        (max(first, other_first), min(first + size, other_first + other_size))
+        for first, size, other_first, other_size in zip(offsets, sizes, other_offsets, other_sizes, strict=True)
+    ]
+    return box if all(first < last for first, last in box) else None

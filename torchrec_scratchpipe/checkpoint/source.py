@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a state is loaded from: a checkpoint, and the delta sets that lead on from it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet, digest_of_base
+from torchrec_scratchpipe.checkpoint.delta_load import (
+    LoggedState,
+    RowWriter,
+    check_fit,
+    first_of_each,
+    logged_names,
+    read_state,
+    write_state,
+)
+from torchrec_scratchpipe.checkpoint.files import Manifest, base_path, base_steps, check_values
+from torchrec_scratchpipe.checkpoint.loading import brief, check_files, check_fits, load_files
+from torchrec_scratchpipe.checkpoint.pieces import Piece
+from torchrec_scratchpipe.checkpoint.ranks import Ranks
+from torchrec_scratchpipe.errors import CheckpointMismatchError
+from torchrec_scratchpipe.sharding.table_view import to_write
+
+__all__ = ["Source", "find_source", "open_source"]
+
+
+def find_source(directory: Path, step: int | None) -> tuple[int, int] | None:
+    """The checkpoint to begin with, and the step that its deltas lead to; None if there is no checkpoint at all.
+
+    Args:
+        directory: Of the checkpoints.
+        step: The step that is wanted; None: the latest.
+
+    Returns:
+        Both steps; equal where no deltas are needed.
+
+    Raises:
+        CheckpointMismatchError: There is no such step, or deltas are missing, or are not of this checkpoint.
+    """
+    if step is not None and base_path(directory, step).is_dir():  # whole or not; whoever reads it says what is wrong
+        return step, step
+    bases = base_steps(directory)
+    base = max((base for base in bases if step is None or base < step), default=None)
+    if base is None and step is None:
+        return None
+    steps: list[int] = []
+    if base is not None:
+        chain = Chain.read(directory)
+        sets = chain.after(Manifest.read_base(directory, base), base_path(directory, base))
+        chain.close()
+        steps = [base, *(delta_set.step for delta_set in sets if delta_set.has_state)]
+    if step is not None and step not in steps:
+        ends = f", and deltas that lead to {steps[-1]}" if len(steps) > 1 else ""
+        raise CheckpointMismatchError(
+            f"{base_path(directory, step)} does not exist. Steps that were saved: "
+            f"{', '.join(map(str, bases)) or 'none'}{ends}."
+        )
+    assert base is not None
+    return base, steps[-1] if step is None else step
+
+
+@dataclass
+class Source:
+    """A checkpoint, whose files are whole, and delta sets, whose records are."""
+
+    directory: Path  # of the checkpoint
+    manifest: Manifest
+    metadata: Metadata
+    sets: Sequence[DeltaSet]  # that lead on from it
+    states: Sequence[LoggedState]  # of the ranks at the last of them
+
+    def __post_init__(self) -> None:
+        self._logged = first_of_each(self.states) if self.states else None
+        self._logged_names = logged_names(self.sets)
+
+    @property
+    def names(self) -> set[str]:
+        """All names of the flat state."""
+        if self._logged is None:
+            return set(self.metadata.state_dict_metadata)
+        return self._logged_names | self._logged.names
+
+    @property
+    def world_size(self) -> int:
+        """Of the job that saved it."""
+        return len(self.states) or self.manifest.world_size
+
+    @property
+    def digest(self) -> str:
+        """What a log that goes on from here says that it follows."""
+        return self.sets[-1].digest if self.sets else digest_of_base(self.directory)
+
+    def beside(self, rank: int) -> tuple[Any, Any]:
+        """What no state_dict shows: `extra`, and states of the optimizer's wrappers. Raises CheckpointMismatchError."""
+        path = self.directory / f"extra_{rank}.pt"
+        try:
+            content = self.states[rank].beside if self.states else torch.load(path, weights_only=True)
+            return content["extra"], content["optimizer_wrappers"]
+        except Exception as error:
+            raise CheckpointMismatchError(
+                f"{path}: is not plain data ({brief(error)}), and reading it might run code. Load another step."
+            ) from error
+
+    def check(
+        self,
+        state: dict[str, Any],
+        flat: Mapping[str, Any],
+        names: set[str],
+        pieces: Mapping[str, Sequence[Piece]],
+    ) -> None:
+        """Compare names, sizes and dtypes. Raises CheckpointMismatchError.
+
+        Args:
+            state: What is to be loaded, on this rank.
+            flat: The same.
+            names: Of the flat states of all ranks.
+            pieces: By name in it, the pieces of each tensor.
+        """
+        if self._logged is None:
+            check_fits(state, self.metadata, names, self.directory)
+            check_values(self.directory, self.metadata, flat)
+            return
+        left = sorted(names ^ {name for name in self.names if name.partition(".")[0] in state})
+        if left:
+            where = (
+                "is in the delta log, and not here" if left[0] in self.names else "is here, and not in the delta log"
+            )
+            raise CheckpointMismatchError(
+                f"{self.directory.parent}: {left[0]} {where}. Build the model with the same tables and optimizers."
+            )
+        check_fits(self._of_checkpoint(flat), self.metadata, None, self.directory)
+        check_fit(self.sets, self._logged, pieces)
+
+    def load(
+        self,
+        state: dict[str, Any],
+        flat: Mapping[str, Any],
+        pieces: Mapping[str, Sequence[Piece]],
+        set_value: Callable[[str, Any], None],
+        ranks: Ranks,
+    ) -> None:
+        """Write tables and other tensors where they are. All ranks call it.
+
+        Args:
+            state: What is to be loaded.
+            flat: The same.
+            pieces: By name in it, the pieces of each tensor.
+            set_value: Takes what is no tensor, by name in the flat state.
+            ranks: That load together.
+        """
+        if self._logged is None:
+            load_files(self.directory, state, ranks.group)
+            return
+        load_files(self.directory, self._of_checkpoint(flat), ranks.group)
+        targets = {
+            name: [piece._replace(tensor=to_write(piece.tensor)) for piece in some] for name, some in pieces.items()
+        }
+        writer = RowWriter(targets)
+        for delta_set in self.sets:
+            for record in delta_set.records:
+                writer.write(record)
+        write_state(self._logged, targets)
+        for name, value in self._logged.values.items():
+            if name in flat:
+                set_value(name, value)
+
+    def _of_checkpoint(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """What deltas have only changes of. All the rest, the last of them has."""
+        return {name: flat[name] for name in self._logged_names if name in flat}
+
+
+@contextmanager
+def open_source(
+    directory: Path, base: int, step: int, ranks: Ranks, make_error: Callable[[str], Exception]
+) -> Iterator[Source]:
+    """Read, on each rank a share, and verify all that :func:`find_source` has found. All ranks call it.
+
+    Raises what `make_error` makes.
+    """
+    chain = Chain(directory)
+
+    def read() -> Source:
+        path = base_path(directory, base)
+        manifest = Manifest.read_base(directory, base)
+        sets: list[DeltaSet] = []
+        if step > base:
+            chain.update()
+            sets = [one for one in chain.after(manifest, path) if one.step <= step]
+        for reader, record in [record for one in sets for record in one.records][ranks.rank :: ranks.world_size]:
+            reader.check(record)
+        states = [read_state(record) for record in sets[-1].newest] if sets else []
+        return Source(path, manifest, check_files(path, manifest, ranks), sets, states)
+
+    try:
+        yield ranks.each_or_fail(read, make_error)
+    finally:
+        chain.close()
