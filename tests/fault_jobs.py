@@ -31,6 +31,9 @@ from torchrec_scratchpipe import (
     PeerFailedError,
     TableStorageError,
 )
+from torchrec_scratchpipe.checkpoint import delta_log
+from torchrec_scratchpipe.checkpoint.delta_chain import Chain
+from torchrec_scratchpipe.core import changes
 
 SETTING = Setting(num_batches=60, load_factor=0.25)
 
@@ -70,6 +73,74 @@ def train_and_save(directory: Path, table_dir: Path | None, save_every: int) -> 
     manager.wait()
     torch.save(full_state(ours), directory / "final.pt.unfinished")
     (directory / "final.pt.unfinished").rename(directory / "final.pt")
+
+
+DELTA_EVERY = 4
+
+
+def train_and_log(directory: Path, table_dir: Path | None, rank: int, world_size: int, attempt: int) -> None:
+    """Go on from the last delta, log on the way, leave the final state as a file; say after each batch how far it is.
+
+    Tables are split by rows, where there are two ranks.
+    """
+    (directory / f"store_{attempt}").mkdir(exist_ok=True)
+    set_up(directory / f"store_{attempt}", rank, world_size)
+    changes.ROWS_READ_TOGETHER = 16
+    delta_log.SEGMENT_BYTES = 20_000
+    setting = SETTING if world_size == 1 else replace(SETTING, num_rows=(200, 150, 40), sharding_type="row_wise")
+    ours = Trainer.scratchpipe(setting, table_dir=table_dir and str(table_dir))
+    manager = CheckpointManager(directory / "checkpoints", keep_last=2, delta_every=DELTA_EVERY)
+    found = manager.load(ours.model, ours.optimizer)
+    first = found.step if found is not None else 0
+    (directory / f"began_{attempt}_{rank}_{first}").touch()
+    progress = os.open(directory / f"progress_{rank}", os.O_RDWR | os.O_CREAT)
+    pipeline, iterator = ours.pipeline(), iter(make_batches(setting, rank=rank)[first:])
+    for step in range(first + 1, setting.num_batches + 1):
+        pipeline.progress(iterator)
+        os.pwrite(progress, step.to_bytes(4, "little"), 0)
+        manager.trained(step, ours.model, ours.optimizer)
+        if step % 25 == 0:
+            manager.async_save(step, ours.model, ours.optimizer)
+    manager.wait()
+    assert ours.num_victims > 0
+    torch.save(full_state(ours), directory / f"final_{rank}.pt.unfinished")
+    (directory / f"final_{rank}.pt.unfinished").rename(directory / f"final_{rank}.pt")
+
+
+def fill_the_disk_of_a_log(directory: Path) -> None:
+    """Let no file grow for some deltas, at several points; what they were to save is in the next one."""
+    set_up(directory)
+    changes.ROWS_READ_TOGETHER = 16
+    ours = Trainer.scratchpipe(SETTING)
+    manager = CheckpointManager(directory / "checkpoints", delta_every=2)
+    pipeline, iterator = ours.pipeline(), iter(make_batches(SETTING))
+    (directory / "probe").write_bytes(b"")
+    failed = []
+    for step in range(1, 42):
+        pipeline.progress(iterator)
+        log = max(directory.glob("checkpoints/deltas/*.log"), default=directory / "probe")
+        room = {11: 0, 13: 10, 15: 300, 23: 900, 31: 1800}.get(step)
+        if room is not None:
+            manager.wait()
+            limit = log.stat().st_size + room
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        future = manager.trained(step, ours.model, ours.optimizer)
+        if room is not None:
+            assert future is not None
+            error = future.exception()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            assert isinstance(error, CheckpointSaveError)
+            assert f"the delta of batch {step} cannot be saved" in str(error)
+            failed.append(step)
+    manager.wait()
+    chain = Chain.read(directory / "checkpoints")
+    assert [one.step for one in chain.sets] == [step for step in range(3, 42, 2) if step not in failed]
+    for step in (9, 17, 41):
+        loaded, twin = Trainer.scratchpipe(replace(SETTING, seed=3)), Trainer.scratchpipe(SETTING)
+        CheckpointManager(directory / "checkpoints").load(loaded.model, loaded.optimizer, step)
+        drain(twin.pipeline(), make_batches(SETTING)[:step])
+        for (name, expected), found in zip(full_state(twin).items(), full_state(loaded).values(), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), (step, name)
 
 
 LARGE = replace(

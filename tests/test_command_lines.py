@@ -20,7 +20,7 @@ OPTIONS: dict[str, str] = {
         --sizes_gb --dir --json --one
     """,
     "examples/benchmark/delta_log.py": """
-        --blocks --dir --interval
+        --blocks --deltas --dir --gb --interval --rounds
     """,
     "examples/benchmark/disk_tier.py": """
         --table_dir --cap_gb --ram_budget_gb --num_tables --num_embeddings --embedding_dim --batch_size --zipf
@@ -65,7 +65,7 @@ OPTIONS: dict[str, str] = {
         --lr_decay_steps --embedding_cache --load_factor --hbm_budget_gb --scratchpad_budget_gb --working_sets
         --zch_size --zch_policy --zch_eviction_interval --num_measured_batches --lookahead
         --num_batches_seen_ahead --host_access --table_dir --ram_budget_gb
-        --save_dir --save_every
+        --save_dir --save_every --delta_every
         --keep_last --resume --validation_freq_within_epoch --print_lr --print_sharding_plan --verify --evaluate_stock
         --profile_trace --json --plot --html --stats_every --tensorboard_dir --json_lines
     """,

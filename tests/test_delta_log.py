@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A delta log brings back the bits of the run that wrote it; what is missing, moved or damaged is named or dropped."""
 
+import itertools
+import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -9,13 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Setting, Trainer, assert_same_bits, drain, full_state, make_batches, with_optimizer
+import torch.distributed as dist
+from helpers import (
+    Setting,
+    Trainer,
+    assert_same_bits,
+    drain,
+    full_state,
+    local_tensors,
+    make_batches,
+    run_ranks,
+    with_optimizer,
+)
 from torchrec.datasets.utils import Batch
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_scratchpipe import CheckpointManager
+from torchrec_scratchpipe import CheckpointManager, CheckpointMismatchError
 from torchrec_scratchpipe.checkpoint import delta_log
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet
+from torchrec_scratchpipe.checkpoint.delta_files import MAGIC, Kind, SegmentReader
 from torchrec_scratchpipe.core import changes
 from torchrec_scratchpipe.sharding.model import scratchpad_collections
 
@@ -27,7 +43,7 @@ OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that deltas of these tests are read in several pieces, and fill several files."""
     monkeypatch.setattr(changes, "ROWS_READ_TOGETHER", 16)
-    monkeypatch.setattr(delta_log, "SEGMENT_BYTES", 40_000)
+    monkeypatch.setattr(delta_log, "SEGMENT_BYTES", 9_000)
 
 
 def run(
@@ -152,19 +168,23 @@ class Gate:
 
 
 def hold_reading(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """Of each delta, a part of the first pool is read when it is taken, the rest when the gate is opened."""
+    """Of each delta, a part is read when it is taken, the rest when the gate is opened."""
     gate = Gate()
-    original = changes.Changes.read
-    pools: list[changes.Changes] = []
+    read_all, cut_off = changes.Changes.read, changes.Changes.cut
+    opened: dict[changes.Changes, threading.Event] = {}
+
+    def cut(self: changes.Changes) -> None:
+        opened[self] = gate.event
+        cut_off(self)
 
     def read(self: changes.Changes, between_batches: Any) -> Iterator[changes.ChangedRows]:
-        opened = gate.event
-        pools.append(self)
-        for number, rows in enumerate(original(self, between_batches)):
+        waits_for = opened[self]
+        for number, rows in enumerate(read_all(self, between_batches)):
             yield rows
-            if number == 1 and self is pools[0]:
-                assert opened.wait(60)
+            if number == 1:
+                assert waits_for.wait(60)
 
+    monkeypatch.setattr(changes.Changes, "cut", cut)
     monkeypatch.setattr(changes.Changes, "read", read)
     return gate
 
@@ -190,3 +210,388 @@ def trained_rows(trainer: Trainer, batches: Sequence[Batch]) -> set[tuple[int, i
                 for batch in batches:
                     rows |= {(index, first_row + row) for row in batch.sparse_features[feature].values().tolist()}
     return rows
+
+
+# Several ranks.
+
+SHARDED = replace(SETTING, num_rows=(200, 150, 40), num_batches=14)
+COLUMNS = replace(SHARDED, sharding_type="column_wise", min_partition=4)
+ROWS = replace(SHARDED, sharding_type="row_wise")
+TABLES = replace(SHARDED, sharding_type="table_wise")
+GRID = replace(SHARDED, sharding_type="grid_shard", local_size=2, min_partition=4)
+
+
+def _log_sharded(rank: int, directory: str, setting: Setting) -> None:
+    _make_pieces_small()
+    ours = Trainer.scratchpipe(setting)
+    manager = CheckpointManager(Path(directory) / "c", delta_every=3)
+    pipeline, batches = ours.pipeline(), iter(make_batches(setting, rank=rank))
+    for step in range(1, 11):
+        pipeline.progress(batches)
+        manager.trained(step, ours.model, ours.optimizer, extra=rank)
+    manager.wait()
+    # What is saved whole, after the last delta was taken, is what deltas are compared with.
+    CheckpointManager(Path(directory) / "whole").save(10, ours.model, ours.optimizer)
+
+
+def _load_sharded(rank: int, directory: str, setting: Setting, num_logging: int) -> None:
+    _make_pieces_small()
+    ours, expected = Trainer.scratchpipe(replace(setting, seed=5)), Trainer.scratchpipe(replace(setting, seed=6))
+    manager = CheckpointManager(Path(directory) / "c", delta_every=2)
+    found = manager.load(ours.model, ours.optimizer)
+    assert found is not None
+    assert (found.step, found.world_size) == (10, num_logging)
+    assert found.extra == (rank if num_logging == dist.get_world_size() else 0)
+    CheckpointManager(Path(directory) / "whole").load(expected.model, expected.optimizer)
+    assert_same_bits(expected, ours)
+    # It goes on, on other ranks, and so does its log.
+    batches = make_batches(setting, rank=rank)[10:]
+    pipeline, iterator = ours.pipeline(), iter(batches)
+    for step in range(11, 15):
+        pipeline.progress(iterator)
+        manager.trained(step, ours.model, ours.optimizer, extra=rank)
+    manager.wait()
+    drain(expected.pipeline(), batches)
+    assert_same_bits(expected, ours)
+    back = Trainer.scratchpipe(replace(setting, seed=7))
+    found = CheckpointManager(Path(directory) / "c").load(back.model, back.optimizer)
+    assert found is not None
+    assert (found.step, found.world_size) == (14, dist.get_world_size())
+    assert_same_bits(expected, back)
+
+
+def _make_pieces_small() -> None:
+    changes.ROWS_READ_TOGETHER = 16
+    delta_log.SEGMENT_BYTES = 9_000
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("logging", "num_logging", "loading", "num_loading"),
+    [
+        (TABLES, 2, ROWS, 4),
+        (ROWS, 2, ROWS, 2),
+        (COLUMNS, 2, replace(TABLES, load_factor=0.6), 1),
+        (TABLES, 1, with_optimizer(COLUMNS, torch.optim.Adagrad), 2),
+        (GRID, 4, TABLES, 2),
+        (with_optimizer(ROWS, RowWiseAdagrad), 4, with_optimizer(TABLES, RowWiseAdagrad), 2),
+        (with_optimizer(TABLES, torch.optim.SGD), 2, with_optimizer(ROWS, torch.optim.SGD), 2),
+    ],
+    ids=[
+        "tables 2 to rows 4",
+        "rows 2 to rows 2",
+        "columns 2 to tables 1",
+        "tables 1 to columns 2",
+        "grid 4 to tables 2",
+        "rows 4 to tables 2, row-wise Adagrad",
+        "tables 2 to rows 2, SGD",
+    ],
+)
+def test_resharding(logging: Setting, num_logging: int, loading: Setting, num_loading: int, tmp_path: Path) -> None:
+    run_ranks(num_logging, _log_sharded, str(tmp_path), logging, local_size=logging.local_size)
+    run_ranks(num_loading, _load_sharded, str(tmp_path), loading, num_logging, local_size=loading.local_size)
+
+
+# What changes rows beside Train, and what is no row.
+
+
+def test_rows_that_are_reset_are_logged(tmp_path: Path) -> None:
+    """Without being trained, in a slot or not, by TorchRec's way for dynamic ids, while the delta before is read."""
+    setting = with_optimizer(SETTING, RowWiseAdagrad)
+    ours = Trainer.scratchpipe(setting)
+    manager = CheckpointManager(tmp_path, delta_every=2)
+    rows = torch.arange(0, 150, 3)
+
+    def reset(step: int) -> None:
+        if step == 9:
+            reset_rows(ours, rows)
+
+    run(manager, ours, 11, after=reset, setting=setting)
+    twin = Trainer.scratchpipe(setting)
+    drain(twin.pipeline(), make_batches(setting)[:9])
+    reset_rows(twin, rows)
+    drain(twin.pipeline(), make_batches(setting)[9:11])
+    step, other = loaded(tmp_path, setting)
+    assert step == 11
+    assert_same_bits(twin, other)
+    _, before = loaded(tmp_path, setting, step=9)
+    assert_same_bits(trained(setting, 9), before)
+
+
+def reset_rows(trainer: Trainer, rows: torch.Tensor) -> None:
+    (collection,) = scratchpad_collections(trainer.model)
+    (kernel,) = (kernel for served in collection._served for kernel in served.kernels.values())
+    bounds = torch.tensor([0, rows.numel()], dtype=torch.int64)
+    kernel.emb_module.reset_embedding_weight_momentum(
+        rows, bounds, torch.tensor([1], dtype=torch.int64), torch.tensor([0], dtype=torch.int64)
+    )
+
+
+def overwrite(trainer: Trainer) -> None:
+    for name, value in trainer.model.state_dict().items():
+        if "embedding_bags" in name:
+            for tensor in local_tensors(value):
+                tensor.mul_(0.5)
+
+
+def write_in_numpy(trainer: Trainer) -> None:
+    value = trainer.model.state_dict()["ebc.embedding_bags.t1.weight"]
+    array = local_tensors(value)[0].numpy()
+    array *= 0.5
+
+
+def load_other(trainer: Trainer) -> None:
+    trainer.model.load_state_dict(Trainer.scratchpipe(replace(SETTING, seed=9)).model.state_dict())
+
+
+@pytest.mark.parametrize("write", [overwrite, write_in_numpy, load_other])
+def test_tables_that_are_overwritten_are_logged_whole(write: Callable[[Trainer], None], tmp_path: Path) -> None:
+    ours, twin = Trainer.scratchpipe(SETTING), Trainer.scratchpipe(SETTING)
+    run(
+        CheckpointManager(tmp_path, delta_every=2),
+        ours,
+        14,
+        after=lambda step: write(ours) if step == 10 else None,
+    )
+    drain(twin.pipeline(), make_batches(SETTING)[:10])
+    write(twin)
+    drain(twin.pipeline(), make_batches(SETTING)[10:13])
+    step, other = loaded(tmp_path)
+    assert step == 13
+    assert_same_bits(twin, other)
+    chain = Chain.read(tmp_path)
+    sizes = [len(rows_of(one)) for one in chain.sets]
+    assert sizes[4] == sum(SETTING.num_rows)
+    assert max(sizes[:4] + sizes[5:]) < sum(SETTING.num_rows) / 2
+
+
+def test_a_state_dict_that_is_only_read_logs_nothing_more(tmp_path: Path) -> None:
+    ours = Trainer.scratchpipe(SETTING)
+    run(CheckpointManager(tmp_path, delta_every=2), ours, 13, after=lambda _: full_state(ours))
+    assert max(len(rows_of(one)) for one in Chain.read(tmp_path).sets) < sum(SETTING.num_rows) / 2
+    assert_same_bits(trained(SETTING, 13), loaded(tmp_path)[1])
+
+
+def test_states_of_dense_optimizers_and_kept_whole_tables_are_logged(tmp_path: Path) -> None:
+    setting = replace(SETTING, fused_tables=("t1",))
+
+    def make(seed: int = 0) -> Trainer:
+        trainer = Trainer.scratchpipe(replace(setting, seed=seed))
+        parameters = {name: p for name, p in trainer.model.named_parameters() if "over" in name}
+        dense = KeyedOptimizerWrapper(parameters, lambda p: torch.optim.Adam(p, lr=0.05))
+        trainer.optimizer = CombinedOptimizer([trainer.model.fused_optimizer, dense])
+        return trainer
+
+    ours, twin, other = make(), make(), make(seed=5)
+    manager = CheckpointManager(tmp_path, delta_every=2, state_every=6)
+    manager.save(0, ours.model, ours.optimizer, extra={"step": 0})  # before Adam has any state
+    manager.load(ours.model, ours.optimizer)
+    run(manager, ours, 17, setting=setting)
+    assert manager.steps() == [0]
+    assert [one.step for one in Chain.read(tmp_path).sets if one.has_state] == [6, 12]
+    found = CheckpointManager(tmp_path).load(other.model, other.optimizer)
+    assert found is not None
+    assert found.step == 12
+    drain(twin.pipeline(), make_batches(setting)[:12])
+    assert_same_bits(twin, other)
+    for trainer in (twin, other):
+        drain(trainer.pipeline(), make_batches(setting)[12:20])
+    assert_same_bits(twin, other)
+
+
+# Damage.
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """A directory with a checkpoint of batch 1 and deltas up to batch 31, in several files."""
+    run(CheckpointManager(tmp_path / "c", delta_every=3), Trainer.scratchpipe(SETTING), 32)
+    for empty in set(segments(tmp_path / "c")) - set(full_segments(tmp_path / "c")):
+        empty.unlink()
+    assert len(segments(tmp_path / "c")) > 3
+    return tmp_path / "c"
+
+
+def segments(directory: Path) -> list[Path]:
+    return sorted((directory / "deltas").iterdir())
+
+
+def full_segments(directory: Path) -> list[Path]:
+    """Those that have a record."""
+    return [path for path in segments(directory) if record_bounds(path)]
+
+
+def check_refused(directory: Path, message: str) -> None:
+    """Loading raises, and changes no bit."""
+    untouched, ours = Trainer.scratchpipe(SETTING), Trainer.scratchpipe(SETTING)
+    with pytest.raises(CheckpointMismatchError, match=message):
+        CheckpointManager(directory).load(ours.model, ours.optimizer)
+    assert_same_bits(untouched, ours)
+
+
+def places(path: Path) -> dict[str, list[int]]:
+    """Where in a segment, by class of bytes, something lies."""
+    reader = SegmentReader(path)
+    segment = reader.scan()
+    assert segment is not None
+    found: dict[str, list[int]] = {"schema header": list(range(40)), "schema": list(range(40, segment.begin))}
+    names = {Kind.ROWS: "rows", Kind.STATE: "state"}
+    for record in segment.records:
+        for block in record.blocks:
+            first, last = block.offset, block.offset + block.num_bytes
+            found.setdefault(f"{names[block.kind]} header", []).extend(range(first - 40, first))
+            middle = first + 4 * block.num_rows if block.kind == Kind.ROWS else first
+            found.setdefault("ids", []).extend(range(first, middle))
+            found.setdefault("values" if block.kind == Kind.ROWS else "state", []).extend(range(middle, last))
+        end_block = max(block.offset + block.num_bytes for block in record.blocks)
+        found.setdefault("end header", []).extend(range(end_block, end_block + 40))
+        found.setdefault("end", []).extend(range(end_block + 40, record.end_offset))
+    reader.close()
+    return found
+
+
+def last_end(content: bytes) -> int:
+    return content.rindex(MAGIC)
+
+
+CLASSES = ["schema header", "schema", "rows header", "ids", "values", "state header", "state", "end header", "end"]
+
+
+@pytest.mark.fault("a bit-flipped delta log, in every class of bytes, in any record")
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_flipped_bit_is_named(kind: str, log: Path, record_property: Callable[[str, object], None]) -> None:
+    rng = random.Random(kind)
+    record_property("tries", 6)
+    paths = full_segments(log)
+    for number in range(6):
+        path = paths[[0, 1, -1][number % 3]]
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        at = rng.choice(places(path)[kind])
+        damaged[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        is_last = path == paths[-1] and at >= last_end(content)
+        if kind.startswith("end") and is_last:  # a record without an end was never whole
+            assert loaded(log)[0] == 28
+        else:
+            check_refused(log, path.name)
+        path.write_bytes(content)
+    assert loaded(log)[0] == 31
+
+
+@pytest.mark.fault("a delta log that is cut anywhere")
+def test_a_cut_tail_is_dropped_and_what_is_before_it_counts(log: Path, record_property: Callable[..., None]) -> None:
+    path = full_segments(log)[-1]
+    content = path.read_bytes()
+    reader = SegmentReader(path)
+    segment = reader.scan()
+    assert segment is not None
+    ends = {segment.schema.since: segment.begin} | {record.step: record.end_offset for record in segment.records}
+    rng = random.Random(3)
+    cuts = [rng.randrange(segment.begin, len(content)) for _ in range(6)]
+    cuts += [segment.begin, segment.records[0].end_offset - 12, segment.records[0].end_offset]
+    record_property("tries", 2 * len(cuts))
+    for cut in cuts:
+        expected = max(step for step, end in ends.items() if end <= cut)
+        # Cut short; and as long as before, but never written, as a system leaves it that went down.
+        for tail in (b"", bytes(len(content) - cut)):
+            path.write_bytes(content[:cut] + tail)
+            step, other = loaded(log)
+            assert step == expected
+            assert_same_bits(trained(SETTING, expected), other)
+            # The job that goes on from there leaves the tail out for good.
+            again = replace(SETTING, seed=5)
+            ours, manager = Trainer.scratchpipe(again), CheckpointManager(log, delta_every=3)
+            manager.load(ours.model, ours.optimizer)
+            if tail and cut == cuts[0]:
+                run(manager, ours, expected + 4, expected)
+                assert loaded(log)[0] == expected + 3
+                segments(log)[-1].unlink()
+    path.write_bytes(content)
+
+
+def drop(directory: Path, position: int) -> None:
+    segments(directory)[position].unlink()
+
+
+def swap(directory: Path) -> None:
+    first, second = segments(directory)[1:3]
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def repeat_a_record(directory: Path) -> None:
+    path = segments(directory)[0]
+    (first, *_) = record_bounds(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: first[1]] + content[first[0] : first[1]] + content[first[1] :])
+
+
+def leave_a_record_out(directory: Path) -> None:
+    path = segments(directory)[0]
+    (first, *_) = record_bounds(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: first[0]] + content[first[1] :])
+
+
+def turn_two_records_round(directory: Path) -> None:
+    path = segments(directory)[0]
+    (first, second, *_) = record_bounds(path)
+    content = path.read_bytes()
+    path.write_bytes(
+        content[: first[0]] + content[second[0] : second[1]] + content[first[0] : first[1]] + content[second[1] :]
+    )
+
+
+def record_bounds(path: Path) -> list[tuple[int, int]]:
+    segment = SegmentReader(path).scan()
+    assert segment is not None
+    ends = [segment.begin, *(record.end_offset for record in segment.records)]
+    return list(itertools.pairwise(ends))
+
+
+def cut_a_file_in_the_middle(directory: Path) -> None:
+    path = segments(directory)[1]
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def take_a_file_of_another_run(directory: Path) -> None:
+    other = directory.parent / "other"
+    run(CheckpointManager(other, delta_every=3), Trainer.scratchpipe(replace(SETTING, seed=3)), 32)
+    names = {path.name for path in segments(other)} & {path.name for path in segments(directory)}
+    name = sorted(names)[-1]
+    shutil.copy(other / "deltas" / name, directory / "deltas" / name)
+
+
+def take_all_files_of_another_run(directory: Path) -> None:
+    other = directory.parent / "other"
+    run(CheckpointManager(other, delta_every=3), Trainer.scratchpipe(replace(SETTING, seed=3)), 32)
+    shutil.rmtree(directory / "deltas")
+    shutil.copytree(other / "deltas", directory / "deltas")
+
+
+def rename(directory: Path) -> None:
+    path = segments(directory)[-1]
+    path.rename(path.with_name("000000000099_00000.log"))
+
+
+@pytest.mark.fault("delta logs with records missing, twice, in another order, or of another run")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda directory: drop(directory, 0), "the deltas of batches 1 to [0-9]+ are missing"),
+        (lambda directory: drop(directory, 1), "does not go on from .* Records are missing, or of another run"),
+        (swap, "was 0.*log when it was written"),
+        (repeat_a_record, "records are missing, or not in their order"),
+        (leave_a_record_out, "records are missing, or not in their order"),
+        (turn_two_records_round, "records are missing, or not in their order"),
+        (cut_a_file_in_the_middle, "does not go on from"),
+        (take_a_file_of_another_run, "deltas"),
+        (take_all_files_of_another_run, "has deltas of another run"),
+        (rename, "was 0.*log when it was written"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(damage: Callable[[Path], None], message: str, log: Path) -> None:
+    damage(log)
+    check_refused(log, message)

@@ -20,6 +20,8 @@ from processes import Script, run_script, run_script_on_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
+from torchrec_scratchpipe.checkpoint.delta_chain import Chain
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES / "criteo_dlrm"))
 sys.path.insert(0, str(EXAMPLES / "benchmark"))
@@ -453,6 +455,34 @@ def test_criteo_dlrm_is_resumed_in_mid_epoch(tsv: Path, tmp_path: Path) -> None:
     assert figures["auroc"] == figures["stock_auroc"]
     assert "plain TorchRec modules" in out
     assert_same_checkpoints(whole, part, 80)
+
+
+def test_criteo_dlrm_that_was_killed_goes_on_from_its_last_delta(tsv: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run_example(*small_run(tsv, "--save_dir", str(whole), "--epochs", "12"))
+    logged = ("--save_dir", str(part), "--delta_every", "5", "--epochs", "12")
+    job = Script(*small_run(tsv, *logged))
+    while not (chain := whole_deltas(part)) or chain[-1] < 40:
+        assert job.is_running
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.end()
+    step = whole_deltas(part)[-1]
+    assert 40 <= step < 480
+    out = run_example(*small_run(tsv, *logged, "--resume", "--verify"), "--json", str(tmp_path / "out.json"))
+    assert f"resumed from {part}, deltas up to step {step}: epoch {step // 40 + 1} of 12" in out
+    assert read_figures(tmp_path / "out.json")["verify"]["max_abs_diff"] == 0.0
+    assert whole_deltas(part)[-1] >= 475
+    assert_same_checkpoints(whole, part, 480)
+
+
+def whole_deltas(directory: Path) -> list[int]:
+    """Steps that a killed job could go on from."""
+    if not (directory / "deltas").is_dir() or not list(directory.glob("step_*")):
+        return []
+    chain = Chain.read(directory)
+    chain.close()
+    return [delta_set.step for delta_set in chain.sets]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

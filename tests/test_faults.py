@@ -63,6 +63,55 @@ def test_killed_jobs_resume_to_the_same_bits(
     assert num_killed_in_training > 0
 
 
+@pytest.mark.fault("kill -9 at a random moment of a job with a delta log, then resume")
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_killed_jobs_resume_from_their_last_delta(
+    is_mapped: bool, world_size: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    num_kills = max(2, NUM_KILLS // 2)
+    directories = [tmp_path / str(index) for index in range(num_kills + 1)]
+    for directory in directories:
+        (directory / "tables").mkdir(parents=True)
+
+    def run(directory: Path, attempt: int) -> list[Any]:
+        table_dir = directory / "tables" if is_mapped else None
+        job = fault_jobs.train_and_log
+        return [start(job, directory, table_dir, rank, world_size, attempt) for rank in range(world_size)]
+
+    whole = run(directories[0], 0)
+    began_s = fault_jobs.wait_for(directories[0] / "began_0_0_0")
+    assert [end(each) for each in whole] == [0] * world_size
+    training_s = time.monotonic() - began_s
+    rng = random.Random(7)
+    lost = []
+    for directory in directories[1:]:
+        ranks = run(directory, 0)
+        fault_jobs.wait_for(directory / "began_0_0_0")
+        time.sleep(rng.random() * training_s)
+        for rank in rng.sample(ranks, world_size):
+            rank.kill()
+        for rank in ranks:
+            rank.join()
+        has_ended = all((directory / f"final_{rank}.pt").exists() for rank in range(world_size))
+        progress = directory / "progress_0"
+        num_trained = int.from_bytes(progress.read_bytes(), "little") if progress.exists() else 0
+        assert [end(each) for each in run(directory, 1)] == [0] * world_size
+        (began,) = directory.glob("began_1_0_*")
+        if not has_ended:
+            lost.append(num_trained - int(began.name.split("_")[-1]))
+        for rank in range(world_size):
+            expected = torch.load(directories[0] / f"final_{rank}.pt")
+            found = torch.load(directory / f"final_{rank}.pt")
+            for name, tensors in expected.items():
+                assert all(torch.equal(a, b) for a, b in zip(tensors, found[name], strict=True)), name
+    record_property("tries", num_kills)
+    record_property("note", f"{len(lost)} of them in training, at most {max(lost, default=0)} batches lost")
+    assert lost
+    # A delta that is being written when the job dies is lost, too.
+    assert max(lost) < 2 * fault_jobs.DELTA_EVERY
+
+
 @pytest.mark.fault("kill -9 under a memory limit that tables in files exceed, page cache dropped")
 def test_a_job_under_a_memory_limit_is_killed_and_resumes(tmp_path: Path) -> None:
     benchmark = Path(__file__).parent.parent / "examples" / "benchmark" / "disk_tier.py"
@@ -95,6 +144,12 @@ def test_full_disk_loses_that_save_alone(
 ) -> None:
     record_property("tries", 4)
     assert end(start(fault_jobs.fill_the_disk, tmp_path, is_async)) == 0
+
+
+@pytest.mark.fault("disk full for five deltas of a log, at five points")
+def test_full_disk_loses_no_row_of_a_delta_log(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    record_property("tries", 5)
+    assert end(start(fault_jobs.fill_the_disk_of_a_log, tmp_path)) == 0
 
 
 @pytest.mark.fault("disk full when memory-mapped tables are made")

@@ -188,6 +188,12 @@ def _add_saving(group: argparse._ArgumentGroup) -> None:
         help="directory that all ranks share; saves at the end, and on SIGTERM or Ctrl-C, which end the run",
     )
     add("--save_every", type=whole(1), help="save after so many training batches too, while training goes on")
+    add(
+        "--delta_every",
+        type=whole(1),
+        help="log the rows that were trained after so many training batches, while training goes on; --resume goes on "
+        "from there",
+    )
     add("--keep_last", type=whole(1), help="keep so many checkpoints; default: all")
     add("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
 
@@ -273,8 +279,8 @@ def _check(args: argparse.Namespace) -> None:
             f"{' and '.join(about_scratchpads)}: about a scratchpad, --embedding_cache fused has none; use "
             "--embedding_cache scratchpipe"
         )
-    if args.save_dir is None and (args.save_every or args.keep_last or args.resume):
-        raise UsageError("--save_every, --keep_last and --resume need --save_dir")
+    if args.save_dir is None and (args.save_every or args.delta_every or args.keep_last or args.resume):
+        raise UsageError("--save_every, --delta_every, --keep_last and --resume need --save_dir")
     if args.evaluate_stock and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("--evaluate_stock is for one process: only rank 0 gets the plain modules")
     if args.embedding_dim % 4:

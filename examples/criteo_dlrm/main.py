@@ -7,7 +7,7 @@
     torchrec-scratchpipe data criteo_to_parquet train.txt train.parquet
     python examples/criteo_dlrm/main.py --parquet train.parquet --num_readers 2
 
-    python examples/criteo_dlrm/main.py --save_dir checkpoints --save_every 1000 --resume
+    python examples/criteo_dlrm/main.py --save_dir checkpoints --save_every 1000 --delta_every 10 --resume
 
 Flags keep the names of facebookresearch/dlrm's torchrec_dlrm/dlrm_main.py. `--embedding_cache fused` is stock TorchRec
 with all tables in memory; `--verify` trains both on the same batches and compares every bit.
@@ -276,7 +276,9 @@ class Trainer:
             epoch, batch = divmod(found.step, num_batches)
             where = f"epoch {epoch + 1} of {num_epochs}, batch {batch + 1} of {num_batches} is next"
             is_done = found.step >= num_epochs * num_batches
-            print(f"resumed from {checkpoints.path(found.step)}: {'nothing is left to train' if is_done else where}")
+            path = checkpoints.path(found.step)
+            source = path if path.exists() else f"{self._args.save_dir}, deltas up to step {found.step}"
+            print(f"resumed from {source}: {'nothing is left to train' if is_done else where}")
 
     def run(self) -> dict[str, Any]:
         """Train all epochs, validate, and gather every figure."""
@@ -376,6 +378,8 @@ class Trainer:
         if number:
             self._save_at_the_end()
             raise StoppedError(number)
+        if self._args.delta_every:
+            self._checkpoints.trained(self._num_steps, self.model, self._optimizer)
         if self._args.save_every and self._num_steps % self._args.save_every == 0:
             self._checkpoints.async_save(self._num_steps, self.model, self._optimizer)
 
@@ -435,7 +439,7 @@ def open_monitor(
 def open_checkpoints(args: argparse.Namespace) -> CheckpointManager | None:
     if args.save_dir is None:
         return None
-    checkpoints = CheckpointManager(args.save_dir, args.keep_last)
+    checkpoints = CheckpointManager(args.save_dir, args.keep_last, delta_every=args.delta_every)
     if checkpoints.steps() and not args.resume:
         raise UsageError(
             f"--save_dir {args.save_dir} has checkpoints of another run; give --resume or another directory"

@@ -138,7 +138,8 @@ class Chain:
             return []
         first = next(run for run in self._runs if run.name == sets[0].run)
         is_of_run = any(run.name == base.run and run.since <= base.step for run in self._runs)
-        is_followed = first.since == base.step and first.follows in (base.digest, digest_of_base(directory))
+        followed = {base.digest, digest_of_base(directory)} - {""}
+        is_followed = first.since == base.step and first.follows in followed
         if not (is_of_run or is_followed):
             raise CheckpointMismatchError(
                 f"{self.directory / LOG_DIRECTORY} has deltas of another run than {directory}. Put those back that "

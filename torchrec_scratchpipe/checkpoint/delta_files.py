@@ -338,8 +338,9 @@ class SegmentReader:
                 return None
             if block.kind != Kind.SCHEMA:
                 raise self._error("does not begin as a segment of a delta log does")
+            payload = self._small_payload(block)
             try:
-                schema = Schema.from_json(self._small_payload(block))
+                schema = Schema.from_json(payload)
             except (ValueError, KeyError, TypeError) as error:
                 raise self._error(f"does not say what it is of ({type(error).__name__}: {error})") from error
             begin = block.offset + block.num_bytes
@@ -351,11 +352,14 @@ class SegmentReader:
         segment.is_torn = segment.num_bytes < num_bytes
         return segment
 
-    def rows(self, block: Block, *, is_checked: bool = False) -> Rows:
-        """Read a block of rows; valid until the next call."""
+    def rows(self, block: Block, buffer: Tensor | None = None, *, is_checked: bool = False) -> Rows:
+        """Read a block of rows, into a buffer of so many bytes, or into one that the next call uses again.
+
+        `is_checked`: whether it is known to be what was written.
+        """
         assert self.segment is not None, "it was scanned"
         schema = self.segment.schema.pools[block.pool]
-        payload = self._payload(block, is_checked)
+        payload = self._payload(block, buffer, is_checked=is_checked)
         offset, tensors = 0, []
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((block.num_rows,), schema.id_dtype)]
         shapes += [(part.shape(block.num_rows), getattr(torch, part.dtype)) for part in schema.parts]
@@ -368,12 +372,12 @@ class SegmentReader:
     def state(self, record: Record) -> bytes:
         """Read what :meth:`SegmentWriter.add_state` was given, some bytes longer."""
         (block,) = (block for block in record.blocks if block.kind == Kind.STATE)
-        return self._payload(block, False).numpy().tobytes()
+        return self._payload(block).numpy().tobytes()
 
     def check(self, record: Record) -> None:
         """Read a record, and make sure that it is what was written."""
         for block in record.blocks:
-            self._payload(block, False)
+            self._payload(block)
 
     def close(self) -> None:
         """Read no more."""
@@ -385,6 +389,8 @@ class SegmentReader:
         while (block := self._header(offset, num_bytes)) is not None:
             offset = block.offset + block.num_bytes
             if block.kind == Kind.END:
+                if not self._is_end(block.offset - HEADER.size) and not self._has_end_after(offset):
+                    return None
                 return self._record(segment, block, blocks, chain, offset)
             if block.kind not in (Kind.ROWS, Kind.STATE) or not self._fits(segment.schema, block):
                 raise self._error(f"has a block at byte {block.offset - HEADER.size:,} that is not its own")
@@ -400,8 +406,9 @@ class SegmentReader:
         return is_known and schema.pools[block.pool].payload_bytes(block.num_rows) == block.num_bytes
 
     def _record(self, segment: Segment, end: Block, blocks: list[Block], chain: Any, end_offset: int) -> Record:
+        payload = self._small_payload(end)
         try:
-            facts = json.loads(self._small_payload(end))
+            facts = json.loads(payload)
             digest = facts.pop("digest")
             chain.update(_json_bytes(facts))
             record = Record(**facts, digest=digest, blocks=tuple(blocks), end_offset=end_offset)
@@ -426,19 +433,39 @@ class SegmentReader:
             return None
         magic, kind, pool, _, num_rows, payload_bytes, crc, header_crc = HEADER.unpack(header)
         if magic != MAGIC or zlib.crc32(header[:-4]) != header_crc:
-            if self._is_empty(offset):  # the file had grown, and what was to be there was never written
+            if not self._has_end_after(offset):
                 return None
             raise self._error(f"is damaged at byte {offset:,}, in the header of a block")
         if payload_bytes > num_bytes - offset - HEADER.size:
             return None
         return Block(kind, pool, num_rows, offset + HEADER.size, payload_bytes, crc)
 
-    def _is_empty(self, offset: int) -> bool:
+    def _has_end_after(self, offset: int) -> bool:
+        """Whether a record ends later.
+
+        Else what begins here was never whole, and a system that goes down leaves any of its bytes.
+        """
+        mark = MAGIC + struct.pack("<I", Kind.END)
+        rest = b""
         self._file.seek(offset)
+        begin = offset
         while data := self._file.read(1 << 20):
-            if data.count(0) != len(data):
-                return False
-        return True
+            rest += data
+            at = -1
+            while (at := rest.find(mark, at + 1)) >= 0:
+                if self._is_end(begin + at):
+                    return True
+                self._file.seek(begin + len(rest))
+            begin, rest = begin + len(rest) - len(mark), rest[-len(mark) :]
+        return False
+
+    def _is_end(self, offset: int) -> bool:
+        self._file.seek(offset)
+        header = self._file.read(HEADER.size)
+        if len(header) < HEADER.size or zlib.crc32(header[:-4]) != HEADER.unpack(header)[-1]:
+            return False
+        *_, num_bytes, crc, _ = HEADER.unpack(header)
+        return num_bytes <= MAX_JSON_BYTES and zlib.crc32(self._file.read(num_bytes)) == crc
 
     def _small_payload(self, block: Block) -> bytes:
         if block.num_bytes > MAX_JSON_BYTES:
@@ -449,11 +476,13 @@ class SegmentReader:
             raise self._error(f"is damaged between bytes {block.offset:,} and {block.offset + block.num_bytes:,}")
         return payload.rstrip(b"\0")
 
-    def _payload(self, block: Block, is_checked: bool) -> Tensor:
+    def _payload(self, block: Block, buffer: Tensor | None = None, *, is_checked: bool = False) -> Tensor:
         """[bytes] uint8."""
-        if self._buffer.numel() < block.num_bytes:
-            self._buffer = torch.empty(block.num_bytes, dtype=torch.uint8)
-        payload = self._buffer[: block.num_bytes]
+        if buffer is None:
+            if self._buffer.numel() < block.num_bytes:
+                self._buffer = torch.empty(block.num_bytes, dtype=torch.uint8)
+            buffer = self._buffer
+        payload = buffer[: block.num_bytes]
         view = _view(payload)
         self._file.seek(block.offset)
         done = 0

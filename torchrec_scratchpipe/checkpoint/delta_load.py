@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from torchrec_scratchpipe.checkpoint.delta_chain import DeltaSet, RankRecord
-from torchrec_scratchpipe.checkpoint.delta_files import Block, Entry, Part, PoolSchema
+from torchrec_scratchpipe.checkpoint.delta_files import Block, Entry, Part, PoolSchema, Rows
 from torchrec_scratchpipe.checkpoint.files import load_plain
-from torchrec_scratchpipe.checkpoint.pieces import Piece
+from torchrec_scratchpipe.checkpoint.pieces import Piece, common_box, copy_box
+from torchrec_scratchpipe.checkpoint.reads import read_ahead
 from torchrec_scratchpipe.core.rows import write_rows
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
@@ -95,23 +96,29 @@ class RowWriter:
 
     Args:
         targets: By name in the flat state, the pieces of each tensor that are here. Other rows are left out, unread.
+        is_checked: Whether all bytes are known to be what was written; else checksums are compared.
     """
 
-    def __init__(self, targets: Mapping[str, Sequence[Piece]]) -> None:
+    def __init__(self, targets: Mapping[str, Sequence[Piece]], *, is_checked: bool = False) -> None:
         self._targets = targets
+        self._is_checked = is_checked
         self._copies: dict[PoolSchema, list[_Copy]] = {}
 
     def write(self, record: RankRecord) -> int:
-        """Write all rows of a record that belong here, and say how many; their checksums are verified."""
+        """Write all rows of a record that belong here, and say how many. Raises CheckpointMismatchError."""
+        pools = record.segment.schema.pools
+        blocks = [block for block in record.record.row_blocks if self._copies_of(pools[block.pool])]
+
+        def read(block: Block, buffer: Tensor) -> tuple[Block, Rows]:
+            return block, record.reader.rows(block, buffer, is_checked=self._is_checked)
+
         num_rows = 0
-        for block in record.record.row_blocks:
-            copies = self._copies_of(record.segment.schema.pools[block.pool])
-            if copies:
-                num_rows += self._write_block(record, block, copies)
+        for block, rows in read_ahead(blocks, read, lambda block: block.num_bytes):
+            num_rows += self._write_block(rows, self._copies_of(pools[block.pool]))
         return num_rows
 
-    def _write_block(self, record: RankRecord, block: Block, copies: list[_Copy]) -> int:
-        ids, values = record.reader.rows(block)
+    def _write_block(self, block: Rows, copies: list[_Copy]) -> int:
+        ids, values = block
         bounds = torch.tensor([(copy.first_row, copy.last_row) for copy in copies], dtype=ids.dtype)
         places = torch.searchsorted(ids, bounds).tolist()
         num_rows = 0
@@ -142,7 +149,7 @@ class RowWriter:
 
 def _overlap(entry: Entry, part: Part, piece: Piece) -> _Copy | None:
     """What is logged of a tensor and is here, too."""
-    box = _common_box(
+    box = common_box(
         entry.offsets, (entry.num_rows, part.num_columns)[: len(entry.offsets)], piece.offsets, piece.tensor.shape
     )
     if box is None:
@@ -177,23 +184,4 @@ def write_state(state: LoggedState, targets: Mapping[str, Sequence[Piece]]) -> N
     """
     for (name, _), piece in state.tensors.items():
         for target in targets.get(name, ()):
-            _copy_box(piece, target)
-
-
-def _copy_box(source: Piece, target: Piece) -> None:
-    box = _common_box(source.offsets, source.tensor.shape, target.offsets, target.tensor.shape)
-    if box is not None:
-        here = tuple(slice(first - at, last - at) for (first, last), at in zip(box, source.offsets, strict=True))
-        there = tuple(slice(first - at, last - at) for (first, last), at in zip(box, target.offsets, strict=True))
-        target.tensor[there].copy_(source.tensor[here])
-
-
-def _common_box(
-    offsets: Sequence[int], sizes: Sequence[int], other_offsets: Sequence[int], other_sizes: Sequence[int]
-) -> list[tuple[int, int]] | None:
-    """First and last of each dimension."""
-    box = [
-        (max(first, other_first), min(first + size, other_first + other_size))
-        for first, size, other_first, other_size in zip(offsets, sizes, other_offsets, other_sizes, strict=True)
-    ]
-    return box if all(first < last for first, last in box) else None
+            copy_box(piece, target)

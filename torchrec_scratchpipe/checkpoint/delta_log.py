@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.tensor import DTensor
 
 from torchrec_scratchpipe.checkpoint.delta_files import Entry, Part, PoolSchema, Schema, SegmentWriter
 from torchrec_scratchpipe.checkpoint.pieces import pieces_of
 from torchrec_scratchpipe.core.changes import Changes
 from torchrec_scratchpipe.core.pool import Pool
-from torchrec_scratchpipe.errors import CheckpointSaveError, ConfigError
+from torchrec_scratchpipe.errors import CheckpointSaveError
 from torchrec_scratchpipe.sharding.collection import ScratchpadCollection
 from torchrec_scratchpipe.sharding.model import scratchpad_collections
 from torchrec_scratchpipe.sharding.table_view import shown
@@ -68,7 +69,7 @@ def take_state(state: dict[str, Any], pools: Sequence[Pool], beside: dict[str, A
         pieces = pieces_of(value)
         if pieces is None:
             values[name] = value
-        elif isinstance(value, ShardedTensor) or name not in names:
+        elif isinstance(value, ShardedTensor | DTensor) or name not in names:
             tensors += [
                 (name, list(piece.offsets), list(piece.size), piece.tensor.detach().clone())
                 for piece in pieces
@@ -83,11 +84,9 @@ def take_state(state: dict[str, Any], pools: Sequence[Pool], beside: dict[str, A
 
 
 def pool_schemas(state: dict[str, Any], pools: Sequence[Pool]) -> tuple[PoolSchema, ...]:
-    """Which rows of which pool are which piece of the state. Raises ConfigError."""
+    """Which rows of which pool are which piece of the state."""
     entries: list[list[Entry]] = [[] for _ in pools]
     for name, value in flatten_state_dict(state)[0].items():
-        if isinstance(value, Tensor) and pieces_of(value) is None:
-            raise ConfigError(f"{name} is a {type(value).__name__}, of which no deltas can be logged.")
         for piece in pieces_of(value) or ():
             place = _locate(pools, piece.tensor)
             if place is not None:

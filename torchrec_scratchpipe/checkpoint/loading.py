@@ -33,7 +33,6 @@ __all__ = [
     "check_fits",
     "is_saved",
     "load_checkpoint",
-    "load_files",
     "mismatch_error",
     "reasons",
 ]
@@ -64,10 +63,10 @@ def load_checkpoint(
         check_values(path, metadata, flatten_state_dict(state)[0])
 
     ranks.each_or_fail(check, mismatch_error(f"{path} cannot be loaded"))
-    load_files(path, state, ranks.group)
+    _load_files(path, state, ranks.group)
 
 
-def load_files(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+def _load_files(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
     """Load a checkpoint in place; `state` may be flat. Raises CheckpointMismatchError."""
     try:
         load(state, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(), process_group=group)
@@ -78,16 +77,21 @@ def load_files(directory: Path, state: dict[str, Any], group: dist.ProcessGroup 
 
 
 def check_files(directory: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
-    """Read the metadata, and this rank's share of the files."""
-    names = sorted(manifest.files)
-    if METADATA_FILE in names:  # all ranks read it
+    """Read the metadata, and this rank's share of the files. Raises CheckpointMismatchError."""
+    metadata = check_metadata(directory, manifest)
+    for name in sorted(manifest.files)[ranks.rank :: ranks.world_size]:
+        _check_file(directory, name, manifest.files[name], metadata)
+    return metadata
+
+
+def check_metadata(directory: Path, manifest: Manifest) -> Metadata:
+    """Read the metadata. Raises CheckpointMismatchError."""
+    if METADATA_FILE in manifest.files:
         _check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
     metadata = SafeReader(directory).read_metadata()
-    stray = {place.relative_path for place in (metadata.storage_data or {}).values()} - set(names)
+    stray = {place.relative_path for place in (metadata.storage_data or {}).values()} - manifest.files.keys()
     if stray:
         raise CheckpointMismatchError(f"{directory}: {min(stray)} has no checksum. Load another step.")
-    for name in names[ranks.rank :: ranks.world_size]:
-        _check_file(directory, name, manifest.files[name], metadata)
     return metadata
 
 

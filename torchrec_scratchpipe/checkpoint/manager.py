@@ -59,10 +59,9 @@ class Checkpoint(NamedTuple):
     world_size: int  # of the job that saved it
 
 
-class _Resumed(NamedTuple):
+class _Loaded(NamedTuple):
     """What a delta log may go on from."""
 
-    model: Callable[[], nn.Module | None]
     step: int
     digest: str
 
@@ -116,7 +115,7 @@ class CheckpointManager:
         self._delta_every = delta_every
         self._state_every = state_every or delta_every
         self._log: DeltaLog | None = None
-        self._resumed: _Resumed | None = None
+        self._loaded: weakref.WeakKeyDictionary[nn.Module, _Loaded] = weakref.WeakKeyDictionary()
         self._ranks = Ranks(process_group)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scratchpipe-checkpoint")
         self._pending: Future[None] | None = None
@@ -282,21 +281,30 @@ class CheckpointManager:
             self._log.wait()
 
     def load(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, step: int | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        step: int | None = None,
+        *,
+        check_first: bool = True,
     ) -> Checkpoint | None:
         """Load into a model that may be sharded otherwise than the one that was saved. All ranks call it.
+
+        Where there are deltas of the same run, tables are brought up to date with them.
 
         Args:
             model: Sharded by DistributedModelParallel.
             optimizer: Its optimizers, combined.
-            step: Which; default: the latest.
+            step: Which, of a checkpoint or of a delta that has everything; default: the latest.
+            check_first: Read all files once to compare checksums before anything is loaded. False compares them while
+                it loads, which takes half the time; if a file is damaged then, some of it was loaded.
 
         Returns:
             None if there is no checkpoint at all.
 
         Raises:
             CheckpointMismatchError: Files are missing or damaged, or the tables or optimizers are others; names them.
-                Nothing was loaded.
+                Nothing was loaded, with `check_first`.
         """
         self.wait()
         for pool in _pools(model):  # another manager may be saving this model
@@ -310,7 +318,7 @@ class CheckpointManager:
         base, step = found
         # 1. Everything is looked at before anything is changed: files, names, shapes, values.
         make_error = mismatch_error(f"step {step} cannot be loaded")
-        with open_source(self._directory, base, step, self._ranks, make_error) as source:
+        with open_source(self._directory, base, step, self._ranks, make_error, check_first=check_first) as source:
             undo = fit_states(optimizer, is_saved(source.names)) if optimizer is not None else None
             state = _state_of(model, optimizer)
             flat, places = flatten_state_dict(state)
@@ -329,7 +337,9 @@ class CheckpointManager:
                     undo()
                 raise
             # 2. Tables are written where they are; load_state_dict takes in the rest.
-            source.load(state, flat, pieces, lambda name, value: set_element(state, places[name], value), self._ranks)
+            self._ranks.each_or_fail(
+                lambda: source.load(pieces, lambda name, value: set_element(state, places[name], value)), make_error
+            )
         model.load_state_dict(state["model"])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
@@ -337,10 +347,10 @@ class CheckpointManager:
         if self._delta_every is not None:
             for collection in scratchpad_collections(model):
                 collection.watch_changes()
-            if self._log is not None:
+            if self._log is not None and self._log.model is model:
                 self._log.close()
                 self._log = None
-            self._resumed = _Resumed(weakref.ref(model), step, source.digest)
+            self._loaded[model] = _Loaded(step, source.digest)
         return Checkpoint(step, extra, source.world_size)
 
     def _write(self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes) -> None:
@@ -416,10 +426,9 @@ class CheckpointManager:
         if self._log is not None:
             self._log.close()
             self._log = None
-        resumed = self._resumed if self._resumed is not None and self._resumed.model() is model else None
-        self._resumed = None
-        since, follows = (step, "") if resumed is None else (resumed.step, resumed.digest)
-        if resumed is None:
+        loaded = self._loaded.pop(model, None)
+        since, follows = (step, "") if loaded is None else loaded
+        if loaded is None:
             for collection in scratchpad_collections(model):
                 collection.watch_changes()
         run = self._ranks.from_first(lambda: uuid.uuid4().hex)
@@ -427,7 +436,7 @@ class CheckpointManager:
             state = _state_of(model, optimizer)
         self._names_of_first = self._ranks.from_first(lambda: set(flatten_state_dict(state)[0]))
         make_error = _save_error(f"a delta log cannot begin in {self._directory}")
-        self._ranks.first_or_fail(lambda: self._make_room_for_log(since, resumed is None), make_error)
+        self._ranks.first_or_fail(lambda: self._make_room_for_log(since, loaded is None), make_error)
 
         def begin() -> DeltaLog:
             schema = Schema(
@@ -443,7 +452,7 @@ class CheckpointManager:
             return DeltaLog(self._directory / LOG_DIRECTORY, model, schema)
 
         log = self._ranks.each_or_fail(begin, make_error)
-        if resumed is None:
+        if loaded is None:
             self._log = log  # whose run the checkpoint is of
             self.async_save(step, model, optimizer, extra)
         return log

@@ -21,9 +21,10 @@ from torchrec_scratchpipe.checkpoint.delta_load import (
     write_state,
 )
 from torchrec_scratchpipe.checkpoint.files import Manifest, base_path, base_steps, check_values
-from torchrec_scratchpipe.checkpoint.loading import brief, check_files, check_fits, load_files
+from torchrec_scratchpipe.checkpoint.loading import brief, check_files, check_fits, check_metadata
 from torchrec_scratchpipe.checkpoint.pieces import Piece
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
+from torchrec_scratchpipe.checkpoint.reads import read_checkpoint
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 from torchrec_scratchpipe.sharding.table_view import to_write
 
@@ -74,6 +75,7 @@ class Source:
     metadata: Metadata
     sets: Sequence[DeltaSet]  # that lead on from it
     states: Sequence[LoggedState]  # of the ranks at the last of them
+    is_checked: bool  # whether all bytes are known to be what was written
 
     def __post_init__(self) -> None:
         self._logged = first_of_each(self.states) if self.states else None
@@ -137,37 +139,33 @@ class Source:
         check_fits(self._of_checkpoint(flat), self.metadata, None, self.directory)
         check_fit(self.sets, self._logged, pieces)
 
-    def load(
-        self,
-        state: dict[str, Any],
-        flat: Mapping[str, Any],
-        pieces: Mapping[str, Sequence[Piece]],
-        set_value: Callable[[str, Any], None],
-        ranks: Ranks,
-    ) -> None:
-        """Write tables and other tensors where they are. All ranks call it.
+    def load(self, pieces: Mapping[str, Sequence[Piece]], set_value: Callable[[str, Any], None]) -> None:
+        """Write tables and other tensors where they are, on this rank.
 
         Args:
-            state: What is to be loaded.
-            flat: The same.
-            pieces: By name in it, the pieces of each tensor.
+            pieces: By name in the flat state, the pieces of each tensor that are here; empty for what is no tensor.
             set_value: Takes what is no tensor, by name in the flat state.
-            ranks: That load together.
+
+        Raises:
+            CheckpointMismatchError: A file is damaged, if that is not known to be otherwise; some of it was loaded.
         """
-        if self._logged is None:
-            load_files(self.directory, state, ranks.group)
-            return
-        load_files(self.directory, self._of_checkpoint(flat), ranks.group)
         targets = {
             name: [piece._replace(tensor=to_write(piece.tensor)) for piece in some] for name, some in pieces.items()
         }
-        writer = RowWriter(targets)
-        for delta_set in self.sets:
-            for record in delta_set.records:
-                writer.write(record)
-        write_state(self._logged, targets)
-        for name, value in self._logged.values.items():
-            if name in flat:
+        files = None if self.is_checked else self.manifest.files
+        if self._logged is None:
+            values = read_checkpoint(self.directory, self.metadata, files, targets)
+        else:
+            logged = {name: some for name, some in targets.items() if name in self._logged_names}
+            read_checkpoint(self.directory, self.metadata, files, logged)
+            writer = RowWriter(targets, is_checked=self.is_checked)
+            for delta_set in self.sets:
+                for record in delta_set.records:
+                    writer.write(record)
+            write_state(self._logged, targets)
+            values = self._logged.values
+        for name, value in values.items():
+            if name in pieces:
                 set_value(name, value)
 
     def _of_checkpoint(self, flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,11 +175,11 @@ class Source:
 
 @contextmanager
 def open_source(
-    directory: Path, base: int, step: int, ranks: Ranks, make_error: Callable[[str], Exception]
+    directory: Path, base: int, step: int, ranks: Ranks, make_error: Callable[[str], Exception], *, check_first: bool
 ) -> Iterator[Source]:
-    """Read, on each rank a share, and verify all that :func:`find_source` has found. All ranks call it.
+    """Open all that :func:`find_source` has found; with `check_first`, read all of it, on each rank a share.
 
-    Raises what `make_error` makes.
+    All ranks call it. Raises what `make_error` makes.
     """
     chain = Chain(directory)
 
@@ -192,10 +190,12 @@ def open_source(
         if step > base:
             chain.update()
             sets = [one for one in chain.after(manifest, path) if one.step <= step]
-        for reader, record in [record for one in sets for record in one.records][ranks.rank :: ranks.world_size]:
+        records = [record for one in sets for record in one.records]
+        for reader, record in records[ranks.rank :: ranks.world_size] if check_first else ():
             reader.check(record)
         states = [read_state(record) for record in sets[-1].newest] if sets else []
-        return Source(path, manifest, check_files(path, manifest, ranks), sets, states)
+        metadata = check_files(path, manifest, ranks) if check_first else check_metadata(path, manifest)
+        return Source(path, manifest, metadata, sets, states, check_first)
 
     try:
         yield ranks.each_or_fail(read, make_error)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Reads checkpoints block after block: the next one while the last one is put where it belongs."""
+
+import io
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from torchrec_scratchpipe.checkpoint.files import CHECKSUM_BYTES, FileChecksums, load_plain
+from torchrec_scratchpipe.checkpoint.pieces import Piece, common_box, copy_box
+from torchrec_scratchpipe.errors import CheckpointMismatchError
+
+__all__ = ["read_ahead", "read_checkpoint"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+NUM_BUFFERS = 3  # one is used, one is full, one is filled
+SKIP_BYTES = 1024 * 1024
+
+
+def read_ahead(requests: Iterable[T], read: Callable[[T, Tensor], R], size_of: Callable[[T], int]) -> Iterator[R]:
+    """Read on a thread of its own, in the order asked; what is yielded is valid until the next is asked for.
+
+    Args:
+        requests: What to read.
+        read: Reads one of them into a buffer of so many bytes, uint8.
+        size_of: Bytes of one of them.
+
+    Yields:
+        What `read` returned.
+    """
+    buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
+    under_way: deque[Future[R]] = deque()
+
+    def fill(request: T, index: int) -> R:
+        num_bytes = size_of(request)
+        if buffers[index].numel() < num_bytes:
+            buffers[index] = torch.empty(num_bytes, dtype=torch.uint8)
+        return read(request, buffers[index][:num_bytes])
+
+    with ThreadPoolExecutor(1, "scratchpipe-read") as executor:
+        for number, request in enumerate(requests):
+            under_way.append(executor.submit(fill, request, number % NUM_BUFFERS))
+            if len(under_way) == NUM_BUFFERS - 1:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+class _Block(NamedTuple):
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    first_byte: int
+    num_bytes: int
+
+
+def read_checkpoint(
+    directory: Path,
+    metadata: Metadata,
+    files: Mapping[str, FileChecksums] | None,
+    targets: Mapping[str, Sequence[Piece]],
+) -> dict[str, Any]:
+    """Read what belongs here of a checkpoint, each block once, in the order of the files.
+
+    Args:
+        directory: Of the checkpoint.
+        metadata: Of it.
+        files: What its files must be; None if that is known to be so.
+        targets: By name in the flat state, the pieces of each tensor that are here, and none of what is no tensor.
+
+    Returns:
+        By name, what is no tensor.
+
+    Raises:
+        CheckpointMismatchError: A file is not what was written, or a value is not plain data. What was read before has
+            been written to `targets`.
+    """
+    blocks = sorted(_blocks(metadata, targets), key=lambda block: (block.file, block.first_byte))
+    values: dict[str, Any] = {}
+    with ExitStack() as stack:
+        opened: dict[str, _File] = {}
+
+        def read(block: _Block, buffer: Tensor) -> tuple[_Block, Tensor]:
+            if block.file not in opened:
+                checksums = None if files is None else files[block.file]
+                opened[block.file] = stack.enter_context(_File(directory / block.file, checksums))
+            opened[block.file].read(block.first_byte, _view(buffer))
+            return block, buffer
+
+        for block, buffer in read_ahead(blocks, read, lambda block: block.num_bytes):
+            if isinstance(metadata.state_dict_metadata[block.name], TensorStorageMetadata):
+                piece = Piece(_tensor_in(buffer, block.name), block.offsets, block.sizes)
+                for target in targets[block.name]:
+                    copy_box(piece, target)
+            else:
+                values[block.name] = load_plain(io.BytesIO(_view(buffer)), block.name)
+        for file in opened.values():
+            file.finish()
+    return values
+
+
+def _blocks(metadata: Metadata, targets: Mapping[str, Sequence[Piece]]) -> Iterator[_Block]:
+    for index, place in (metadata.storage_data or {}).items():
+        if index.fqn not in targets:
+            continue
+        stored = metadata.state_dict_metadata[index.fqn]
+        where = (place.relative_path, place.offset, place.length)
+        if not isinstance(stored, TensorStorageMetadata):
+            yield _Block(index.fqn, (), (), *where)
+            continue
+        offsets = tuple(index.offset or (0,) * len(stored.size))
+        sizes = next(tuple(chunk.sizes) for chunk in stored.chunks if tuple(chunk.offsets) == offsets)
+        boxes = [common_box(offsets, sizes, piece.offsets, piece.tensor.shape) for piece in targets[index.fqn]]
+        if any(box is not None for box in boxes):
+            yield _Block(index.fqn, offsets, sizes, *where)
+
+
+class _File:
+    """A file that is read from its beginning to its end, and whose checksums are compared on the way."""
+
+    def __init__(self, path: Path, checksums: FileChecksums | None) -> None:
+        self._path = path
+        self._checksums = checksums
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointMismatchError(f"{path}: cannot be read ({error.strerror}). Load another step.") from error
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._at = 0
+        self._crc32 = 0  # of the piece that has one checksum, up to there
+        if checksums is not None and os.fstat(self._file.fileno()).st_size != checksums.num_bytes:
+            raise self._error()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read(self, first_byte: int, out: memoryview) -> None:
+        """Read on, further on than before."""
+        if self._checksums is None:
+            self._file.seek(first_byte)
+            self._at = first_byte
+        elif first_byte != self._at:
+            begin = first_byte // CHECKSUM_BYTES * CHECKSUM_BYTES
+            if begin > self._at:
+                self.finish()
+                self._file.seek(begin)
+                self._at, self._crc32 = begin, 0
+            self._skip(first_byte - self._at)
+        self._read(out)
+
+    def finish(self) -> None:
+        """Read on to the end of the piece that has one checksum."""
+        if self._checksums is not None and self._at % CHECKSUM_BYTES:
+            end = min(self._checksums.num_bytes, -(-self._at // CHECKSUM_BYTES) * CHECKSUM_BYTES)
+            self._skip(end - self._at)
+
+    def _skip(self, num_bytes: int) -> None:
+        buffer = memoryview(bytearray(min(SKIP_BYTES, num_bytes)))
+        while num_bytes:
+            some = buffer[: min(num_bytes, len(buffer))]
+            self._read(some)
+            num_bytes -= len(some)
+
+    def _read(self, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            count = self._file.readinto(out[done:])
+            if not count:
+                raise self._error()
+            done += count
+        if self._checksums is not None:
+            self._compare(out, self._checksums)
+        else:
+            self._at += len(out)
+
+    def _compare(self, data: memoryview, checksums: FileChecksums) -> None:
+        while data:
+            piece = data[: CHECKSUM_BYTES - self._at % CHECKSUM_BYTES]
+            self._crc32 = zlib.crc32(piece, self._crc32)
+            self._at += len(piece)
+            data = data[len(piece) :]
+            if self._at % CHECKSUM_BYTES == 0 or self._at == checksums.num_bytes:
+                if self._crc32 != checksums.crc32[(self._at - 1) // CHECKSUM_BYTES]:
+                    raise self._error()
+                self._crc32 = 0
+
+    def _error(self) -> CheckpointMismatchError:
+        return CheckpointMismatchError(
+            f"{self._path}: is not what was written, before byte {self._at:,}. Some of it was loaded: load another "
+            "step before you train."
+        )
+
+
+def _tensor_in(buffer: Tensor, name: str) -> Tensor:
+    """What torch.save has written; where it can be, in the memory of the buffer, which takes no time."""
+    file = io.BytesIO(_view(buffer)) if buffer.numel() < SKIP_BYTES else _BufferFile(_view(buffer))
+    shape = torch.load(file, map_location="meta", weights_only=True)  # type: ignore[arg-type]
+    offset = getattr(shape.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None or offset % shape.itemsize or not shape.is_contiguous() or shape.storage_offset():
+        loaded = load_plain(io.BytesIO(_view(buffer)), name)
+        assert isinstance(loaded, Tensor), name
+        return loaded
+    num_bytes = shape.numel() * shape.itemsize
+    return buffer[offset : offset + num_bytes].view(shape.dtype).view(shape.shape)
+
+
+class _BufferFile(io.RawIOBase):
+    """A file in memory, which nobody copies."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, out: Any) -> int:
+        data = self._data[self._at : self._at + len(out)]
+        out[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _view(buffer: Tensor) -> memoryview:
+    array: Any = buffer.numpy()
+    return memoryview(array)
