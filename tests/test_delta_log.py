@@ -28,10 +28,11 @@ from torchrec.datasets.utils import Batch
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_scratchpipe import CheckpointManager, CheckpointMismatchError
+from torchrec_scratchpipe import CheckpointManager, CheckpointMismatchError, CheckpointSaveError, ConfigError
 from torchrec_scratchpipe.checkpoint import delta_log
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet
 from torchrec_scratchpipe.checkpoint.delta_files import MAGIC, Kind, SegmentReader
+from torchrec_scratchpipe.checkpoint.files import SafeReader
 from torchrec_scratchpipe.core import changes
 from torchrec_scratchpipe.sharding.model import scratchpad_collections
 
@@ -595,3 +596,88 @@ def rename(directory: Path) -> None:
 def test_what_does_not_belong_together_is_refused(damage: Callable[[Path], None], message: str, log: Path) -> None:
     damage(log)
     check_refused(log, message)
+
+
+# Settings.
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for kwargs, message in [
+        ({"delta_every": 0}, "delta_every is 0, it must be at least 1 batch"),
+        ({"state_every": 4}, "state_every is 4, delta_every is None: it must be a multiple"),
+        ({"delta_every": 3, "state_every": 4}, "state_every is 4, delta_every is 3"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            CheckpointManager(tmp_path, **kwargs)  # type: ignore[arg-type]
+    ours = Trainer.scratchpipe(SETTING)
+    with pytest.raises(ConfigError, match="has no delta_every"):
+        CheckpointManager(tmp_path).trained(1, ours.model)
+    manager = CheckpointManager(tmp_path, delta_every=1)
+    manager.trained(1, ours.model, ours.optimizer)
+    with pytest.raises(ConfigError, match="extra: cannot be saved as plain data"):
+        manager.trained(2, ours.model, ours.optimizer, extra=lambda: None)
+
+
+def test_deltas_of_a_run_that_went_further_are_not_lost(tmp_path: Path) -> None:
+    """A job that goes on from an older step, or begins anew, in a directory that has more."""
+    run(CheckpointManager(tmp_path, delta_every=3), Trainer.scratchpipe(SETTING), 20)
+    for step in (None, 1, 10):
+        ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=3)
+        if step is not None:
+            assert manager.load(ours.model, ours.optimizer, step).step == step  # type: ignore[union-attr]
+        with pytest.raises(CheckpointSaveError, match="there is step 19 already, of a run that went as far or further"):
+            manager.trained((step or 0) + 1, ours.model, ours.optimizer)
+    assert loaded(tmp_path)[0] == 19
+
+
+def test_what_older_checkpoints_need_is_kept_and_no_more(tmp_path: Path) -> None:
+    ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, keep_last=2, delta_every=3)
+
+    def save(step: int) -> None:
+        if step % 10 == 0:
+            manager.async_save(step, ours.model, ours.optimizer, extra={"step": step}).result()
+
+    run(manager, ours, 44, after=save)
+    assert manager.steps() == [30, 40]
+    first = min(SegmentReader(path).scan().schema.since for path in segments(tmp_path))  # type: ignore[union-attr]
+    assert 20 < first <= 30
+    for step in (30, 33, 43):  # of the checkpoint, beside it, and the last
+        assert loaded(tmp_path, step=step)[0] == step
+        assert_same_bits(trained(SETTING, step), loaded(tmp_path, step=step)[1])
+    # A checkpoint that is damaged or gone leaves the one before it, whose deltas lead as far.
+    shutil.rmtree(manager.path(40))
+    step, other = loaded(tmp_path)
+    assert step == 43
+    assert_same_bits(trained(SETTING, 43), other)
+
+
+def test_loading_in_one_pass_names_damage_too(log: Path) -> None:
+    other = Trainer.scratchpipe(replace(SETTING, seed=5))
+    assert CheckpointManager(log).load(other.model, other.optimizer, check_first=False).step == 31  # type: ignore[union-attr]
+    assert_same_bits(trained(SETTING, 31), other)
+    record = places(full_segments(log)[0])
+    metadata = SafeReader(log / "step_000000000001").read_metadata()
+    (first, *_) = (place for index, place in metadata.storage_data.items() if index.fqn.endswith("t0.weight"))
+    file = log / "step_000000000001" / first.relative_path
+    for path, at in [
+        (full_segments(log)[0], record["values"][50]),
+        (full_segments(log)[0], record["ids"][3]),
+        (file, first.offset + first.length // 2),
+    ]:
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[at] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointMismatchError, match=path.name):
+            CheckpointManager(log).load(other.model, other.optimizer, check_first=False)
+        path.write_bytes(content)
+    # And then it loads as if nothing had been.
+    CheckpointManager(log).load(other.model, other.optimizer, check_first=False)
+    assert_same_bits(trained(SETTING, 31), other)
+
+
+def test_a_model_without_tables_on_a_rank_or_without_scratchpads_is_loaded(log: Path) -> None:
+    """Stock's kernels take the same deltas."""
+    stock = Trainer(replace(SETTING, seed=5))
+    assert CheckpointManager(log).load(stock.model, stock.optimizer).step == 31  # type: ignore[union-attr]
+    assert_same_bits(trained(SETTING, 31), stock)

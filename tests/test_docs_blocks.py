@@ -29,6 +29,7 @@ from torchrec.distributed.planner import Topology
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from torchrec_scratchpipe import CheckpointManager, scratchpad_stats, to_stock
+from torchrec_scratchpipe.checkpoint.delta_chain import Chain
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -171,8 +172,12 @@ def test_every_block_of_checkpointing(tmp_path: Path, monkeypatch: pytest.Monkey
         assert names["checkpoints"].steps() == [5, 10]
         names["step"] = 10
 
-    assert len(blocks("docs/checkpointing.md")) == 5
-    run("docs/checkpointing.md", names, after={0: as_of_the_latest})
+    def as_before() -> None:
+        assert [one.step for one in Chain.read(tmp_path / "logged").sets] == [11]
+        names["step"], names["checkpoints"] = 10, CheckpointManager("checkpoints")
+
+    assert len(blocks("docs/checkpointing.md")) == 6
+    run("docs/checkpointing.md", names, after={0: as_of_the_latest, 1: as_before})
     assert isinstance(names["plain"].ebc, EmbeddingBagCollection)
     state = to_stock(ours.model).state_dict()
     assert torch.equal(state["ebc.embedding_bags.t1.weight"], weights)
