@@ -126,6 +126,7 @@ def test_public_surface() -> None:
         "PeerFailedError",
         "PlanReport",
         "PoolStats",
+        "ScratchPipeDeltaTracker",
         "ScratchPipeEmbeddingBagCollectionSharder",
         "ScratchPipeEmbeddingCollectionSharder",
         "ScratchPipeError",

@@ -2,6 +2,7 @@
 """Lookahead scratchpad for TorchRec: tables in host memory, the rows of coming batches on the device, the same bits."""
 
 from torchrec_scratchpipe._version import __version__
+from torchrec_scratchpipe.checkpoint.delta_tracker import ScratchPipeDeltaTracker
 from torchrec_scratchpipe.checkpoint.export import to_stock
 from torchrec_scratchpipe.checkpoint.loading import load_checkpoint
 from torchrec_scratchpipe.checkpoint.manager import Checkpoint, CheckpointManager
@@ -56,6 +57,7 @@ __all__ = [
     "PeerFailedError",
     "PlanReport",
     "PoolStats",
+    "ScratchPipeDeltaTracker",
     "ScratchPipeEmbeddingBagCollectionSharder",
     "ScratchPipeEmbeddingCollectionSharder",
     "ScratchPipeError",

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchrec_scratchpipe.core.streams import StageStreams
 
-__all__ = ["ChangedRows", "Changes"]
+__all__ = ["ChangedRows", "Changes", "TrainedRows", "Watcher"]
 
 ROWS_READ_TOGETHER = 16384  # Train waits meanwhile, if it is about to change one of them: 4 MB of 64 floats, 2 ms
 
@@ -32,6 +32,42 @@ class _Kept(NamedTuple):
     rows: Tensor  # [N] int64
     values: list[Tensor]  # [N, D] or [N]
     is_there: torch.Event | None
+
+
+class Watcher(Protocol):
+    """Who is told of rows of a pool before they change."""
+
+    def will_train(self, rows: Tensor, slots: Tensor, parts: Sequence[Tensor]) -> None:
+        """Rows in slots are about to change; on the current stream.
+
+        Shapes: `rows` [I] int64 with repeats, -1 for ids of other pools, `slots` [I] int64, `parts` [S, D] or [S].
+        """
+
+    def will_write(self, rows: Tensor) -> None:
+        """Rows are about to change, wherever they are; only between the stages of two batches.
+
+        Shapes: `rows` [N] int64 on the host, each once.
+        """
+
+    def all_will_change(self) -> None:
+        """All rows may be about to change; only between the stages of two batches."""
+
+
+class _Repeats:
+    """Leaves out repeats of rows that sit in slots, without sorting; 4 bytes per slot."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._order = torch.empty(0, dtype=torch.int32, device=device)
+
+    def leave_out(self, rows: Tensor, slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Shapes: `rows` and `slots` [N] int64."""
+        if self._order.numel() < num_slots:
+            self._order = torch.empty(num_slots, dtype=torch.int32, device=self._order.device)
+        # Of all that write their number to one slot, one is the last.
+        numbers = torch.arange(rows.numel(), dtype=torch.int32, device=self._order.device)
+        self._order[slots] = numbers
+        is_last = self._order[slots] == numbers
+        return rows[is_last], slots[is_last]
 
 
 class Changes:
@@ -56,7 +92,7 @@ class Changes:
         self._device = device
         self._streams = streams
         self._read_rows = read_rows  # wherever they are; only between the stages of two batches
-        self._order = torch.empty(0, dtype=torch.int32, device=device)
+        self._repeats = _Repeats(device)
         self._kept: deque[_Kept] = deque()
         self._lock = threading.Lock()  # whoever looks at `_to_read`, until what it says has been done
         self._is_reading = False
@@ -65,24 +101,18 @@ class Changes:
         self._latest_keep: torch.Event | None = None
 
     def will_train(self, rows: Tensor, slots: Tensor, parts: Sequence[Tensor]) -> None:
-        """Rows in slots are about to change; on the current stream.
-
-        Shapes: `rows` [I] int64 with repeats, -1 for ids of other pools, `slots` [I] int64, `parts` [S, D] or [S].
-        """
+        """See :class:`Watcher`."""
         with self._lock:
             if self._is_reading:
                 is_due = self._to_read[rows]
-                rows_due, slots_due = self._once(rows[is_due], slots[is_due], parts[0].shape[0])
+                rows_due, slots_due = self._repeats.leave_out(rows[is_due], slots[is_due], parts[0].shape[0])
                 if rows_due.numel():
                     self._keep(rows_due, [part.index_select(0, slots_due) for part in parts])
             if not self._have_all_changed:
                 self._changed.index_fill_(0, rows, True)
 
     def will_write(self, rows: Tensor) -> None:
-        """Rows are about to change, wherever they are; only between the stages of two batches.
-
-        Shapes: `rows` [N] int64 on the host, each once.
-        """
+        """See :class:`Watcher`."""
         with self._lock:
             if self._is_reading:
                 rows_due = rows[self._to_read[rows.to(self._device)].cpu()]
@@ -91,7 +121,7 @@ class Changes:
             self._changed.index_fill_(0, rows.to(self._device), True)
 
     def all_will_change(self) -> None:
-        """All rows may be about to change; only between the stages of two batches."""
+        """See :class:`Watcher`."""
         with self._lock:
             if self._is_reading:
                 self._streams.wait(None, self._latest_keep)
@@ -182,19 +212,75 @@ class Changes:
             return torch.from_numpy(np.flatnonzero(marks.numpy()))
         return marks.nonzero().view(-1)
 
-    def _once(self, rows: Tensor, slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-        """Leave out repeats. Shapes: `rows` and `slots` [N] int64."""
-        if self._order.numel() < num_slots:
-            self._order = torch.empty(num_slots, dtype=torch.int32, device=self._device)
-        # Of all that write their number to one slot, one is the last.
-        numbers = torch.arange(rows.numel(), dtype=torch.int32, device=self._device)
-        self._order[slots] = numbers
-        is_last = self._order[slots] == numbers
-        return rows[is_last], slots[is_last]
-
     def _keep(self, rows: Tensor, values: list[Tensor]) -> None:
         rows = rows.to(self._device)
         self._to_read.index_fill_(0, rows, False)
         self._rows_of_interval.append(rows)
         self._latest_keep = self._streams.record(None)
         self._kept.append(_Kept(rows, values, self._latest_keep))
+
+
+class TrainedRows:
+    """Which rows trained since they were last taken; and what a part of them was before their first, or last, Train.
+
+    Costs 1 byte per row on the device of the slot map, and there what is remembered; of the last Train, a number per
+    row.
+
+    Args:
+        num_rows: R.
+        device: Of the slot map.
+        remember: Makes of a part of some rows what is to be remembered; None: nothing is.
+        is_first: Whether that is of the first Train, or of the last.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        device: torch.device,
+        remember: Callable[[Sequence[Tensor], Tensor], Tensor] | None,
+        *,
+        is_first: bool,
+    ) -> None:
+        self._has_trained = torch.zeros(num_rows + 1, dtype=torch.bool, device=device)  # see Changes
+        self._remember = remember
+        self._is_first = is_first
+        self._repeats = _Repeats(device)
+        self._first: list[tuple[Tensor, Tensor]] = []
+        self._last = torch.zeros(0 if is_first else num_rows, dtype=torch.float32, device=device)
+        self._lock = threading.Lock()
+
+    def will_train(self, rows: Tensor, slots: Tensor, parts: Sequence[Tensor]) -> None:
+        """See :class:`Watcher`."""
+        with self._lock:
+            if self._remember is not None:
+                is_due = rows >= 0
+                if self._is_first:
+                    is_due &= ~self._has_trained[rows]
+                due, slots_due = self._repeats.leave_out(rows[is_due], slots[is_due], parts[0].shape[0])
+                values = self._remember(parts, slots_due)
+                if self._is_first:
+                    self._first.append((due, values))
+                else:
+                    self._last.index_copy_(0, due, values)
+            self._has_trained.index_fill_(0, rows, True)
+
+    def will_write(self, rows: Tensor) -> None:
+        """See :class:`Watcher`: rows that are written are not trained."""
+
+    def all_will_change(self) -> None:
+        """See :class:`Watcher`: rows that are written are not trained."""
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """The rows, [N] int64, ascending, and what was remembered, [N, ...]; begins anew. Waits for the device."""
+        with self._lock:
+            rows = self._has_trained[:-1].nonzero().view(-1)
+            self._has_trained.zero_()
+            first, self._first = self._first, []
+            if self._remember is None:
+                return rows, None
+            if not self._is_first:
+                return rows, self._last.index_select(0, rows)
+        if not first:
+            return rows, None
+        order = torch.cat([some for some, _ in first]).argsort()
+        return rows, torch.cat([values for _, values in first]).index_select(0, order)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.profiler import record_function
 
-from torchrec_scratchpipe.core.changes import Changes
+from torchrec_scratchpipe.core.changes import Changes, Watcher
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.rows import RowLayout, write_rows
 from torchrec_scratchpipe.core.scratchpad import Scratchpad
@@ -44,7 +44,8 @@ class Pool:
         self.counters = PoolCounters(host_table, slot_map.table_counts)
         self._enlarge = enlarge
         self.failure: str | None = None
-        self.changes: Changes | None = None  # if somebody wants to know
+        self.changes: Changes | None = None  # if somebody logs deltas
+        self.watchers: list[Watcher] = []  # who else wants to know of rows before they change
         self._may_be_written_unseen = False  # until resident rows are read anew
         self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
         self._num_updates = 0
@@ -65,9 +66,13 @@ class Pool:
 
     def will_update(self, plan: CachePlan) -> None:
         """Train of a batch is about to update its rows (hazard 9)."""
-        if self.changes is not None:
+        for watcher in self._all_watchers:
             rows, slots = plan.buffers.rows[: plan.num_ids], plan.slots[: plan.num_ids]
-            self.changes.will_train(rows, slots, self.scratchpad.parts)
+            watcher.will_train(rows, slots, self.scratchpad.parts)
+
+    @property
+    def _all_watchers(self) -> list[Watcher]:
+        return self.watchers if self.changes is None else [self.changes, *self.watchers]
 
     def watch_changes(self, streams: StageStreams) -> None:
         """Note which rows change from now on; only between the stages of two batches, when tables are not overwritten.
@@ -178,8 +183,8 @@ class Pool:
         if it has been done, and no stage has run since.
         """
         self._may_be_written_unseen = True
-        if self.changes is not None:
-            self.changes.all_will_change()
+        for watcher in self._all_watchers:
+            watcher.all_will_change()
         if self.is_flushed and self.host_table.is_marked_overwritten and not self.host_table.has_snapshots:
             return
         self.flush()
@@ -196,8 +201,9 @@ class Pool:
 
     def refresh(self) -> None:
         """Read every resident row anew from its table. Raises TableOverwrittenError."""
-        if self.changes is not None and (self._may_be_written_unseen or self.host_table.is_seen_overwritten):
-            self.changes.all_will_change()
+        if self._may_be_written_unseen or self.host_table.is_seen_overwritten:
+            for watcher in self._all_watchers:
+                watcher.all_will_change()
         self._may_be_written_unseen = False
         if self._num_updates != self._num_updates_flushed and not self.host_table.is_seen_overwritten:
             # Somebody was given the table in the middle of a step, by another thread or a hook: the step's rows are
@@ -241,8 +247,8 @@ class Pool:
 
         Shapes: `rows` [N] int64 on the host, each once, `values` [N, D] or [N] on the host. Raises TableStorageError.
         """
-        if self.changes is not None:
-            self.changes.will_write(rows)
+        for watcher in self._all_watchers:
+            watcher.will_write(rows)
         # The table first: its disk may fail, and then nothing has changed. It keeps what snapshots are to show.
         self.host_table.write(rows, values)
         is_resident, slots = self._find_resident(rows)
