@@ -77,6 +77,10 @@ OVERRIDDEN = {
     "GroupedPooledEmbeddingsLookup._create_embedding_kernel": "self, config, device, pg, sharding_type, env",
     "GroupedPooledEmbeddingsLookup._forward_with_vbe_merging": "self, features_by_group, device",
     "GroupedPooledEmbeddingsLookup.register_optim_state_tracker_fn": "self, record_fn",
+    "ModelDeltaTracker.clear": "self, consumer",
+    "ModelDeltaTracker.get_unique": "self, consumer, top_percentage, per_table_percentage, sorted_by_indices",
+    "ModelDeltaTracker.get_unique_ids": "self, consumer",
+    "ModelDeltaTracker.record_lookup": "self, kjt, states, emb_module, raw_ids",
     "PipelinedForward.__call__": "self, input, kwargs",
     "ShardedEmbeddingBagCollection.__init__": "self, module, table_name_to_parameter_sharding, env, fused_params, "
     "device, qcomm_codecs_registry, module_fqn, sharded_module_order_overwrite",
