@@ -171,8 +171,19 @@ def test_every_block_of_checkpointing(tmp_path: Path, monkeypatch: pytest.Monkey
         assert names["checkpoints"].steps() == [5, 10]
         names["step"] = 10
 
-    assert len(blocks("docs/checkpointing.md")) == 5
+    logging = Trainer.scratchpipe(setting)
+    names["logged"] = CheckpointManager("followed", delta_every=1)
+    pipeline, batches = logging.pipeline(), iter(make_batches(setting))
+    for step in range(1, 9):
+        pipeline.progress(batches)
+        names["logged"].trained(step, logging.model, logging.optimizer)
+    names["logged"].wait()
+
+    assert len(blocks("docs/checkpointing.md")) == 7
     run("docs/checkpointing.md", names, after={0: as_of_the_latest})
+    assert names["lag"][:2] == (8, 0)
+    for name, value in to_stock(logging.model).state_dict().items():
+        assert torch.equal(value, names["served"].state_dict()[name]), name
     assert isinstance(names["plain"].ebc, EmbeddingBagCollection)
     state = to_stock(ours.model).state_dict()
     assert torch.equal(state["ebc.embedding_bags.t1.weight"], weights)

@@ -101,17 +101,17 @@ class RowWriter:
         self._targets = targets
         self._copies: dict[PoolSchema, list[_Copy]] = {}
 
-    def write(self, record: RankRecord) -> int:
-        """Write all rows of a record that belong here, and say how many; their checksums are verified."""
+    def write(self, record: RankRecord, *, is_checked: bool = False) -> int:
+        """Write all rows of a record that belong here, and say how many; their checksums are verified, or were."""
         num_rows = 0
         for block in record.record.row_blocks:
             copies = self._copies_of(record.segment.schema.pools[block.pool])
             if copies:
-                num_rows += self._write_block(record, block, copies)
+                num_rows += self._write_block(record, block, copies, is_checked)
         return num_rows
 
-    def _write_block(self, record: RankRecord, block: Block, copies: list[_Copy]) -> int:
-        ids, values = record.reader.rows(block)
+    def _write_block(self, record: RankRecord, block: Block, copies: list[_Copy], is_checked: bool) -> int:
+        ids, values = record.reader.rows(block, is_checked=is_checked)
         bounds = torch.tensor([(copy.first_row, copy.last_row) for copy in copies], dtype=ids.dtype)
         places = torch.searchsorted(ids, bounds).tolist()
         num_rows = 0
@@ -122,7 +122,7 @@ class RowWriter:
             value = values[copy.part][first:last]
             if copy.source_columns is not None:
                 value = value[:, copy.source_columns]
-            if copy.source_columns is None and copy.target.is_contiguous():
+            if copy.source_columns is None and _is_plain(copy.target):
                 write_rows([copy.target], rows, [value])
             else:
                 copy.target.index_copy_(0, rows, value)
@@ -138,6 +138,11 @@ class RowWriter:
             ]
             self._copies[pool] = [copy for copy in found if copy is not None]
         return self._copies[pool]
+
+
+def _is_plain(target: Tensor) -> bool:
+    """Whether :func:`write_rows` can write it, eight bytes at a time."""
+    return target.is_contiguous() and target.storage_offset() * target.dtype.itemsize % 8 == 0
 
 
 def _overlap(entry: Entry, part: Part, piece: Piece) -> _Copy | None:

@@ -2,6 +2,7 @@
 """Reads checkpoints: everything is looked at before anything is changed."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,22 @@ def load_checkpoint(
         check_values(path, metadata, flatten_state_dict(state)[0])
 
     ranks.each_or_fail(check, mismatch_error(f"{path} cannot be loaded"))
-    load_files(path, state, ranks.group)
+    load_files(path, state, ranks)
 
 
-def load_files(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+def load_files(directory: Path, state: dict[str, Any], ranks: Ranks) -> None:
     """Load a checkpoint in place; `state` may be flat. Raises CheckpointMismatchError."""
     try:
-        load(state, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(), process_group=group)
+        with warnings.catch_warnings():
+            if ranks.is_alone:
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
+            load(
+                state,
+                storage_reader=SafeReader(directory),
+                planner=SafeLoadPlanner(),
+                process_group=ranks.group,
+                no_dist=ranks.is_alone,
+            )
     except CheckpointException as error:
         raise CheckpointMismatchError(
             f"{directory}: {reasons(error)}. It changed while it was being loaded, and some of it was; load another."

@@ -155,9 +155,9 @@ class Source:
             ranks: That load together.
         """
         if self._logged is None:
-            load_files(self.directory, state, ranks.group)
+            load_files(self.directory, state, ranks)
             return
-        load_files(self.directory, self._of_checkpoint(flat), ranks.group)
+        load_files(self.directory, self._of_checkpoint(flat), ranks)
         targets = {
             name: [piece._replace(tensor=to_write(piece.tensor)) for piece in some] for name, some in pieces.items()
         }
