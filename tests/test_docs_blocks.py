@@ -176,8 +176,19 @@ def test_every_block_of_checkpointing(tmp_path: Path, monkeypatch: pytest.Monkey
         assert [one.step for one in Chain.read(tmp_path / "logged").sets] == [11]
         names["step"], names["checkpoints"] = 10, CheckpointManager("checkpoints")
 
-    assert len(blocks("docs/checkpointing.md")) == 6
+    logging = Trainer.scratchpipe(setting)
+    names["logged"] = CheckpointManager("followed", delta_every=1)
+    pipeline, batches = logging.pipeline(), iter(make_batches(setting))
+    for step in range(1, 9):
+        pipeline.progress(batches)
+        names["logged"].trained(step, logging.model, logging.optimizer)
+    names["logged"].wait()
+
+    assert len(blocks("docs/checkpointing.md")) == 8
     run("docs/checkpointing.md", names, after={0: as_of_the_latest, 1: as_before})
+    assert names["lag"][:2] == (8, 0)
+    for name, value in to_stock(logging.model).state_dict().items():
+        assert torch.equal(value, names["served"].state_dict()[name]), name
     assert isinstance(names["plain"].ebc, EmbeddingBagCollection)
     state = to_stock(ours.model).state_dict()
     assert torch.equal(state["ebc.embedding_bags.t1.weight"], weights)

@@ -4,6 +4,7 @@
 from torchrec_scratchpipe._version import __version__
 from torchrec_scratchpipe.checkpoint.delta_tracker import ScratchPipeDeltaTracker
 from torchrec_scratchpipe.checkpoint.export import to_stock
+from torchrec_scratchpipe.checkpoint.follow import Follower, Lag, follow
 from torchrec_scratchpipe.checkpoint.loading import load_checkpoint
 from torchrec_scratchpipe.checkpoint.manager import Checkpoint, CheckpointManager
 from torchrec_scratchpipe.checkpoint.warm_start import warm_start
@@ -52,7 +53,9 @@ __all__ = [
     "CheckpointSaveError",
     "ConfigError",
     "DataError",
+    "Follower",
     "IdOutOfRangeError",
+    "Lag",
     "MeasurementError",
     "PeerFailedError",
     "PlanReport",
@@ -76,6 +79,7 @@ __all__ = [
     "WorkingSet",
     "WorkingSets",
     "__version__",
+    "follow",
     "load_checkpoint",
     "measure_working_set",
     "plot_plan",

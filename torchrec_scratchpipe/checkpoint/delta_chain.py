@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torchrec_scratchpipe.checkpoint.delta_files import Record, Segment, Segment
 from torchrec_scratchpipe.checkpoint.files import MANIFEST_FILE, Manifest
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
-__all__ = ["LOG_DIRECTORY", "Chain", "DeltaSet", "RankRecord", "digest_of", "digest_of_base"]
+__all__ = ["LOG_DIRECTORY", "Chain", "DeltaSet", "Position", "RankRecord", "digest_of", "digest_of_base"]
 
 LOG_DIRECTORY = "deltas"  # in the directory of the checkpoints
 MAX_RECORDS_APART = 2  # ranks train together: one may be writing a record while another writes the next
@@ -35,6 +35,15 @@ class RankRecord(NamedTuple):
         """What the record is in."""
         assert self.reader.segment is not None
         return self.reader.segment
+
+
+class Position(NamedTuple):
+    """A delta set by its digests."""
+
+    run: str
+    step: int
+    digest: str  # of the set
+    digests: tuple[str, ...]  # of the newest record of each rank
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,18 @@ class DeltaSet:
         """What a run that goes on from here says that it follows."""
         return digest_of([record.digest for _, record in self.newest])
 
+    @property
+    def position(self) -> Position:
+        """To be found again by :meth:`Chain.after_set`."""
+        return Position(self.run, self.step, self.digest, tuple(record.digest for _, record in self.newest))
+
+
+class _Found(NamedTuple):
+    """A file by the directory alone."""
+
+    inode: int
+    num_bytes: int
+
 
 @dataclass
 class _Run:
@@ -79,9 +100,56 @@ class _Run:
     world_size: int
     follows: str
     segments: list[list[SegmentReader]]  # by rank, ascending
+    sets: list[DeltaSet] = field(default_factory=list)
+    num_done: list[int] = field(default_factory=list)  # by rank, records that are in sets
+    seen: list[list[Segment]] = field(default_factory=list)  # by rank, when the sets were found
 
-    def records(self, rank: int) -> list[RankRecord]:
-        return [RankRecord(reader, record) for reader in self.segments[rank] for record in _of(reader).records]
+    @property
+    def has_records(self) -> bool:
+        """Of any rank."""
+        return any(_of(reader).records for readers in self.segments for reader in readers)
+
+    def records(self, rank: int, first: int) -> list[RankRecord]:
+        """From the record of this number on."""
+        found = []
+        for reader in self.segments[rank]:
+            records = _of(reader).records
+            found += [RankRecord(reader, record) for record in records[first:]]
+            first = max(0, first - len(records))
+        return found
+
+    def find_sets(self, before: "_Run | None") -> None:
+        """By all records; or, where the run was seen before and has only grown, by those that have come."""
+        self.seen = [[_of(reader) for reader in readers] for readers in self.segments]
+        self.num_done = [0] * self.world_size
+        if before is not None and all(
+            len(old) <= len(new) and all(one is two for one, two in zip(old, new, strict=False))
+            for old, new in zip(before.seen, self.seen, strict=True)
+        ):
+            self.sets, self.num_done = before.sets, before.num_done
+        ranks = [self.records(rank, first) for rank, first in enumerate(self.num_done)]
+        done = [0] * self.world_size
+        for step in sorted(set.intersection(*({record.step for _, record in records} for records in ranks))):
+            parts = []
+            for rank, records in enumerate(ranks):
+                first = done[rank]
+                done[rank] = next(i for i in range(first, len(records)) if records[i].record.step == step) + 1
+                parts.append(tuple(records[first : done[rank]]))
+            # Equal on all ranks, but where old segments were deleted.
+            since = max(records[0].record.since for records in parts)
+            self.sets.append(DeltaSet(self.name, since, step, tuple(parts)))
+        self.num_done = [old + new for old, new in zip(self.num_done, done, strict=True)]
+
+    def has(self, position: Position) -> bool:
+        """Whether all ranks have it, or what goes on from it."""
+        return self.name == position.run and all(
+            any(
+                digest in (_of(reader).digest, _of(reader).schema.follows)
+                or any(digest == record.digest for record in reversed(_of(reader).records))
+                for reader in reversed(readers)
+            )
+            for digest, readers in zip(position.digests, self.segments, strict=True)
+        )
 
 
 @dataclass
@@ -95,6 +163,7 @@ class Chain:
     sets: list[DeltaSet] = field(default_factory=list)
     _readers: dict[Path, SegmentReader] = field(default_factory=dict)
     _runs: list[_Run] = field(default_factory=list)
+    _seen: "dict[Path, _Found]" = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: Path) -> "Chain":
@@ -103,13 +172,17 @@ class Chain:
         chain.update()
         return chain
 
-    def update(self) -> None:
-        """Take in what has come, and what was deleted, since."""
-        paths = segment_paths(self.directory / LOG_DIRECTORY)
-        for gone in self._readers.keys() - paths.keys():
-            self._readers.pop(gone).close()
+    def update(self) -> bool:
+        """Take in what has come, and what was deleted, since; False if that is nothing, and then no file is read."""
+        seen = self._look()
+        if seen == self._seen:
+            return False
+        before, self._seen = self._seen, {}  # what fails is read anew the next time
+        for path, reader in list(self._readers.items()):
+            if path not in seen or seen[path].inode != reader.inode:  # a resumed job may give a name to another file
+                self._readers.pop(path).close()
         readers = []
-        for path in paths:
+        for path, found in seen.items():
             if path not in self._readers:
                 try:
                     self._readers[path] = SegmentReader(path)
@@ -117,11 +190,53 @@ class Chain:
                     if not path.exists():  # deleted in this moment
                         continue
                     raise
-            if self._readers[path].scan() is not None:
-                readers.append(self._readers[path])
-        self._runs = self._sort(readers)
-        self.sets = [delta_set for run in self._runs for delta_set in self._sets_of(run)]
+            reader = self._readers[path]
+            if (found == before.get(path) and reader.segment is not None) or reader.scan() is not None:
+                readers.append(reader)
+        runs_before = {run.name: run for run in self._runs}
+        self._runs = []
+        runs = self._sort(readers)
+        for run in runs:
+            run.find_sets(runs_before.get(run.name))
+        self._runs = runs
+        self.sets = [delta_set for run in runs for delta_set in run.sets]
         self._check_runs()
+        self._seen = seen
+        return True
+
+    def _look(self) -> "dict[Path, _Found]":
+        found = {}
+        for path in segment_paths(self.directory / LOG_DIRECTORY):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # deleted in this moment
+                continue
+            found[path] = _Found(status.st_ino, status.st_size)
+        return found
+
+    @property
+    def begins(self) -> list[int]:
+        """The batches after which runs began to log."""
+        return [run.since for run in self._runs]
+
+    def after_set(self, position: Position) -> list[DeltaSet] | None:
+        """The sets that lead on from one, ascending.
+
+        Args:
+            position: Of the one.
+
+        Returns:
+            None if the log does not lead on from there: what was between is deleted, or a run has gone back before it.
+        """
+        if not any(run.follows == position.digest or run.has(position) for run in self._runs):
+            return None
+        sets = [delta_set for delta_set in self.sets if delta_set.step > position.step]
+        step = position.step
+        for delta_set in sets:
+            if delta_set.since > step:
+                return None
+            step = delta_set.step
+        return sets
 
     def after(self, base: Manifest, directory: Path) -> list[DeltaSet]:
         """The sets that lead on from a base, ascending.
@@ -197,9 +312,11 @@ class Chain:
             if schema.world_size != run.world_size or schema.rank >= run.world_size:
                 raise CheckpointMismatchError(f"{reader.path}: is of another number of ranks than its run.")
             run.segments[schema.rank].append(reader)
-        for run in runs.values():
+        # Ranks log only when all of them have begun. What none of them has logged in yet is not looked at.
+        whole = [run for run in runs.values() if all(run.segments) or run.has_records]
+        for run in whole:
             self._check_ranks(run)
-        return sorted(runs.values(), key=lambda run: run.since)
+        return sorted(whole, key=lambda run: run.since)
 
     def _check_ranks(self, run: _Run) -> None:
         log = self.directory / LOG_DIRECTORY
@@ -222,25 +339,13 @@ class Chain:
                     )
         steps = [_of(readers[-1]).step for readers in run.segments]
         for rank, readers in enumerate(run.segments):
-            num_more = sum(record.step > min(steps) for reader in readers for record in _of(reader).records)
+            newest_first = (record for reader in reversed(readers) for record in reversed(_of(reader).records))
+            num_more = sum(1 for _ in itertools.takewhile(lambda record: record.step > min(steps), newest_first))
             if num_more > MAX_RECORDS_APART:
                 raise CheckpointMismatchError(
                     f"{log}: rank {steps.index(min(steps))} has no record after batch {min(steps)}, and rank {rank} "
                     f"has {num_more}. Records are missing; put the file back as it was."
                 )
-
-    def _sets_of(self, run: _Run) -> Iterator[DeltaSet]:
-        ranks = [run.records(rank) for rank in range(run.world_size)]
-        done = [0] * run.world_size
-        for step in sorted(set.intersection(*({record.step for _, record in records} for records in ranks))):
-            parts = []
-            for rank, records in enumerate(ranks):
-                first = done[rank]
-                done[rank] = next(i for i in range(first, len(records)) if records[i].record.step == step) + 1
-                parts.append(tuple(records[first : done[rank]]))
-            # Equal on all ranks, but where old segments were deleted.
-            since = max(records[0].record.since for records in parts)
-            yield DeltaSet(run.name, since, step, tuple(parts))
 
     def _check_runs(self) -> None:
         for before, run in itertools.pairwise(self._runs):

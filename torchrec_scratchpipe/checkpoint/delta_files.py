@@ -325,6 +325,7 @@ class SegmentReader:
             self._file: IO[bytes] = path.open("rb", buffering=0)
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror})") from error
+        self.inode = os.fstat(self._file.fileno()).st_ino
         self.segment: Segment | None = None
 
     def scan(self) -> Segment | None:
@@ -352,6 +353,13 @@ class SegmentReader:
         segment.is_torn = segment.num_bytes < num_bytes
         return segment
 
+    def row_ids(self, block: Block) -> Tensor:
+        """[N] int32 or int64; read alone, so their checksum is not verified. Valid until the next call."""
+        assert self.segment is not None, "it was scanned"
+        dtype = self.segment.schema.pools[block.pool].id_dtype
+        num_bytes = block.num_rows * dtype.itemsize
+        return self._payload(block._replace(num_bytes=num_bytes), is_checked=True).view(dtype)
+
     def rows(self, block: Block, buffer: Tensor | None = None, *, is_checked: bool = False) -> Rows:
         """Read a block of rows, into a buffer of so many bytes, or into one that the next call uses again.
 
@@ -378,6 +386,10 @@ class SegmentReader:
         """Read a record, and make sure that it is what was written."""
         for block in record.blocks:
             self._payload(block)
+
+    def release(self) -> None:
+        """Give back the memory that payloads were read into."""
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
         """Read no more."""

@@ -129,7 +129,7 @@ class RowWriter:
             value = values[copy.part][first:last]
             if copy.source_columns is not None:
                 value = value[:, copy.source_columns]
-            if copy.source_columns is None and copy.target.is_contiguous():
+            if copy.source_columns is None and _is_plain(copy.target):
                 write_rows([copy.target], rows, [value])
             else:
                 copy.target.index_copy_(0, rows, value)
@@ -145,6 +145,11 @@ class RowWriter:
             ]
             self._copies[pool] = [copy for copy in found if copy is not None]
         return self._copies[pool]
+
+
+def _is_plain(target: Tensor) -> bool:
+    """Whether :func:`write_rows` can write it, eight bytes at a time."""
+    return target.is_contiguous() and target.storage_offset() * target.dtype.itemsize % 8 == 0
 
 
 def _overlap(entry: Entry, part: Part, piece: Piece) -> _Copy | None:

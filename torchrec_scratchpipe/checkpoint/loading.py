@@ -67,7 +67,6 @@ def load_checkpoint(
 
 
 def _load_files(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Load a checkpoint in place; `state` may be flat. Raises CheckpointMismatchError."""
     try:
         load(state, storage_reader=SafeReader(directory), planner=SafeLoadPlanner(), process_group=group)
     except CheckpointException as error:

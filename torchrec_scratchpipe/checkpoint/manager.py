@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from torchrec_scratchpipe.checkpoint.delta_chain import LOG_DIRECTORY, Chain, digest_of
+from torchrec_scratchpipe.checkpoint.delta_export import export_delta
 from torchrec_scratchpipe.checkpoint.delta_files import Schema
 from torchrec_scratchpipe.checkpoint.delta_log import DeltaLog, pool_schemas, take_state
 from torchrec_scratchpipe.checkpoint.files import (
@@ -42,7 +43,7 @@ from torchrec_scratchpipe.checkpoint.source import find_source, open_source
 from torchrec_scratchpipe.core.disk import MappedStorage
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
-from torchrec_scratchpipe.errors import CheckpointMismatchError, CheckpointSaveError, ConfigError
+from torchrec_scratchpipe.errors import CheckpointMismatchError, CheckpointSaveError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.sharding.model import only_located, only_read, scratchpad_collections
 from torchrec_scratchpipe.sharding.table_view import shown
 
@@ -352,6 +353,45 @@ class CheckpointManager:
                 self._log = None
             self._loaded[model] = _Loaded(step, source.digest)
         return Checkpoint(step, extra, source.world_size)
+
+    def export_delta(self, since: int, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write the rows that were trained or reset after a batch into safetensors files. All ranks call it.
+
+        Rank 0 reads the log, up to the last batch that is complete there, and holds the changed rows of one table at a
+        time. The others wait for it. Each table gets a file `<table>.safetensors` with `rows` [N] int64, ascending ids
+        in the whole table, `weight` [N, D], and each optimizer state under its own name, [N, D], or [N] for one value
+        per row (one per column shard: [N, shards]). `delta.json` says `since`, `step`, and how many rows of each table
+        there are. A table that is in no scratchpad has no file: its rows are not logged one by one.
+
+        Args:
+            since: A step of the log or of the checkpoint that it begins with.
+            path: A directory that is not there yet; default: `delta_<since>_<step>` beside the checkpoints.
+
+        Returns:
+            The directory.
+
+        Raises:
+            CheckpointMismatchError: The log does not lead on from `since`, and the message says from where it does; or
+                it is damaged.
+            CheckpointSaveError: The files cannot be written, or the directory is there already.
+            ConfigError: safetensors is not installed.
+        """
+        if self._log is not None:
+            self._log.wait()
+        self._ranks.gather(None)  # what all of them have taken is on the disk
+
+        def export() -> Path | ScratchPipeError:
+            try:
+                return export_delta(self._directory, since, path)
+            except ScratchPipeError as error:
+                return error
+            except Exception as error:  # whatever it is, the other ranks must not wait for it
+                return _save_error(f"the delta since {since} cannot be written")(brief(error))
+
+        found = self._ranks.from_first(export)
+        if isinstance(found, ScratchPipeError):
+            raise found
+        return found
 
     def _write(self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes) -> None:
         temporary = self._directory / f".step_{step:012d}.unfinished"

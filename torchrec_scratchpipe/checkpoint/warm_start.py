@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
+from torchrec_scratchpipe.checkpoint.table_names import few, match_of, open_npy, table_of
 from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.sharding.model import scratchpad_collections
 
@@ -47,51 +48,36 @@ def warm_start(
     for collection in scratchpad_collections(model):
         for pool in collection.pools:
             pool.host_table.wait_for_snapshots()
-    tables = {name: value for name, value in model.state_dict().items() if _table_of(name) is not None}
+    tables = {name: value for name, value in model.state_dict().items() if table_of(name) is not None}
     with ExitStack() as files:
         rows = Ranks().each_or_fail(lambda: _find_rows(source, tables, files), ConfigError)
         for name, value in rows.items():
             for target, first_row, first_column in _local_parts(tables[name]):
                 _copy(value, target, first_row, first_column)
-    return sorted(str(_table_of(name)) for name in rows)
+    return sorted(str(table_of(name)) for name in rows)
 
 
 def _find_rows(source: Any, tables: dict[str, Any], files: ExitStack) -> dict[str, Rows]:
     """By the name of the table's weights in the state_dict."""
     found = _open(source, files) if isinstance(source, str | os.PathLike) else dict(source)
-    matches = {name: match for name in tables if (match := _match(str(_table_of(name)), found)) is not None}
+    matches = {
+        name: match for name in tables if (match := match_of(str(table_of(name)), found, "warm_start")) is not None
+    }
     if not matches:
-        known = ", ".join(sorted(str(_table_of(name)) for name in tables)[:5])
+        known = ", ".join(sorted(str(table_of(name)) for name in tables)[:5])
         raise ConfigError(
-            f"warm_start: none of {_few(found)} is a table. Name them like tables ({known}) or like a stock state_dict."
+            f"warm_start: none of {few(found)} is a table. Name them like tables ({known}) or like a stock state_dict."
         )
-    rows = {name: _rows(str(_table_of(name)), found[match]) for name, match in matches.items()}
+    rows = {name: _rows(str(table_of(name)), found[match]) for name, match in matches.items()}
     for name, value in rows.items():
         shape = tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
         if shape != tuple(tables[name].shape):
             raise ConfigError(
-                f"warm_start: table {_table_of(name)} is {tuple(tables[name].shape)}, {matches[name]!r} is {shape}. "
+                f"warm_start: table {table_of(name)} is {tuple(tables[name].shape)}, {matches[name]!r} is {shape}. "
                 "Give weights of the whole table, [num_embeddings, embedding_dim]."
             )
         list(_local_parts(tables[name]))  # or it raises
     return rows
-
-
-def _table_of(state_name: str) -> str | None:
-    parts = state_name.split(".")
-    is_table = len(parts) >= 3 and parts[-1] == "weight" and parts[-3] in ("embedding_bags", "embeddings")
-    return parts[-2] if is_table else None
-
-
-def _match(table: str, found: Mapping[str, Any]) -> str | None:
-    if table in found:
-        return table
-    names = [name for name in found if name == f"{table}.weight" or name.endswith(f".{table}.weight")]
-    if len(names) > 1:
-        raise ConfigError(
-            f"warm_start: {_few(names)} are all called like table {table}. Give one of them under {table!r}."
-        )
-    return names[0] if names else None
 
 
 def _open(path: str | os.PathLike[str], files: ExitStack) -> dict[str, Rows]:
@@ -120,10 +106,7 @@ def _open(path: str | os.PathLike[str], files: ExitStack) -> dict[str, Rows]:
 
 def _rows(table: str, value: Any) -> Rows:
     if isinstance(value, str | os.PathLike):
-        try:
-            value = np.load(value, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ConfigError(f"warm_start: {value} for table {table} cannot be read as .npy ({error}).") from error
+        value = open_npy(value, table, "warm_start")
     value = value.detach() if isinstance(value, Tensor) else value
     dtype = str(getattr(value, "dtype", "")) or (value.get_dtype() if hasattr(value, "get_dtype") else "")
     if not dtype or "complex" in dtype:
@@ -152,8 +135,3 @@ def _copy(source: Rows, target: Tensor, first_row: int, first_column: int) -> No
         last = min(first + step, num_rows)
         block = source[first_row + first : first_row + last, first_column : first_column + num_columns]
         target[first:last].copy_(torch.from_numpy(np.array(block)) if isinstance(block, np.ndarray) else block)
-
-
-def _few(names: Any) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "no names"
