@@ -71,13 +71,13 @@ def test_a_job_goes_on_from_its_last_delta(
     setting = with_optimizer(SETTING, optimizer)
     kwargs = {"table_dir": str(tmp_path)} if is_mapped else {}
     part = Trainer.scratchpipe(setting, **kwargs)
-    run(CheckpointManager(tmp_path / "c", delta_every=3), part, 29, setting=setting)
+    run(CheckpointManager(tmp_path / "c", delta_every=3, compact_at=None), part, 29, setting=setting)
     # 1. The last delta is of batch 28, because the first call saved the checkpoint, after batch 1.
     step, resumed = loaded(tmp_path / "c", replace(setting, load_factor=0.6))
     assert step == 28
     assert_same_bits(trained(setting, 28), resumed)
     # 2. It goes on, and logs on.
-    manager = CheckpointManager(tmp_path / "c", delta_every=3)
+    manager = CheckpointManager(tmp_path / "c", delta_every=3, compact_at=None)
     resumed = Trainer.scratchpipe(replace(setting, seed=6))
     assert manager.load(resumed.model, resumed.optimizer).step == 28  # type: ignore[union-attr]
     run(manager, resumed, 60, 28, lookahead=4, setting=setting)
@@ -97,7 +97,7 @@ def test_every_delta_has_the_rows_that_were_trained_once_each_as_they_were(
     """While the background is slow, so that rows train again, and leave and come back, before they are read."""
     expected: dict[int, dict[str, list[torch.Tensor]]] = {}
     ours = Trainer.scratchpipe(BUSY)
-    manager = CheckpointManager(tmp_path, delta_every=4)
+    manager = CheckpointManager(tmp_path, delta_every=4, compact_at=None)
     pipeline, batches = ours.pipeline(lookahead), make_batches(BUSY)
     iterator = iter(batches)
     num_kept = note_kept(monkeypatch)

@@ -73,7 +73,7 @@ def measure(directory: Path, interval: int, num_blocks: int, device: torch.devic
     contender.fill(EXPONENT, SEED)
     block_steps = interval * max(1, BLOCK_STEPS // interval)
     contender.start(EXPONENT, 2, SEED, 10**6)
-    job = Job(contender, CheckpointManager(directory, delta_every=interval))
+    job = Job(contender, CheckpointManager(directory, delta_every=interval, compact_at=None))
     job.run(NUM_WARMUP_STEPS, is_logged=True)  # the first step saves a checkpoint
     pools = pools_of(job)
     watches = [pool.changes for pool in pools]

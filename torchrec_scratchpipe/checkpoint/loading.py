@@ -59,7 +59,9 @@ def load_checkpoint(
 
     def check() -> None:
         manifest = Manifest.read(path) if (path / MANIFEST_FILE).exists() else None
-        metadata = check_files(path, manifest, ranks) if manifest else SafeReader(path).read_metadata()
+        metadata = (
+            check_files(path, manifest, ranks.rank, ranks.world_size) if manifest else SafeReader(path).read_metadata()
+        )
         check_fits(state, metadata, None, path)
         check_values(path, metadata, flatten_state_dict(state)[0])
 
@@ -77,8 +79,8 @@ def load_files(directory: Path, state: dict[str, Any], group: dist.ProcessGroup 
         ) from error
 
 
-def check_files(directory: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
-    """Read the metadata, and this rank's share of the files."""
+def check_files(directory: Path, manifest: Manifest, rank: int, world_size: int) -> Metadata:
+    """Read the metadata, and this rank's share of the files. Raises CheckpointMismatchError."""
     names = sorted(manifest.files)
     if METADATA_FILE in names:  # all ranks read it
         _check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
@@ -86,7 +88,7 @@ def check_files(directory: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
     stray = {place.relative_path for place in (metadata.storage_data or {}).values()} - set(names)
     if stray:
         raise CheckpointMismatchError(f"{directory}: {min(stray)} has no checksum. Load another step.")
-    for name in names[ranks.rank :: ranks.world_size]:
+    for name in names[rank::world_size]:
         _check_file(directory, name, manifest.files[name], metadata)
     return metadata
 

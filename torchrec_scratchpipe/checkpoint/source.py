@@ -18,6 +18,7 @@ from torchrec_scratchpipe.checkpoint.delta_load import (
     first_of_each,
     logged_names,
     read_state,
+    states_between,
     write_state,
 )
 from torchrec_scratchpipe.checkpoint.files import Manifest, base_path, base_steps, check_values
@@ -74,6 +75,7 @@ class Source:
     metadata: Metadata
     sets: Sequence[DeltaSet]  # that lead on from it
     states: Sequence[LoggedState]  # of the ranks at the last of them
+    between: Mapping[int, Sequence[LoggedState]]  # by set, tensors that went into a scratchpad after it
 
     def __post_init__(self) -> None:
         self._logged = first_of_each(self.states) if self.states else None
@@ -162,9 +164,11 @@ class Source:
             name: [piece._replace(tensor=to_write(piece.tensor)) for piece in some] for name, some in pieces.items()
         }
         writer = RowWriter(targets)
-        for delta_set in self.sets:
+        for number, delta_set in enumerate(self.sets):
             for record in delta_set.records:
                 writer.write(record)
+            for logged in self.between.get(number, ()):
+                write_state(logged, targets)
         write_state(self._logged, targets)
         for name, value in self._logged.values.items():
             if name in flat:
@@ -195,7 +199,8 @@ def open_source(
         for reader, record in [record for one in sets for record in one.records][ranks.rank :: ranks.world_size]:
             reader.check(record)
         states = [read_state(record) for record in sets[-1].newest] if sets else []
-        return Source(path, manifest, check_files(path, manifest, ranks), sets, states)
+        metadata = check_files(path, manifest, ranks.rank, ranks.world_size)
+        return Source(path, manifest, metadata, sets, states, states_between(sets))
 
     try:
         yield ranks.each_or_fail(read, make_error)
