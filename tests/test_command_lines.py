@@ -70,6 +70,9 @@ OPTIONS: dict[str, str] = {
         --profile_trace --json --plot --html --stats_every --tensorboard_dir --json_lines
     """,
     "torchrec_scratchpipe/__main__.py": "",  # those of the command that it runs
+    "torchrec_scratchpipe/compact.py": """
+        --keep_last
+    """,
     "torchrec_scratchpipe/data/__main__.py": """
         --rows_per_group
     """,

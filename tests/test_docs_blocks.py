@@ -249,6 +249,7 @@ COMMANDS = {
     "torchrec-scratchpipe plan": "torchrec_scratchpipe/plan.py",
     "scratchpipe-plan": "torchrec_scratchpipe/plan.py",
     "python -m torchrec_scratchpipe.plan": "torchrec_scratchpipe/plan.py",
+    "torchrec-scratchpipe compact": "torchrec_scratchpipe/compact.py",
     "torchrec-scratchpipe disk": "torchrec_scratchpipe/disk.py",
     "python -m torchrec_scratchpipe.disk": "torchrec_scratchpipe/disk.py",
 }

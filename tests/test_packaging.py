@@ -113,7 +113,8 @@ def test_the_wheel_is_imported_in_a_clean_environment(clean: Path, tmp_path: Pat
 
 
 def test_commands_of_the_wheel_run_in_a_clean_environment(clean: Path, tmp_path: Path) -> None:
-    for command in (["torchrec-scratchpipe"], ["torchrec-scratchpipe", "disk"], ["scratchpipe-plan"]):
+    commands = (["torchrec-scratchpipe"], *(["torchrec-scratchpipe", name] for name in ("disk", "compact")))
+    for command in (*commands, ["scratchpipe-plan"]):
         out = run_elsewhere(tmp_path, str(clean / "bin" / command[0]), *command[1:], "--help")
         assert out.startswith(f"usage: {' '.join(command)} ")
     table = {"name": "t", "num_embeddings": 10_000, "embedding_dim": 16}

@@ -295,6 +295,10 @@ class Chain:
                     if end <= base:
                         reader.path.unlink(missing_ok=True)
 
+    def file_bytes(self) -> int:
+        """Of all segments that are there now; reads none. Raises OSError."""
+        return sum(path.stat().st_size for path in segment_paths(self.directory / LOG_DIRECTORY))
+
     def close(self) -> None:
         """Close all files."""
         for reader in self._readers.values():

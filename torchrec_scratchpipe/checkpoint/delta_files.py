@@ -20,6 +20,7 @@ So no record can be missing, twice, elsewhere or of another run without being no
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,11 +30,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from torchrec_scratchpipe.checkpoint.files import sync_directory
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Segment",
     "SegmentReader",
     "SegmentWriter",
+    "open_part",
     "segment_paths",
 ]
 
@@ -55,6 +58,7 @@ FORMAT_VERSION = 1
 MAGIC = b"SPdl"
 HEADER = struct.Struct("<4sIIIQQII")
 MAX_JSON_BYTES = 1 << 30
+READ_BYTES = 4 << 20  # of a payload that are read at a time where it is only checked
 ALIGNMENT = 8
 _NAME = re.compile(r"([0-9]{12,})_([0-9]{5,})\.log")
 
@@ -243,7 +247,7 @@ class SegmentWriter:
         try:
             self._write_block(Kind.SCHEMA, 0, 0, [schema.to_json()])
             os.fsync(self._file.fileno())
-            _sync_directory(directory)
+            sync_directory(directory)
         except BaseException:
             self._file.close()
             self.path.unlink(missing_ok=True)
@@ -377,15 +381,35 @@ class SegmentReader:
             offset += _aligned(size)
         return Rows(tensors[0], tensors[1:])
 
-    def state(self, record: Record) -> bytes:
-        """Read what :meth:`SegmentWriter.add_state` was given, some bytes longer."""
+    def rows_between(self, block: Block, part: int, first_row: int, last_row: int) -> tuple[Tensor, Tensor]:
+        """Read one part of the rows `[first_row, last_row)` of a block, unchecked: [N] ids and [N, D] or [N] values."""
+        assert self.segment is not None, "it was scanned"
+        schema = self.segment.schema.pools[block.pool]
+        ids = self._read(block.offset, (block.num_rows,), schema.id_dtype)
+        first, last = torch.searchsorted(ids, torch.tensor([first_row, last_row], dtype=ids.dtype)).tolist()
+        sizes = [ids.nbytes, *(one.row_bytes * block.num_rows for one in schema.parts[:part])]
+        offset = block.offset + sum(_aligned(size) for size in sizes) + first * schema.parts[part].row_bytes
+        dtype = getattr(torch, schema.parts[part].dtype)
+        return ids[first:last], self._read(offset, schema.parts[part].shape(last - first), dtype)
+
+    def bounds(self, block: Block) -> tuple[int, int]:
+        """The first and the last row of a block of rows."""
+        assert self.segment is not None, "it was scanned"
+        dtype = self.segment.schema.pools[block.pool].id_dtype
+        places = (block.offset, block.offset + (block.num_rows - 1) * dtype.itemsize)
+        first, last = (int(self._read(place, (1,), dtype)) for place in places)
+        return first, last
+
+    def state(self, record: Record) -> IO[bytes]:
+        """Open what :meth:`SegmentWriter.add_state` was given, some bytes longer; valid while this is open."""
         (block,) = (block for block in record.blocks if block.kind == Kind.STATE)
-        return self._payload(block).numpy().tobytes()
+        self._check(block)
+        return open_part(self._file, block.offset, block.num_bytes)
 
     def check(self, record: Record) -> None:
-        """Read a record, and make sure that it is what was written."""
+        """Read a record, and make sure that it is what was written; holds a few megabytes."""
         for block in record.blocks:
-            self._payload(block)
+            self._check(block)
 
     def release(self) -> None:
         """Give back the memory that payloads were read into."""
@@ -488,6 +512,25 @@ class SegmentReader:
             raise self._error(f"is damaged between bytes {block.offset:,} and {block.offset + block.num_bytes:,}")
         return payload.rstrip(b"\0")
 
+    def _check(self, block: Block) -> None:
+        self._file.seek(block.offset)
+        crc, left = 0, block.num_bytes
+        while left and (data := self._file.read(min(left, READ_BYTES))):
+            crc, left = zlib.crc32(data, crc), left - len(data)
+        if left or crc != block.crc32:
+            raise self._error(f"is damaged between bytes {block.offset:,} and {block.offset + block.num_bytes:,}")
+
+    def _read(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        view = _bytes_of(tensor)
+        self._file.seek(offset)
+        done = 0
+        while done < len(view) and (count := self._file.readinto(view[done:])):  # type: ignore[attr-defined]
+            done += count
+        if done < len(view):
+            raise self._error(f"has become shorter than {offset + len(view):,} bytes")
+        return tensor
+
     def _payload(self, block: Block, buffer: Tensor | None = None, *, is_checked: bool = False) -> Tensor:
         """[bytes] uint8."""
         if buffer is None:
@@ -510,6 +553,39 @@ class SegmentReader:
         )
 
 
+class _FilePart(io.RawIOBase):
+    """Some bytes of a file, as a file that can only be read."""
+
+    def __init__(self, file: IO[bytes], offset: int, num_bytes: int) -> None:
+        self._file, self._offset, self._num_bytes = file, offset, num_bytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._num_bytes}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        self._file.seek(self._offset + self._at)
+        count: int = self._file.readinto(view[: max(0, self._num_bytes - self._at)])  # type: ignore[attr-defined]
+        self._at += count
+        return count
+
+
+def open_part(file: IO[bytes], offset: int, num_bytes: int) -> IO[bytes]:
+    """Some bytes of a file, as a file; valid while that is open."""
+    return cast(IO[bytes], _FilePart(file, offset, num_bytes))
+
+
 def _digest_of(before: str) -> Any:
     return hashlib.blake2b(before.encode(), digest_size=16)
 
@@ -529,11 +605,3 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _view(tensor: Tensor) -> memoryview:
     array: Any = tensor.numpy()
     return memoryview(array)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,10 +4,12 @@
 Shapes: ``N`` rows.
 """
 
-import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,7 +21,18 @@ from torchrec_scratchpipe.checkpoint.reads import read_ahead
 from torchrec_scratchpipe.core.rows import write_rows
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
-__all__ = ["LoggedState", "RowWriter", "check_fit", "first_of_each", "logged_names", "read_state", "write_state"]
+__all__ = [
+    "LoggedState",
+    "RowBlocks",
+    "RowWriter",
+    "check_fit",
+    "first_of_each",
+    "logged_names",
+    "read_state",
+    "row_blocks_of",
+    "states_between",
+    "write_state",
+]
 
 
 class LoggedState(NamedTuple):
@@ -28,6 +41,7 @@ class LoggedState(NamedTuple):
     tensors: dict[tuple[str, tuple[int, ...]], Piece]  # by name in the flat state and offsets
     values: dict[str, Any]
     beside: dict[str, Any]
+    places: dict[str, tuple[str | int, ...]]  # of each name in the nested state
 
     @property
     def names(self) -> set[str]:
@@ -37,11 +51,34 @@ class LoggedState(NamedTuple):
 
 def read_state(of_rank: RankRecord) -> LoggedState:
     """Read what :func:`take_state` has taken. Raises CheckpointMismatchError."""
-    payload = of_rank.reader.state(of_rank.record)
-    content = load_plain(io.BytesIO(payload), f"{of_rank.reader.path}, batch {of_rank.record.step}")
+    file = of_rank.reader.state(of_rank.record)
+    content = load_plain(file, f"{of_rank.reader.path}, batch {of_rank.record.step}")
     pieces = [(name, Piece(tensor, tuple(offsets), tuple(size))) for name, offsets, size, tensor in content["tensors"]]
     tensors = {(name, piece.offsets): piece for name, piece in pieces}
-    return LoggedState(tensors, content["values"], content["beside"])
+    return LoggedState(tensors, content["values"], content["beside"], content["places"])
+
+
+def states_between(sets: Sequence[DeltaSet]) -> dict[int, list[LoggedState]]:
+    """Tensors that a run had in no pool, as they were at its end, where another run logs their rows.
+
+    Args:
+        sets: Ascending, of one run or several.
+
+    Returns:
+        By the number of the set after which they are to be written; mostly none.
+
+    Raises:
+        CheckpointMismatchError: A record is damaged.
+    """
+    names = logged_names(sets)
+    found: dict[int, list[LoggedState]] = {}
+    for number, (before, after) in enumerate(itertools.pairwise(sets)):
+        if before.run != after.run:
+            for state in [read_state(record) for record in before.newest] if before.has_state else []:
+                tensors = {key: piece for key, piece in state.tensors.items() if key[0] in names}
+                if tensors:
+                    found.setdefault(number, []).append(LoggedState(tensors, {}, {}, {}))
+    return found
 
 
 def check_fit(sets: Sequence[DeltaSet], state: LoggedState | None, pieces: Mapping[str, Sequence[Piece]]) -> None:
@@ -90,6 +127,40 @@ class _Copy(NamedTuple):
     source_columns: slice | None
     target: Tensor  # [rows, D] or [rows]
 
+    def write(self, ids: Tensor, values: Tensor) -> None:
+        """Shapes: `ids` [N], of the pool, `values` [N, D] or [N]."""
+        rows = ids.long() + self.shift
+        if self.source_columns is not None:
+            values = values[:, self.source_columns]
+        if self.source_columns is None and _is_plain(self.target):
+            write_rows([self.target], rows, [values])
+        else:
+            self.target.index_copy_(0, rows, values)
+
+
+class PoolBlocks(NamedTuple):
+    """Blocks of rows of one pool in a record, and the rows between which they lie."""
+
+    firsts: "npt.NDArray[np.int64]"  # [blocks]
+    lasts: "npt.NDArray[np.int64]"  # [blocks]
+    blocks: list[Block]
+
+
+RowBlocks = dict[int, PoolBlocks]  # by pool
+
+
+def row_blocks_of(record: RankRecord) -> RowBlocks:
+    """Where the rows of a record are. Raises CheckpointMismatchError."""
+    of_pools: dict[int, list[Block]] = {}
+    for block in record.record.row_blocks:
+        if block.num_rows:
+            of_pools.setdefault(block.pool, []).append(block)
+    found = {}
+    for pool, blocks in of_pools.items():
+        bounds = np.array([record.reader.bounds(block) for block in blocks], dtype=np.int64)
+        found[pool] = PoolBlocks(bounds[:, 0], bounds[:, 1], blocks)
+    return found
+
 
 class RowWriter:
     """Writes logged rows to where they belong.
@@ -103,6 +174,16 @@ class RowWriter:
         self._targets = targets
         self._is_checked = is_checked
         self._copies: dict[PoolSchema, list[_Copy]] = {}
+
+    def write_from(self, record: RankRecord, blocks: "RowBlocks") -> None:
+        """Write all rows of a record that belong here, and read no others; they were checked before."""
+        for number, (firsts, lasts, of_pool) in blocks.items():
+            for copy in self._copies_of(record.segment.schema.pools[number]):
+                (found,) = np.nonzero((firsts < copy.last_row) & (lasts >= copy.first_row))
+                for index in found.tolist():
+                    ids, values = record.reader.rows_between(of_pool[index], copy.part, copy.first_row, copy.last_row)
+                    if ids.numel():
+                        copy.write(ids, values)
 
     def write(self, record: RankRecord) -> int:
         """Write all rows of a record that belong here, and say how many. Raises CheckpointMismatchError."""
@@ -125,14 +206,7 @@ class RowWriter:
         for copy, (first, last) in zip(copies, places, strict=True):
             if first == last:
                 continue
-            rows = ids[first:last].long() + copy.shift
-            value = values[copy.part][first:last]
-            if copy.source_columns is not None:
-                value = value[:, copy.source_columns]
-            if copy.source_columns is None and _is_plain(copy.target):
-                write_rows([copy.target], rows, [value])
-            else:
-                copy.target.index_copy_(0, rows, value)
+            copy.write(ids[first:last], values[copy.part][first:last])
             num_rows += last - first
         return num_rows
 
@@ -174,10 +248,12 @@ def first_of_each(states: Sequence[LoggedState]) -> LoggedState:
     """What all ranks together have; of what several have, that of the first."""
     tensors: dict[tuple[str, tuple[int, ...]], Piece] = {}
     values: dict[str, Any] = {}
+    places: dict[str, tuple[str | int, ...]] = {}
     for state in reversed(states):
         tensors |= state.tensors
         values |= state.values
-    return LoggedState(tensors, values, states[0].beside)
+        places |= state.places
+    return LoggedState(tensors, values, states[0].beside, places)
 
 
 def write_state(state: LoggedState, targets: Mapping[str, Sequence[Piece]]) -> None:

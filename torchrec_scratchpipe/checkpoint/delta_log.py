@@ -40,6 +40,7 @@ class TakenState(NamedTuple):
     tensors: list[tuple[str, list[int], list[int], Tensor]]  # name in the flat state, offsets, size of all, piece
     values: dict[str, Any]  # what is no tensor
     beside: dict[str, Any]  # what no state_dict shows
+    places: dict[str, tuple[str | int, ...]]  # by name in the flat state, pools included, the path in the nested one
     is_copied: torch.Event | None
 
     def to_bytes(self) -> bytes:
@@ -48,7 +49,8 @@ class TakenState(NamedTuple):
             self.is_copied.synchronize()
         tensors = [(name, offsets, size, tensor.cpu()) for name, offsets, size, tensor in self.tensors]
         stream = io.BytesIO()
-        torch.save({"tensors": tensors, "values": self.values, "beside": self.beside}, stream)
+        content = {"tensors": tensors, "values": self.values, "beside": self.beside, "places": self.places}
+        torch.save(content, stream)
         return stream.getvalue()
 
 
@@ -65,7 +67,8 @@ def take_state(state: dict[str, Any], pools: Sequence[Pool], beside: dict[str, A
         Copies; those of a device are made when its event has happened.
     """
     tensors, values = [], {}
-    for name, value in flatten_state_dict(state)[0].items():
+    flat, places = flatten_state_dict(state)
+    for name, value in flat.items():
         pieces = pieces_of(value)
         if pieces is None:
             values[name] = value
@@ -80,7 +83,7 @@ def take_state(state: dict[str, Any], pools: Sequence[Pool], beside: dict[str, A
     for device in devices:  # one at most
         event = torch.get_device_module(device).Event()
         event.record(torch.get_device_module(device).current_stream(device))
-    return TakenState(tensors, copy.deepcopy(values), copy.deepcopy(beside), event)
+    return TakenState(tensors, copy.deepcopy(values), copy.deepcopy(beside), dict(places), event)
 
 
 def pool_schemas(state: dict[str, Any], pools: Sequence[Pool]) -> tuple[PoolSchema, ...]:

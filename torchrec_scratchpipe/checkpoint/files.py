@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,11 @@ __all__ = [
     "base_steps",
     "check_values",
     "checksums_of",
+    "complete",
     "load_plain",
+    "row_blocks",
+    "sync_directory",
+    "write_durably",
 ]
 
 METADATA_FILE = ".metadata"
@@ -202,17 +207,11 @@ class RowBlockSavePlanner(DefaultSavePlanner):
         row_bytes = max(1, tensor.nbytes // max(1, num_rows)) if place is None else self._row_bytes[place[0]]
         rows_per_block = max(1, BLOCK_BYTES // row_bytes)
         items = []
-        for first in range(0, max(1, num_rows), rows_per_block):
-            count = min(rows_per_block, num_rows - first)
-            if tensor.dim():
-                offsets = torch.Size([chunk.offsets[0] + first, *chunk.offsets[1:]])
-                sizes = torch.Size([count, *chunk.sizes[1:]])
-            else:
-                offsets, sizes = chunk.offsets, chunk.sizes
-            index = dataclasses.replace(item.index, offset=offsets)
+        for first, block in row_blocks(chunk, rows_per_block):
+            index = dataclasses.replace(item.index, offset=block.offsets)
             block_place = None if place is None else (place[0], place[1], place[2] + first)
-            self._blocks[index] = _Block(item.index, first, count, block_place)
-            data = dataclasses.replace(item.tensor_data, chunk=ChunkStorageMetadata(offsets, sizes))
+            self._blocks[index] = _Block(item.index, first, block.sizes[0] if block.sizes else 1, block_place)
+            data = dataclasses.replace(item.tensor_data, chunk=block)
             items.append(dataclasses.replace(item, index=index, tensor_data=data))
         return items
 
@@ -230,6 +229,20 @@ class _Block(NamedTuple):
     first_row: int  # in the shard
     num_rows: int
     place: tuple[int, int, int] | None  # pool, part, row, if it lies in a host table
+
+
+def row_blocks(chunk: ChunkStorageMetadata, rows_per_block: int) -> Iterator[tuple[int, ChunkStorageMetadata]]:
+    """Cut a piece of a tensor into blocks of rows: the first row of each in the piece, and where it is."""
+    if not chunk.sizes:
+        yield 0, chunk
+        return
+    num_rows = chunk.sizes[0]
+    for first in range(0, max(1, num_rows), rows_per_block):
+        offsets = torch.Size([chunk.offsets[0] + first, *chunk.offsets[1:]])
+        yield (
+            first,
+            ChunkStorageMetadata(offsets, torch.Size([min(rows_per_block, num_rows - first), *chunk.sizes[1:]])),
+        )
 
 
 class ChecksummedWriter(FileSystemWriter):
@@ -266,15 +279,34 @@ class ChecksummedWriter(FileSystemWriter):
         return future
 
 
+class _ChecksumsOfTorch:
+    """A setting of torch's for the whole process, which writers on several threads want otherwise."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.num_without = 0
+        self.was_on = True
+
+
+_checksums_of_torch = _ChecksumsOfTorch()
+
+
 @contextmanager
 def _without_checksums_of_torch() -> Iterator[None]:
     """torch.save computes checksums that torch.load does not look at, at the speed of ours."""
-    was_on = get_crc32_options()
-    set_crc32_options(False)
+    setting = _checksums_of_torch
+    with setting.lock:
+        if setting.num_without == 0:
+            setting.was_on = get_crc32_options()
+            set_crc32_options(False)
+        setting.num_without += 1
     try:
         yield
     finally:
-        set_crc32_options(was_on)
+        with setting.lock:
+            setting.num_without -= 1
+            if setting.num_without == 0:  # the first to begin may be the first to end
+                set_crc32_options(setting.was_on)
 
 
 class SafeReader(FileSystemReader):
@@ -318,7 +350,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, _saved(plain))
 
 
-def load_plain(value: io.BytesIO, name: str) -> Any:
+def load_plain(value: IO[bytes], name: str) -> Any:
     """Load what torch.save wrote, unless it could run code. Raises CheckpointMismatchError."""
     try:
         return torch.load(value, weights_only=True)
@@ -346,6 +378,34 @@ def checksums_of(path: Path) -> FileChecksums:
         while block := file.read(CHECKSUM_BYTES):
             checksums.append(zlib.crc32(block))
         return FileChecksums(file.tell(), checksums)
+
+
+def complete(temporary: Path, directory: Path, manifest: Manifest) -> None:
+    """Give a checkpoint that was written beside its manifest, and then its name. Raises OSError."""
+    manifest.files[METADATA_FILE] = checksums_of(temporary / METADATA_FILE)
+    write_durably(temporary / MANIFEST_FILE, manifest.to_json().encode())
+    # The files' names must be on the disk before the directory's new one, and this one before older steps go.
+    sync_directory(temporary)
+    temporary.rename(base_path(directory, manifest.step))
+    sync_directory(directory)
+
+
+def write_durably(path: Path, content: bytes) -> FileChecksums:
+    """Have a small file on the disk. Raises OSError."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return checksums_of(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names of a directory's files on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class _ChecksummedFile:

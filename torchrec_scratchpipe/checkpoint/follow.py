@@ -27,7 +27,6 @@ from torchrec_scratchpipe.checkpoint.files import MANIFEST_FILE, Manifest, base_
 from torchrec_scratchpipe.checkpoint.follow_target import Tables, state_of
 from torchrec_scratchpipe.checkpoint.loading import check_files, check_fits
 from torchrec_scratchpipe.checkpoint.pieces import Piece
-from torchrec_scratchpipe.checkpoint.ranks import Ranks
 from torchrec_scratchpipe.checkpoint.reads import read_checkpoint
 from torchrec_scratchpipe.errors import CheckpointMismatchError, ConfigError
 
@@ -251,9 +250,9 @@ class Follower:
                     raise  # else it was deleted meanwhile, because there is a later one
 
     def _load_base(self, step: int) -> None:
-        path, alone = base_path(self._directory, step), Ranks(is_alone=True)
+        path = base_path(self._directory, step)
         manifest, digest = Manifest.read_base(self._directory, step), digest_of_base(path)
-        metadata = check_files(path, manifest, alone)
+        metadata = check_files(path, manifest, 0, 1)
         state = self._state or state_of(self._target, metadata)
         check_fits(state, metadata, None, path)
         check_values(path, metadata, state)

@@ -58,7 +58,9 @@ def load_checkpoint(
 
     def check() -> None:
         manifest = Manifest.read(path) if (path / MANIFEST_FILE).exists() else None
-        metadata = check_files(path, manifest, ranks) if manifest else SafeReader(path).read_metadata()
+        metadata = (
+            check_files(path, manifest, ranks.rank, ranks.world_size) if manifest else SafeReader(path).read_metadata()
+        )
         check_fits(state, metadata, None, path)
         check_values(path, metadata, flatten_state_dict(state)[0])
 
@@ -75,10 +77,10 @@ def _load_files(directory: Path, state: dict[str, Any], group: dist.ProcessGroup
         ) from error
 
 
-def check_files(directory: Path, manifest: Manifest, ranks: Ranks) -> Metadata:
+def check_files(directory: Path, manifest: Manifest, rank: int, world_size: int) -> Metadata:
     """Read the metadata, and this rank's share of the files. Raises CheckpointMismatchError."""
     metadata = check_metadata(directory, manifest)
-    for name in sorted(manifest.files)[ranks.rank :: ranks.world_size]:
+    for name in sorted(manifest.files)[rank::world_size]:
         _check_file(directory, name, manifest.files[name], metadata)
     return metadata
 

@@ -25,25 +25,27 @@ from torchrec_scratchpipe.checkpoint.delta_export import export_delta
 from torchrec_scratchpipe.checkpoint.delta_files import Schema
 from torchrec_scratchpipe.checkpoint.delta_log import DeltaLog, pool_schemas, take_state
 from torchrec_scratchpipe.checkpoint.files import (
-    MANIFEST_FILE,
-    METADATA_FILE,
     ChecksummedWriter,
     FileChecksums,
     Manifest,
     RowBlockSavePlanner,
     base_path,
     base_steps,
-    checksums_of,
+    complete,
+    sync_directory,
+    write_durably,
 )
+from torchrec_scratchpipe.checkpoint.folding import Folder
 from torchrec_scratchpipe.checkpoint.loading import brief, is_saved, mismatch_error, reasons
 from torchrec_scratchpipe.checkpoint.optimizer_states import fit_states, load_wrapper_states, wrapper_states
 from torchrec_scratchpipe.checkpoint.pieces import pieces_of
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
+from torchrec_scratchpipe.checkpoint.retention import delete_old, remove
 from torchrec_scratchpipe.checkpoint.source import find_source, open_source
 from torchrec_scratchpipe.core.disk import MappedStorage
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
-from torchrec_scratchpipe.errors import CheckpointMismatchError, CheckpointSaveError, ConfigError, ScratchPipeError
+from torchrec_scratchpipe.errors import CheckpointSaveError, ConfigError, ScratchPipeError
 from torchrec_scratchpipe.sharding.model import only_located, only_read, scratchpad_collections
 from torchrec_scratchpipe.sharding.table_view import shown
 
@@ -87,9 +89,12 @@ class CheckpointManager:
             log.
         state_every: How many batches lie between two deltas that a job can be resumed from, because they have
             everything else than tables behind a scratchpad, too. A multiple of `delta_every`, which is the default.
+        compact_at: When deltas have grown to so many times the bytes of the newest checkpoint, :meth:`trained` has them
+            folded as :meth:`compact` does. None: only :meth:`compact` folds.
 
     Raises:
-        ConfigError: `keep_last`, `delta_every` or `state_every` is not positive, or they do not fit each other.
+        ConfigError: `keep_last`, `delta_every`, `state_every` or `compact_at` is not positive, or they do not fit each
+            other.
         CheckpointSaveError: The directory cannot be made.
     """
 
@@ -101,6 +106,7 @@ class CheckpointManager:
         *,
         delta_every: int | None = None,
         state_every: int | None = None,
+        compact_at: float | None = None,
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise ConfigError(f"keep_last is {keep_last}, it must be at least 1, or None to keep all checkpoints.")
@@ -111,6 +117,8 @@ class CheckpointManager:
                 f"state_every is {state_every}, delta_every is {delta_every}: it must be a multiple of it. Leave it "
                 "out to have everything in each delta."
             )
+        if compact_at is not None and not compact_at > 0:
+            raise ConfigError(f"compact_at is {compact_at}, it must be above 0, or None to fold no deltas by itself.")
         self._directory = Path(directory).absolute()  # the job may change its working directory
         self._keep_last = keep_last
         self._delta_every = delta_every
@@ -120,6 +128,7 @@ class CheckpointManager:
         self._ranks = Ranks(process_group)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scratchpipe-checkpoint")
         self._pending: Future[None] | None = None
+        self._folder = Folder(self._directory, keep_last, compact_at)
         self._ranks.each_or_fail(
             lambda: self._directory.mkdir(parents=True, exist_ok=True), _save_error(f"{self._directory} cannot be made")
         )
@@ -168,7 +177,29 @@ class CheckpointManager:
             log = self._log = self._begin_log(step, model, optimizer, extra)
         if step - log.step < self._delta_every:
             return None
-        return self._take_delta(log, step, optimizer, extra, has_state=step - log.step_with_state >= self._state_every)
+        done = self._take_delta(log, step, optimizer, extra, has_state=step - log.step_with_state >= self._state_every)
+        if self._ranks.rank == 0:
+            self._folder.look()
+        return done
+
+    def compact(self) -> "Future[int | None]":
+        """Fold the deltas since the newest checkpoint into a new one, in the background, while training goes on.
+
+        Rank 0 folds what all ranks have logged, as :command:`torchrec-scratchpipe compact` does for a directory that no
+        job uses. It needs a few blocks of 32 MiB, and what one rank has beside its tables, whatever their size. The new
+        checkpoint is of the last step that deltas lead to, and appears when it is complete. Then `keep_last` counts
+        checkpoints, and deltas that lead to none of the rest are deleted. One fold at a time; another waits.
+
+        Returns:
+            The step, when it is done, or None if there was nothing to fold, or a later checkpoint was saved meanwhile;
+            on ranks other than 0 None at once. Its `result()` raises CheckpointMismatchError if a file is damaged and
+            CheckpointSaveError if the new checkpoint cannot be written; that is logged too, and nothing was changed.
+        """
+        if self._ranks.rank == 0:
+            return self._folder.fold()
+        nothing: Future[int | None] = Future()
+        nothing.set_result(None)
+        return nothing
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
@@ -190,7 +221,7 @@ class CheckpointManager:
                 untouched, and training can go on.
             ConfigError: `extra` is not plain data.
         """
-        self.wait()
+        self._wait_for_saves()
         extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
         self._take_delta_beside(step, model, optimizer, extra)
         with only_read(model):
@@ -228,7 +259,7 @@ class CheckpointManager:
             CheckpointSaveError: There is no room to begin.
             ConfigError: `extra` is not plain data.
         """
-        self.wait()
+        self._wait_for_saves()
         extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
         self._take_delta_beside(step, model, optimizer, extra)
         with only_read(model):
@@ -274,7 +305,11 @@ class CheckpointManager:
         return done
 
     def wait(self) -> None:
-        """Wait until no save is under way and all deltas are written, well or badly; the futures say which."""
+        """Wait until no save or fold is under way and all deltas are written, well or badly; the futures say which."""
+        self._wait_for_saves()
+        self._folder.wait()
+
+    def _wait_for_saves(self) -> None:
         if self._pending is not None:
             self._pending.exception()
             self._pending = None
@@ -407,7 +442,7 @@ class CheckpointManager:
                 raise make_error(reasons(error)) from error
             extra_name = f"extra_{self._ranks.rank}.pt"
             writer.files[extra_name] = self._ranks.each_or_fail(
-                lambda: _write_durably(temporary / extra_name, extra_bytes), make_error
+                lambda: write_durably(temporary / extra_name, extra_bytes), make_error
             )
             # 3. The manifest last: only then is the checkpoint complete, under its name.
             files: dict[str, FileChecksums] = {}
@@ -428,38 +463,12 @@ class CheckpointManager:
                 "later step, or use another directory"
             )
         for leftover in self._directory.glob(".step_*.unfinished"):  # of a job that was killed
-            _remove(leftover)
+            remove(leftover)
         temporary.mkdir()
 
     def _complete(self, temporary: Path, manifest: Manifest) -> None:
-        manifest.files[METADATA_FILE] = checksums_of(temporary / METADATA_FILE)
-        _write_durably(temporary / MANIFEST_FILE, manifest.to_json().encode())
-        # The files' names must be on the disk before the directory's new one, and this one before older steps go.
-        _sync_directory(temporary)
-        temporary.rename(self.path(manifest.step))
-        _sync_directory(self._directory)
-        self._delete_old(manifest.step)
-
-    def _delete_old(self, newest: int) -> None:
-        if self._keep_last and self._delta_every is not None:
-            self._delete_old_deltas(min(self.steps()[-self._keep_last :]))
-        for old in self.steps()[: -self._keep_last] if self._keep_last else []:
-            if old != newest:
-                doomed = self._directory / f".step_{old:012d}.unfinished"
-                try:
-                    self.path(old).rename(doomed)  # what is half deleted must not be loaded
-                    _remove(doomed)
-                except OSError as error:
-                    logger.warning("checkpoint of step %s could not be deleted: %s", old, error)
-
-    def _delete_old_deltas(self, oldest: int) -> None:
-        """Before the checkpoints that they lead on from, so that a job that stops here leaves nothing without."""
-        try:
-            chain = Chain.read(self._directory)
-            chain.delete_before(oldest)
-            chain.close()
-        except (OSError, CheckpointMismatchError) as error:
-            logger.warning("deltas before step %s could not be deleted: %s", oldest, error)
+        complete(temporary, self._directory, manifest)
+        delete_old(self._directory, self._keep_last, manifest.step)
 
     def _begin_log(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Any) -> DeltaLog:
         self.wait()
@@ -514,7 +523,7 @@ class CheckpointManager:
             chain.cut(since)
         finally:
             chain.close()
-        _sync_directory(log)
+        sync_directory(log)
 
     def _take_delta(
         self, log: DeltaLog, step: int, optimizer: torch.optim.Optimizer | None, extra: Any, *, has_state: bool
@@ -553,13 +562,6 @@ def _save_error(what: str) -> Callable[[str], CheckpointSaveError]:
     return lambda reason: CheckpointSaveError(
         f"{what}: {reason}. Earlier checkpoints are untouched; free space or name another directory, and save again."
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
 
 
 def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -604,19 +606,3 @@ def _prepare(step: int, extra: Any, optimizer: torch.optim.Optimizer | None) -> 
             "dicts of them."
         ) from error
     return stream.getvalue()
-
-
-def _write_durably(path: Path, content: bytes) -> FileChecksums:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return checksums_of(path)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,18 +12,12 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """Ranks that call the same methods in the same order, in a gloo group of their own.
+    """Ranks that call the same methods in the same order, in a gloo group of their own."""
 
-    Args:
-        process_group: Of the ranks; default: all of them.
-        is_alone: Whether this process does it all by itself, whatever other ranks do.
-    """
-
-    def __init__(self, process_group: dist.ProcessGroup | None = None, *, is_alone: bool = False) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self.group: dist.ProcessGroup | None = None
         self.rank, self.world_size = 0, 1
-        self.is_alone = is_alone
-        if not is_alone and dist.is_available() and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             # Of its own, because its collectives run beside those of training, in another order.
             ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
             self.group = dist.new_group(ranks, backend="gloo")

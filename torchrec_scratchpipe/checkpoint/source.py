@@ -18,6 +18,7 @@ from torchrec_scratchpipe.checkpoint.delta_load import (
     first_of_each,
     logged_names,
     read_state,
+    states_between,
     write_state,
 )
 from torchrec_scratchpipe.checkpoint.files import Manifest, base_path, base_steps, check_values
@@ -76,6 +77,7 @@ class Source:
     sets: Sequence[DeltaSet]  # that lead on from it
     states: Sequence[LoggedState]  # of the ranks at the last of them
     is_checked: bool  # whether all bytes are known to be what was written
+    between: Mapping[int, Sequence[LoggedState]]  # by set, tensors that went into a scratchpad after it
 
     def __post_init__(self) -> None:
         self._logged = first_of_each(self.states) if self.states else None
@@ -159,9 +161,11 @@ class Source:
             logged = {name: some for name, some in targets.items() if name in self._logged_names}
             read_checkpoint(self.directory, self.metadata, files, logged)
             writer = RowWriter(targets, is_checked=self.is_checked)
-            for delta_set in self.sets:
+            for number, delta_set in enumerate(self.sets):
                 for record in delta_set.records:
                     writer.write(record)
+                for state in self.between.get(number, ()):
+                    write_state(state, targets)
             write_state(self._logged, targets)
             values = self._logged.values
         for name, value in values.items():
@@ -194,8 +198,10 @@ def open_source(
         for reader, record in records[ranks.rank :: ranks.world_size] if check_first else ():
             reader.check(record)
         states = [read_state(record) for record in sets[-1].newest] if sets else []
-        metadata = check_files(path, manifest, ranks) if check_first else check_metadata(path, manifest)
-        return Source(path, manifest, metadata, sets, states, check_first)
+        metadata = (
+            check_files(path, manifest, ranks.rank, ranks.world_size) if check_first else check_metadata(path, manifest)
+        )
+        return Source(path, manifest, metadata, sets, states, check_first, states_between(sets))
 
     try:
         yield ranks.each_or_fail(read, make_error)
