@@ -105,7 +105,6 @@ def measure(directory: Path, interval: int, num_blocks: int, device: torch.devic
         f"{log_bytes / interval / 1e6:.2f} MB of log a batch, {log_bytes / row_bytes:.4f} of the distinct rows' bytes",
         flush=True,
     )
-    contender.finish()
 
 
 def count_bytes(job: Job, interval: int) -> tuple[int, int]:
@@ -199,29 +198,31 @@ def main() -> None:
     args = parser.parse_args()
     intervals = [int(interval) for interval in args.interval.split(",")]
     own = args.dir / "delta_log"
-    if args.what == "load":
-        # In processes of their own, for the sake of memory.
-        try:
-            for what in ("write_only", "load_only"):
-                command = [sys.executable, *sys.argv]
-                command[command.index("load")] = what
-                subprocess.run(command, check=True)
-        finally:
+    parts = [["write_only"], ["load_only"]] if args.what == "load" else []
+    if args.what == "cost" and len(intervals) > 1:
+        parts = [["cost", "--interval", str(interval)] for interval in intervals]
+    try:
+        for part in parts:  # in processes of their own, for the sake of memory
+            what = sys.argv.index(args.what)
+            subprocess.run([sys.executable, *sys.argv[:what], *sys.argv[what + 1 :], *part], check=True)
+        if not parts:
+            run(args, own, intervals[0])
+    finally:
+        if args.what in ("cost", "load"):
             shutil.rmtree(own, ignore_errors=True)
-        return
+
+
+def run(args: argparse.Namespace, own: Path, interval: int) -> None:
+    """One part, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as directory:
         dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
         if args.what == "write_only":
-            write(own, args.gb, intervals[0], args.deltas)
+            write(own, args.gb, interval, args.deltas)
         elif args.what == "load_only":
             load(own, args.gb, args.rounds)
         else:
-            for interval in intervals:
-                try:
-                    measure(own, interval, args.blocks, device)
-                finally:
-                    shutil.rmtree(own, ignore_errors=True)
+            measure(own, interval, args.blocks, device)
         dist.destroy_process_group()
 
 
