@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checkpoints bring the same bits back, from and to stock, under other shardings, in mid-run; damage is named."""
 
+import itertools
 import json
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,6 +45,7 @@ from torchrec_scratchpipe import (
     load_checkpoint,
 )
 from torchrec_scratchpipe.checkpoint import files as checkpoint_files
+from torchrec_scratchpipe.checkpoint import reads
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
 from torchrec_scratchpipe.sharding.table_view import shown
 
@@ -402,7 +405,7 @@ def _load_sharded(rank: int, directory: str, setting: Setting, num_saving: int) 
     manager = CheckpointManager(directory)
     dcp.load(state_of(stock), checkpoint_id=Path(directory) / "by_stock")
     for step in (1, 2):
-        found = manager.load(ours.model, ours.optimizer, step=step)
+        found = manager.load(ours.model, ours.optimizer, step=step, check_first=step == 1)
         assert found is not None
         assert found.world_size == num_saving
         assert found.extra == (rank if num_saving == dist.get_world_size() else 0)
@@ -760,3 +763,43 @@ def test_a_relative_directory_stays_where_it_was_given(tmp_path: Path, monkeypat
     assert found.step == 2
     assert list((tmp_path / "elsewhere").iterdir()) == []
     assert checkpoints.path(1) == tmp_path / "checkpoints" / "step_000000000001"
+
+
+def test_pieces_of_a_file_are_compared_in_whatever_pieces_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (checkpoint_files, reads):
+        monkeypatch.setattr(module, "CHECKSUM_BYTES", 64)
+    rng = random.Random(5)
+    path = tmp_path / "file"
+    for _ in range(200):
+        content = rng.randbytes(rng.randrange(1, 700))
+        path.write_bytes(content)
+        checksums = checkpoint_files.checksums_of(path)
+        bounds = sorted(rng.sample(range(len(content) + 1), min(len(content), rng.choice([2, 4, 6]))))
+        wanted = [(first, last) for first, last in itertools.pairwise(bounds) if rng.random() < 0.6]
+        assert read_pieces(path, checksums, wanted) == [content[first:last] for first, last in wanted]
+        if wanted:
+            # A bit of what was read, or of what has one checksum with it, is noticed; others are not looked at.
+            at = rng.randrange(len(content))
+            damaged = bytearray(content)
+            damaged[at] ^= 1
+            path.write_bytes(damaged)
+            is_looked_at = any(first // 64 * 64 <= at < -(-last // 64) * 64 for first, last in wanted if first < last)
+            if is_looked_at:
+                with pytest.raises(CheckpointMismatchError, match="is not what was written"):
+                    read_pieces(path, checksums, wanted)
+            path.write_bytes(content[:-1])
+            with pytest.raises(CheckpointMismatchError, match="is not what was written"):
+                read_pieces(path, checksums, wanted)
+
+
+def read_pieces(path: Path, checksums: Any, wanted: list[tuple[int, int]]) -> list[bytes]:
+    with reads._File(path, checksums) as file:
+        found = []
+        for first, last in wanted:
+            buffer = bytearray(last - first)
+            file.compare(file.read(first, memoryview(buffer)))
+            found.append(bytes(buffer))
+        file.compare(file.finish())
+    return found

@@ -245,6 +245,9 @@ def _load_sharded(rank: int, directory: str, setting: Setting, num_logging: int)
     assert found.extra == (rank if num_logging == dist.get_world_size() else 0)
     CheckpointManager(Path(directory) / "whole").load(expected.model, expected.optimizer)
     assert_same_bits(expected, ours)
+    in_one_pass = Trainer.scratchpipe(replace(setting, seed=8))
+    CheckpointManager(Path(directory) / "c").load(in_one_pass.model, in_one_pass.optimizer, check_first=False)
+    assert_same_bits(expected, in_one_pass)
     # It goes on, on other ranks, and so does its log.
     batches = make_batches(setting, rank=rank)[10:]
     pipeline, iterator = ours.pipeline(), iter(batches)

@@ -362,16 +362,18 @@ class SegmentReader:
         assert self.segment is not None, "it was scanned"
         dtype = self.segment.schema.pools[block.pool].id_dtype
         num_bytes = block.num_rows * dtype.itemsize
-        return self._payload(block._replace(num_bytes=num_bytes), is_checked=True).view(dtype)
+        return self.read_payload(block._replace(num_bytes=num_bytes)).view(dtype)
 
-    def rows(self, block: Block, buffer: Tensor | None = None, *, is_checked: bool = False) -> Rows:
-        """Read a block of rows, into a buffer of so many bytes, or into one that the next call uses again.
+    def rows(self, block: Block, *, is_checked: bool = False) -> Rows:
+        """Read a block of rows; valid until the next call. `is_checked`: it is known to be what was written."""
+        return self.rows_in(block, self.read_payload(block), is_checked=is_checked)
 
-        `is_checked`: whether it is known to be what was written.
-        """
+    def rows_in(self, block: Block, payload: Tensor, *, is_checked: bool = False) -> Rows:
+        """The rows of a block that was read; in the memory of `payload`, [bytes] uint8."""
         assert self.segment is not None, "it was scanned"
+        if not is_checked and zlib.crc32(_view(payload)) != block.crc32:
+            raise self._damaged(block)
         schema = self.segment.schema.pools[block.pool]
-        payload = self._payload(block, buffer, is_checked=is_checked)
         offset, tensors = 0, []
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [((block.num_rows,), schema.id_dtype)]
         shapes += [(part.shape(block.num_rows), getattr(torch, part.dtype)) for part in schema.parts]
@@ -509,7 +511,7 @@ class SegmentReader:
         self._file.seek(block.offset)
         payload = self._file.read(block.num_bytes)
         if zlib.crc32(payload) != block.crc32:
-            raise self._error(f"is damaged between bytes {block.offset:,} and {block.offset + block.num_bytes:,}")
+            raise self._damaged(block)
         return payload.rstrip(b"\0")
 
     def _check(self, block: Block) -> None:
@@ -518,7 +520,7 @@ class SegmentReader:
         while left and (data := self._file.read(min(left, READ_BYTES))):
             crc, left = zlib.crc32(data, crc), left - len(data)
         if left or crc != block.crc32:
-            raise self._error(f"is damaged between bytes {block.offset:,} and {block.offset + block.num_bytes:,}")
+            raise self._damaged(block)
 
     def _read(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
@@ -531,21 +533,26 @@ class SegmentReader:
             raise self._error(f"has become shorter than {offset + len(view):,} bytes")
         return tensor
 
-    def _payload(self, block: Block, buffer: Tensor | None = None, *, is_checked: bool = False) -> Tensor:
-        """[bytes] uint8."""
+    def read_payload(self, block: Block, buffer: Tensor | None = None) -> Tensor:
+        """Read a block, unchecked, into a buffer of so many bytes, or into one that the next call uses again.
+
+        Shapes: returns [bytes] uint8.
+        """
         if buffer is None:
             if self._buffer.numel() < block.num_bytes:
                 self._buffer = torch.empty(block.num_bytes, dtype=torch.uint8)
-            buffer = self._buffer
-        payload = buffer[: block.num_bytes]
-        view = _view(payload)
+            buffer = self._buffer[: block.num_bytes]
+        view = _view(buffer)
         self._file.seek(block.offset)
         done = 0
         while done < block.num_bytes and (count := self._file.readinto(view[done:])):  # type: ignore[attr-defined]
             done += count
-        if done < block.num_bytes or (not is_checked and zlib.crc32(view) != block.crc32):
-            raise self._error(f"is damaged between bytes {block.offset:,} and {block.offset + block.num_bytes:,}")
-        return payload
+        if done < block.num_bytes:
+            raise self._damaged(block)
+        return buffer
+
+    def _damaged(self, block: Block) -> CheckpointMismatchError:
+        return self._error(f"is damaged between bytes {block.offset:,} and {block.offset + block.num_bytes:,}")
 
     def _error(self, what: str) -> CheckpointMismatchError:
         return CheckpointMismatchError(

@@ -185,17 +185,26 @@ class RowWriter:
                     if ids.numel():
                         copy.write(ids, values)
 
-    def write(self, record: RankRecord) -> int:
-        """Write all rows of a record that belong here, and say how many. Raises CheckpointMismatchError."""
-        pools = record.segment.schema.pools
-        blocks = [block for block in record.record.row_blocks if self._copies_of(pools[block.pool])]
+    def write(self, records: Iterable[RankRecord]) -> int:
+        """Write all rows of records that belong here, in their order, and say how many.
 
-        def read(block: Block, buffer: Tensor) -> tuple[Block, Rows]:
-            return block, record.reader.rows(block, buffer, is_checked=self._is_checked)
+        Raises CheckpointMismatchError.
+        """
+        requests = (
+            (of_rank, block)
+            for of_rank in records
+            for block in of_rank.record.row_blocks
+            if self._copies_of(of_rank.segment.schema.pools[block.pool])
+        )
+
+        def read(request: tuple[RankRecord, Block], buffer: Tensor) -> tuple[RankRecord, Block, Tensor]:
+            of_rank, block = request
+            return of_rank, block, of_rank.reader.read_payload(block, buffer)
 
         num_rows = 0
-        for block, rows in read_ahead(blocks, read, lambda block: block.num_bytes):
-            num_rows += self._write_block(rows, self._copies_of(pools[block.pool]))
+        for of_rank, block, payload in read_ahead(requests, read, lambda request: request[1].num_bytes):
+            rows = of_rank.reader.rows_in(block, payload, is_checked=self._is_checked)
+            num_rows += self._write_block(rows, self._copies_of(of_rank.segment.schema.pools[block.pool]))
         return num_rows
 
     def _write_block(self, block: Rows, copies: list[_Copy]) -> int:

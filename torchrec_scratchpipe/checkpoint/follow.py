@@ -197,8 +197,7 @@ class Follower:
         check_fit([delta_set], state, self._pieces)
         # 2. If it fails here, nobody knows what the target shows.
         self._is_whole = False
-        for of_rank in delta_set.records:
-            self._writer.write(of_rank)
+        self._writer.write(delta_set.records)
         if state is not None:
             write_state(state, self._pieces)
             self._set_values(state.values)

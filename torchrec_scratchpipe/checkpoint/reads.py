@@ -25,8 +25,9 @@ __all__ = ["read_ahead", "read_checkpoint"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-NUM_BUFFERS = 3  # one is used, one is full, one is filled
-SKIP_BYTES = 1024 * 1024
+MAX_BYTES_AHEAD = 80 * 1024 * 1024  # with those in use; two blocks of a checkpoint, and what is small
+READ_BYTES = 4 * 1024 * 1024  # at a time: the system reads ahead of that
+SMALL_BYTES = 1024 * 1024  # that may as well be copied
 
 
 def read_ahead(requests: Iterable[T], read: Callable[[T, Tensor], R], size_of: Callable[[T], int]) -> Iterator[R]:
@@ -40,22 +41,33 @@ def read_ahead(requests: Iterable[T], read: Callable[[T, Tensor], R], size_of: C
     Yields:
         What `read` returned.
     """
-    buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(NUM_BUFFERS)]
-    under_way: deque[Future[R]] = deque()
-
-    def fill(request: T, index: int) -> R:
-        num_bytes = size_of(request)
-        if buffers[index].numel() < num_bytes:
-            buffers[index] = torch.empty(num_bytes, dtype=torch.uint8)
-        return read(request, buffers[index][:num_bytes])
-
+    waiting = iter(requests)
+    request = next(waiting, None)
+    under_way: deque[tuple[Future[R], Tensor]] = deque()
+    free: list[Tensor] = []
+    num_bytes = 0  # of what is under way, and of what is used
     with ThreadPoolExecutor(1, "scratchpipe-read") as executor:
-        for number, request in enumerate(requests):
-            under_way.append(executor.submit(fill, request, number % NUM_BUFFERS))
-            if len(under_way) == NUM_BUFFERS - 1:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+        while request is not None or under_way:
+            # Small ones lie between large ones: the next large one is read while this one is used.
+            while request is not None and (not under_way or num_bytes + size_of(request) <= MAX_BYTES_AHEAD):
+                size = size_of(request)
+                buffer = _take(free, size)
+                under_way.append((executor.submit(read, request, buffer[:size]), buffer))
+                num_bytes += buffer.numel()
+                request = next(waiting, None)
+            done, buffer = under_way.popleft()
+            yield done.result()
+            num_bytes -= buffer.numel()
+            free.append(buffer)
+
+
+def _take(free: list[Tensor], size: int) -> Tensor:
+    """The smallest buffer that is large enough; memory that is new costs more than to fill it."""
+    fitting = [index for index, buffer in enumerate(free) if buffer.numel() >= size]
+    if fitting:
+        return free.pop(min(fitting, key=lambda index: free[index].numel()))
+    del free[: len(free) // 2]
+    return torch.empty(size, dtype=torch.uint8)
 
 
 class _Block(NamedTuple):
@@ -93,14 +105,15 @@ def read_checkpoint(
     with ExitStack() as stack:
         opened: dict[str, _File] = {}
 
-        def read(block: _Block, buffer: Tensor) -> tuple[_Block, Tensor]:
+        def read(block: _Block, buffer: Tensor) -> tuple[_Block, Tensor, list[_Read]]:
             if block.file not in opened:
                 checksums = None if files is None else files[block.file]
                 opened[block.file] = stack.enter_context(_File(directory / block.file, checksums))
-            opened[block.file].read(block.first_byte, _view(buffer))
-            return block, buffer
+            return block, buffer, opened[block.file].read(block.first_byte, _view(buffer))
 
-        for block, buffer in read_ahead(blocks, read, lambda block: block.num_bytes):
+        # Checksums are computed here, and not where it is read: so neither waits for the other.
+        for block, buffer, pieces in read_ahead(blocks, read, lambda block: block.num_bytes):
+            opened[block.file].compare(pieces)
             if isinstance(metadata.state_dict_metadata[block.name], TensorStorageMetadata):
                 piece = Piece(_tensor_in(buffer, block.name), block.offsets, block.sizes)
                 for target in targets[block.name]:
@@ -108,7 +121,7 @@ def read_checkpoint(
             else:
                 values[block.name] = load_plain(io.BytesIO(_view(buffer)), block.name)
         for file in opened.values():
-            file.finish()
+            file.compare(file.finish())
     return values
 
 
@@ -128,6 +141,11 @@ def _blocks(metadata: Metadata, targets: Mapping[str, Sequence[Piece]]) -> Itera
             yield _Block(index.fqn, offsets, sizes, *where)
 
 
+class _Read(NamedTuple):
+    first_byte: int
+    data: memoryview
+
+
 class _File:
     """A file that is read from its beginning to its end, and whose checksums are compared on the way."""
 
@@ -138,11 +156,10 @@ class _File:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise CheckpointMismatchError(f"{path}: cannot be read ({error.strerror}). Load another step.") from error
-        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        self._at = 0
-        self._crc32 = 0  # of the piece that has one checksum, up to there
+        self._at = 0  # what is read next
+        self._crc32 = 0  # of the piece that has one checksum, as far as it was compared
         if checksums is not None and os.fstat(self._file.fileno()).st_size != checksums.num_bytes:
-            raise self._error()
+            raise self._error(0)
 
     def __enter__(self) -> Self:
         return self
@@ -152,66 +169,69 @@ class _File:
     ) -> None:
         self._file.close()
 
-    def read(self, first_byte: int, out: memoryview) -> None:
-        """Read on, further on than before."""
-        if self._checksums is None:
-            self._file.seek(first_byte)
-            self._at = first_byte
-        elif first_byte != self._at:
+    def read(self, first_byte: int, out: memoryview) -> list[_Read]:
+        """Read on, further on than before; returns all that was read, for :meth:`compare`."""
+        pieces: list[_Read] = []
+        begin = first_byte
+        if self._checksums is not None and first_byte != self._at:
             begin = first_byte // CHECKSUM_BYTES * CHECKSUM_BYTES
             if begin > self._at:
-                self.finish()
-                self._file.seek(begin)
-                self._at, self._crc32 = begin, 0
-            self._skip(first_byte - self._at)
-        self._read(out)
+                pieces += self.finish()
+            begin = max(begin, self._at)
+        if begin != self._at:
+            self._file.seek(begin)
+            self._at = begin
+        pieces += self._skip(first_byte - begin)
+        return [*pieces, self._read(out)]
 
-    def finish(self) -> None:
+    def finish(self) -> list[_Read]:
         """Read on to the end of the piece that has one checksum."""
-        if self._checksums is not None and self._at % CHECKSUM_BYTES:
-            end = min(self._checksums.num_bytes, -(-self._at // CHECKSUM_BYTES) * CHECKSUM_BYTES)
-            self._skip(end - self._at)
+        if self._checksums is None or self._at % CHECKSUM_BYTES == 0:
+            return []
+        end = min(self._checksums.num_bytes, -(-self._at // CHECKSUM_BYTES) * CHECKSUM_BYTES)
+        return self._skip(end - self._at)
 
-    def _skip(self, num_bytes: int) -> None:
-        buffer = memoryview(bytearray(min(SKIP_BYTES, num_bytes)))
-        while num_bytes:
-            some = buffer[: min(num_bytes, len(buffer))]
-            self._read(some)
-            num_bytes -= len(some)
+    def compare(self, pieces: Sequence[_Read]) -> None:
+        """Compare checksums of what was read, in the order in which it was. Raises CheckpointMismatchError."""
+        if self._checksums is None:
+            return
+        for first_byte, whole in pieces:
+            at, data = first_byte, whole
+            while data:
+                if at % CHECKSUM_BYTES == 0:
+                    self._crc32 = 0
+                piece = data[: CHECKSUM_BYTES - at % CHECKSUM_BYTES]
+                self._crc32 = zlib.crc32(piece, self._crc32)
+                at, data = at + len(piece), data[len(piece) :]
+                is_end = at % CHECKSUM_BYTES == 0 or at == self._checksums.num_bytes
+                if is_end and self._crc32 != self._checksums.crc32[(at - 1) // CHECKSUM_BYTES]:
+                    raise self._error(at)
 
-    def _read(self, out: memoryview) -> None:
-        done = 0
+    def _skip(self, num_bytes: int) -> list[_Read]:
+        return [self._read(memoryview(bytearray(num_bytes)))] if num_bytes else []
+
+    def _read(self, out: memoryview) -> _Read:
+        first_byte, done = self._at, 0
         while done < len(out):
-            count = self._file.readinto(out[done:])
+            count = self._file.readinto(out[done : done + READ_BYTES])
             if not count:
-                raise self._error()
+                raise self._error(self._at + done)
             done += count
-        if self._checksums is not None:
-            self._compare(out, self._checksums)
-        else:
-            self._at += len(out)
+        self._at += done
+        if self._checksums is not None:  # nobody reads it a second time, and tables need the memory
+            os.posix_fadvise(self._file.fileno(), first_byte, done, os.POSIX_FADV_DONTNEED)
+        return _Read(first_byte, out)
 
-    def _compare(self, data: memoryview, checksums: FileChecksums) -> None:
-        while data:
-            piece = data[: CHECKSUM_BYTES - self._at % CHECKSUM_BYTES]
-            self._crc32 = zlib.crc32(piece, self._crc32)
-            self._at += len(piece)
-            data = data[len(piece) :]
-            if self._at % CHECKSUM_BYTES == 0 or self._at == checksums.num_bytes:
-                if self._crc32 != checksums.crc32[(self._at - 1) // CHECKSUM_BYTES]:
-                    raise self._error()
-                self._crc32 = 0
-
-    def _error(self) -> CheckpointMismatchError:
+    def _error(self, before: int) -> CheckpointMismatchError:
         return CheckpointMismatchError(
-            f"{self._path}: is not what was written, before byte {self._at:,}. Some of it was loaded: load another "
+            f"{self._path}: is not what was written, before byte {before:,}. Some of it was loaded: load another "
             "step before you train."
         )
 
 
 def _tensor_in(buffer: Tensor, name: str) -> Tensor:
     """What torch.save has written; where it can be, in the memory of the buffer, which takes no time."""
-    file = io.BytesIO(_view(buffer)) if buffer.numel() < SKIP_BYTES else _BufferFile(_view(buffer))
+    file = io.BytesIO(_view(buffer)) if buffer.numel() < SMALL_BYTES else _BufferFile(_view(buffer))
     shape = torch.load(file, map_location="meta", weights_only=True)  # type: ignore[arg-type]
     offset = getattr(shape.untyped_storage(), "_checkpoint_offset", None)
     if offset is None or offset % shape.itemsize or not shape.is_contiguous() or shape.storage_offset():

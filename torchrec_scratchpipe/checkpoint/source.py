@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet, digest_of_base
+from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet, RankRecord, digest_of_base
 from torchrec_scratchpipe.checkpoint.delta_load import (
     LoggedState,
     RowWriter,
@@ -161,11 +161,15 @@ class Source:
             logged = {name: some for name, some in targets.items() if name in self._logged_names}
             read_checkpoint(self.directory, self.metadata, files, logged)
             writer = RowWriter(targets, is_checked=self.is_checked)
+            records: list[RankRecord] = []
             for number, delta_set in enumerate(self.sets):
-                for record in delta_set.records:
-                    writer.write(record)
-                for state in self.between.get(number, ()):
-                    write_state(state, targets)
+                records += delta_set.records
+                if number in self.between:
+                    writer.write(records)
+                    records = []
+                    for state in self.between[number]:
+                        write_state(state, targets)
+            writer.write(records)
             write_state(self._logged, targets)
             values = self._logged.values
         for name, value in values.items():
