@@ -11,6 +11,7 @@ import resource
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -79,6 +80,15 @@ DELTA_EVERY = 4
 
 
 def train_and_log(directory: Path, table_dir: Path | None, rank: int, world_size: int, attempt: int) -> None:
+    """See :func:`_train_and_log`; leave what went wrong as a file."""
+    try:
+        _train_and_log(directory, table_dir, rank, world_size, attempt)
+    except BaseException:
+        (directory / f"failed_{attempt}_{rank}").write_text(traceback.format_exc())
+        raise
+
+
+def _train_and_log(directory: Path, table_dir: Path | None, rank: int, world_size: int, attempt: int) -> None:
     """Go on from the last delta, log on the way, leave the final state as a file; say after each batch how far it is.
 
     Tables are split by rows, where there are two ranks.
@@ -102,7 +112,7 @@ def train_and_log(directory: Path, table_dir: Path | None, rank: int, world_size
         if step % 25 == 0:
             manager.async_save(step, ours.model, ours.optimizer)
     manager.wait()
-    assert ours.num_victims > 0
+    assert first > 0 or ours.num_victims > 0
     torch.save(full_state(ours), directory / f"final_{rank}.pt.unfinished")
     (directory / f"final_{rank}.pt.unfinished").rename(directory / f"final_{rank}.pt")
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,7 +25,9 @@ from helpers import (
     run_ranks,
     with_optimizer,
 )
+from test_checkpoint import local_shards, with_dtensors
 from torchrec.datasets.utils import Batch
+from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
@@ -294,6 +297,62 @@ def _make_pieces_small() -> None:
 def test_resharding(logging: Setting, num_logging: int, loading: Setting, num_loading: int, tmp_path: Path) -> None:
     run_ranks(num_logging, _log_sharded, str(tmp_path), logging, local_size=logging.local_size)
     run_ranks(num_loading, _load_sharded, str(tmp_path), loading, num_logging, local_size=loading.local_size)
+
+
+@pytest.mark.parametrize(
+    "changes_of_setting",
+    [
+        {"dims": (8, 4, 16), "num_rows": (200, 150, 60)},
+        {"data_type": DataType.FP16, "dims": (8, 4, 4)},
+        {"is_pooled": False, "index_dtype": torch.int32},
+        {"features_per_table": {1: ("f1", "g1")}, "is_weighted": True},
+        {"fused_tables": ("t0",), "dims": (8, 8, 16)},
+    ],
+    ids=["three pools", "halves", "sequences", "two features", "beside a table that is kept whole"],
+)
+def test_every_kind_of_table_is_logged(changes_of_setting: dict[str, Any], tmp_path: Path) -> None:
+    setting = replace(SETTING, **changes_of_setting)
+    ours = Trainer.scratchpipe(setting)
+    manager = CheckpointManager(tmp_path, delta_every=4)
+    run(manager, ours, 30, setting=setting)
+    assert ours.num_victims > 0
+    step, other = loaded(tmp_path, setting)
+    assert step == 29
+    twin = Trainer.scratchpipe(setting)
+    drain(twin.pipeline(), make_batches(setting)[:29])
+    assert_same_bits(twin, other)
+    manager.compact().result()
+    assert manager.steps() == [1, 29]
+    _, folded = loaded(tmp_path, setting, step=29)
+    assert_same_bits(twin, folded)
+
+
+def _log_dtensors(rank: int, directory: str) -> None:
+    _make_pieces_small()
+    for setting in (TABLES, ROWS, COLUMNS):
+        path = Path(directory) / setting.sharding_type
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(helpers, "DistributedModelParallel", with_dtensors)
+            ours, other = Trainer.scratchpipe(setting), Trainer.scratchpipe(replace(setting, seed=5))
+        manager = CheckpointManager(path, delta_every=3)
+        pipeline, batches = ours.pipeline(), iter(make_batches(setting, rank=rank))
+        for step in range(1, 11):
+            pipeline.progress(batches)
+            manager.trained(step, ours.model, ours.optimizer)
+        manager.wait()
+        sharded = Trainer.scratchpipe(replace(setting, seed=6))
+        expected = ours.model.state_dict()
+        for found in (other, sharded):
+            assert CheckpointManager(path).load(found.model, found.optimizer).step == 10  # type: ignore[union-attr]
+            state = found.model.state_dict()
+            for name, value in expected.items():
+                left, right = local_shards(value), local_shards(state[name])
+                assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True)), name
+
+
+@pytest.mark.dist
+def test_state_as_dtensors(tmp_path: Path) -> None:
+    run_ranks(2, _log_dtensors, str(tmp_path))
 
 
 # What changes rows beside Train, and what is no row.

@@ -35,7 +35,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe.checkpoint.files import sync_directory
+from torchrec_scratchpipe.checkpoint.files import byte_view, sync_directory
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
 __all__ = [
@@ -371,7 +371,7 @@ class SegmentReader:
     def rows_in(self, block: Block, payload: Tensor, *, is_checked: bool = False) -> Rows:
         """The rows of a block that was read; in the memory of `payload`, [bytes] uint8."""
         assert self.segment is not None, "it was scanned"
-        if not is_checked and zlib.crc32(_view(payload)) != block.crc32:
+        if not is_checked and zlib.crc32(byte_view(payload)) != block.crc32:
             raise self._damaged(block)
         schema = self.segment.schema.pools[block.pool]
         offset, tensors = 0, []
@@ -542,7 +542,7 @@ class SegmentReader:
             if self._buffer.numel() < block.num_bytes:
                 self._buffer = torch.empty(block.num_bytes, dtype=torch.uint8)
             buffer = self._buffer[: block.num_bytes]
-        view = _view(buffer)
+        view = byte_view(buffer)
         self._file.seek(block.offset)
         done = 0
         while done < block.num_bytes and (count := self._file.readinto(view[done:])):  # type: ignore[attr-defined]
@@ -606,9 +606,4 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return _view(tensor.contiguous().view(torch.uint8).view(-1))
-
-
-def _view(tensor: Tensor) -> memoryview:
-    array: Any = tensor.numpy()
-    return memoryview(array)
+    return byte_view(tensor.contiguous().view(torch.uint8).view(-1))

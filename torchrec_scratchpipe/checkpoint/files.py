@@ -42,6 +42,7 @@ __all__ = [
     "SafeReader",
     "base_path",
     "base_steps",
+    "byte_view",
     "check_values",
     "checksums_of",
     "complete",
@@ -369,6 +370,12 @@ def check_values(directory: Path, metadata: Metadata, names: Iterable[str]) -> N
             with (directory / place.relative_path).open("rb") as file:
                 file.seek(place.offset)
                 load_plain(io.BytesIO(file.read(place.length)), name)
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor of bytes, on the host."""
+    array: Any = tensor.numpy()
+    return memoryview(array)
 
 
 def checksums_of(path: Path) -> FileChecksums:

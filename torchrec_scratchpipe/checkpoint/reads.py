@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from torchrec_scratchpipe.checkpoint.files import CHECKSUM_BYTES, FileChecksums, load_plain
+from torchrec_scratchpipe.checkpoint.files import CHECKSUM_BYTES, FileChecksums, byte_view, load_plain
 from torchrec_scratchpipe.checkpoint.pieces import Piece, common_box, copy_box
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
@@ -109,7 +109,7 @@ def read_checkpoint(
             if block.file not in opened:
                 checksums = None if files is None else files[block.file]
                 opened[block.file] = stack.enter_context(_File(directory / block.file, checksums))
-            return block, buffer, opened[block.file].read(block.first_byte, _view(buffer))
+            return block, buffer, opened[block.file].read(block.first_byte, byte_view(buffer))
 
         # Checksums are computed here, and not where it is read: so neither waits for the other.
         for block, buffer, pieces in read_ahead(blocks, read, lambda block: block.num_bytes):
@@ -119,7 +119,7 @@ def read_checkpoint(
                 for target in targets[block.name]:
                     copy_box(piece, target)
             else:
-                values[block.name] = load_plain(io.BytesIO(_view(buffer)), block.name)
+                values[block.name] = load_plain(io.BytesIO(byte_view(buffer)), block.name)
         for file in opened.values():
             file.compare(file.finish())
     return values
@@ -231,11 +231,11 @@ class _File:
 
 def _tensor_in(buffer: Tensor, name: str) -> Tensor:
     """What torch.save has written; where it can be, in the memory of the buffer, which takes no time."""
-    file = io.BytesIO(_view(buffer)) if buffer.numel() < SMALL_BYTES else _BufferFile(_view(buffer))
+    file = io.BytesIO(byte_view(buffer)) if buffer.numel() < SMALL_BYTES else _BufferFile(byte_view(buffer))
     shape = torch.load(file, map_location="meta", weights_only=True)  # type: ignore[arg-type]
     offset = getattr(shape.untyped_storage(), "_checkpoint_offset", None)
     if offset is None or offset % shape.itemsize or not shape.is_contiguous() or shape.storage_offset():
-        loaded = load_plain(io.BytesIO(_view(buffer)), name)
+        loaded = load_plain(io.BytesIO(byte_view(buffer)), name)
         assert isinstance(loaded, Tensor), name
         return loaded
     num_bytes = shape.numel() * shape.itemsize
@@ -267,8 +267,3 @@ class _BufferFile(io.RawIOBase):
         out[: len(data)] = data
         self._at += len(data)
         return len(data)
-
-
-def _view(buffer: Tensor) -> memoryview:
-    array: Any = buffer.numpy()
-    return memoryview(array)
