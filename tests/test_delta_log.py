@@ -34,7 +34,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec_scratchpipe import CheckpointManager, CheckpointMismatchError, CheckpointSaveError, ConfigError
 from torchrec_scratchpipe.checkpoint import delta_log
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet
-from torchrec_scratchpipe.checkpoint.delta_files import MAGIC, Kind, SegmentReader
+from torchrec_scratchpipe.checkpoint.delta_files import MAGIC, Kind, SegmentReader, SegmentWriter
 from torchrec_scratchpipe.checkpoint.files import SafeReader
 from torchrec_scratchpipe.core import changes
 from torchrec_scratchpipe.sharding.model import scratchpad_collections
@@ -743,3 +743,61 @@ def test_a_model_without_tables_on_a_rank_or_without_scratchpads_is_loaded(log: 
     stock = Trainer(replace(SETTING, seed=5))
     assert CheckpointManager(log).load(stock.model, stock.optimizer).step == 31  # type: ignore[union-attr]
     assert_same_bits(trained(SETTING, 31), stock)
+
+
+@pytest.mark.parametrize("write", [overwrite, write_in_numpy, load_other])
+def test_tables_that_are_overwritten_right_before_a_delta_are_in_it(
+    write: Callable[[Trainer], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the delta before, which is still being read, has them as they were."""
+    ours, twin = Trainer.scratchpipe(SETTING), Trainer.scratchpipe(SETTING)
+    manager = CheckpointManager(tmp_path, delta_every=2)
+    gate = hold_reading(monkeypatch)
+    pipeline, batches = ours.pipeline(), iter(make_batches(SETTING))
+    for step in range(1, 12):
+        pipeline.progress(batches)
+        if step == 11:
+            write(ours)
+        if step % 2 and step > 1:
+            gate.let_go()
+        manager.trained(step, ours.model, ours.optimizer, extra={"step": step})
+    gate.let_go()
+    manager.wait()
+    assert_same_bits(trained(SETTING, 9), loaded(tmp_path, step=9)[1])
+    drain(twin.pipeline(), make_batches(SETTING)[:11])
+    write(twin)
+    step, other = loaded(tmp_path)
+    assert step == 11
+    assert_same_bits(twin, other)
+
+
+@pytest.mark.parametrize("name", ["add_rows", "add_state", "end"])
+def test_what_a_failed_delta_was_to_have_is_in_the_next(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, num_calls = getattr(SegmentWriter, name), itertools.count()
+    fails_at = {"add_rows": 7, "add_state": 3, "end": 3}[name]
+
+    def fail_once(self: SegmentWriter, *args: Any) -> None:
+        if name != "end":
+            original(self, *args)
+        if next(num_calls) == fails_at:
+            raise OSError(28, "No space left on device")
+        if name == "end":
+            original(self, *args)
+
+    monkeypatch.setattr(SegmentWriter, name, fail_once)
+    ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=3)
+    futures = []
+    pipeline, batches = ours.pipeline(), iter(make_batches(SETTING))
+    for step in range(1, 26):
+        pipeline.progress(batches)
+        futures.append(manager.trained(step, ours.model, ours.optimizer, extra={"step": step}))
+    manager.wait()
+    failed = [str(future.exception()) for future in futures if future is not None and future.exception() is not None]
+    assert len(failed) == 1
+    assert "No space left on device. Free space. What it was to save goes into the next one" in failed[0]
+    assert len(Chain.read(tmp_path).sets) == 7
+    step, other = loaded(tmp_path)
+    assert step == 25
+    assert_same_bits(trained(SETTING, 25), other)

@@ -169,6 +169,8 @@ class DeltaLog:
         if state is not None:
             self.step_with_state = step
         self._executor.submit(self._append, step, time_s, state, self._read, self._done)
+        if any(collection.is_any_table_lent for collection in self._collections):
+            self.wait_until_read()  # nothing could be kept of what is written unseen
         return self._done
 
     def close(self) -> None:

@@ -199,6 +199,17 @@ class Pool:
         """Whether tables were, or may have been, written by others since resident rows were last read."""
         return self.host_table.is_overwritten
 
+    @property
+    def may_be_written(self) -> bool:
+        """Whether others have written tables, or were told that they may, since resident rows were last read."""
+        table = self.host_table
+        return self._may_be_written_unseen or table.is_seen_overwritten or table.lent.is_any_lent
+
+    def reread(self) -> None:
+        """As :meth:`refresh`; others may go on to write before the next batch. Raises TableOverwrittenError."""
+        self.refresh()
+        self._may_be_written_unseen = True
+
     def refresh(self) -> None:
         """Read every resident row anew from its table. Raises TableOverwrittenError."""
         if self._may_be_written_unseen or self.host_table.is_seen_overwritten:

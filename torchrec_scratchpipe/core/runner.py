@@ -275,6 +275,16 @@ class StageRunner:
             # Last: Train of a batch that is ready asks, while the worker may be at it.
             pool.host_table.accept_overwrite()
 
+    def reread_pool(self, pool: Pool) -> None:
+        """Have resident rows as others have written them; only between the stages of two batches.
+
+        Raises TableOverwrittenError.
+        """
+        if pool.may_be_written:
+            self.streams.synchronize()
+            pool.reread()
+            self._record_refresh()
+
     def _take_in_counts(self, batch: Batch) -> BaseException | None:
         """Take in what Plan has counted; why Train cannot begin, if it cannot.
 

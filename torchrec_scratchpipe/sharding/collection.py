@@ -263,10 +263,16 @@ class ScratchpadCollection:
         """End the interval in which rows have changed, and begin another; between two Trains."""
         for pool in self.pools:
             assert pool.changes is not None, "nobody watches"
-            if pool.host_table.lent.is_any_lent:  # who has its memory may write it unseen
+            if pool.may_be_written:  # rows in slots do not know yet
                 with self._runner.between_batches():
+                    self._runner.reread_pool(pool)
                     pool.changes.all_will_change()
             pool.changes.cut()
+
+    @property
+    def is_any_table_lent(self) -> bool:
+        """Whether somebody has memory of a table, and may write it unseen."""
+        return any(pool.host_table.lent.is_any_lent for pool in self.pools)
 
     def between_batches(self) -> AbstractContextManager[None]:
         """See :meth:`StageRunner.between_batches`."""
