@@ -750,10 +750,10 @@ def test_tables_that_are_overwritten_right_before_a_delta_are_in_it(
     write: Callable[[Trainer], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the delta before, which is still being read, has them as they were."""
-    ours, twin = Trainer.scratchpipe(SETTING), Trainer.scratchpipe(SETTING)
+    ours, twin = Trainer.scratchpipe(BUSY), Trainer.scratchpipe(BUSY)
     manager = CheckpointManager(tmp_path, delta_every=2)
     gate = hold_reading(monkeypatch)
-    pipeline, batches = ours.pipeline(), iter(make_batches(SETTING))
+    pipeline, batches = ours.pipeline(), iter(make_batches(BUSY))
     for step in range(1, 12):
         pipeline.progress(batches)
         if step == 11:
@@ -763,10 +763,10 @@ def test_tables_that_are_overwritten_right_before_a_delta_are_in_it(
         manager.trained(step, ours.model, ours.optimizer, extra={"step": step})
     gate.let_go()
     manager.wait()
-    assert_same_bits(trained(SETTING, 9), loaded(tmp_path, step=9)[1])
-    drain(twin.pipeline(), make_batches(SETTING)[:11])
+    assert_same_bits(trained(BUSY, 9), loaded(tmp_path, BUSY, 9)[1])
+    drain(twin.pipeline(), make_batches(BUSY)[:11])
     write(twin)
-    step, other = loaded(tmp_path)
+    step, other = loaded(tmp_path, BUSY)
     assert step == 11
     assert_same_bits(twin, other)
 
