@@ -20,7 +20,6 @@ So no record can be missing, twice, elsewhere or of another run without being no
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -35,7 +34,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe.checkpoint.files import byte_view, sync_directory
+from torchrec_scratchpipe.checkpoint.files import READ_BYTES, Window, byte_view, fill, sync_directory
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
 __all__ = [
@@ -58,7 +57,6 @@ FORMAT_VERSION = 1
 MAGIC = b"SPdl"
 HEADER = struct.Struct("<4sIIIQQII")
 MAX_JSON_BYTES = 1 << 30
-READ_BYTES = 4 << 20  # of a payload that are read at a time where it is only checked
 ALIGNMENT = 8
 _NAME = re.compile(r"([0-9]{12,})_([0-9]{5,})\.log")
 
@@ -526,10 +524,7 @@ class SegmentReader:
         tensor = torch.empty(shape, dtype=dtype)
         view = _bytes_of(tensor)
         self._file.seek(offset)
-        done = 0
-        while done < len(view) and (count := self._file.readinto(view[done:])):  # type: ignore[attr-defined]
-            done += count
-        if done < len(view):
+        if fill(self._file, view) < len(view):
             raise self._error(f"has become shorter than {offset + len(view):,} bytes")
         return tensor
 
@@ -542,12 +537,8 @@ class SegmentReader:
             if self._buffer.numel() < block.num_bytes:
                 self._buffer = torch.empty(block.num_bytes, dtype=torch.uint8)
             buffer = self._buffer[: block.num_bytes]
-        view = byte_view(buffer)
         self._file.seek(block.offset)
-        done = 0
-        while done < block.num_bytes and (count := self._file.readinto(view[done:])):  # type: ignore[attr-defined]
-            done += count
-        if done < block.num_bytes:
+        if fill(self._file, byte_view(buffer)) < block.num_bytes:
             raise self._damaged(block)
         return buffer
 
@@ -560,25 +551,12 @@ class SegmentReader:
         )
 
 
-class _FilePart(io.RawIOBase):
-    """Some bytes of a file, as a file that can only be read."""
+class _FilePart(Window):
+    """Some bytes of a file."""
 
     def __init__(self, file: IO[bytes], offset: int, num_bytes: int) -> None:
-        self._file, self._offset, self._num_bytes = file, offset, num_bytes
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._num_bytes}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
+        super().__init__(num_bytes)
+        self._file, self._offset = file, offset
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")

@@ -40,12 +40,14 @@ __all__ = [
     "RowBlockSavePlanner",
     "SafeLoadPlanner",
     "SafeReader",
+    "Window",
     "base_path",
     "base_steps",
     "byte_view",
     "check_values",
     "checksums_of",
     "complete",
+    "fill",
     "load_plain",
     "row_blocks",
     "sync_directory",
@@ -57,6 +59,7 @@ MANIFEST_FILE = "scratchpipe.json"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 32 * 1024 * 1024  # of rows, states included, that are copied at a time; some copies exist at once
 NUM_BUFFERS = 4  # blocks of different shapes whose memory is kept for the next one
+READ_BYTES = 4 * 1024 * 1024  # at a time: the system reads ahead of that
 CHECKSUM_BYTES = 4 * 1024 * 1024  # of a file that one checksum is for
 
 
@@ -376,6 +379,39 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a tensor of bytes, on the host."""
     array: Any = tensor.numpy()
     return memoryview(array)
+
+
+def fill(file: IO[bytes], view: memoryview) -> int:
+    """Read from where a file is until there is no more room, or no more to read; how many bytes."""
+    done = 0
+    while done < len(view) and (count := file.readinto(view[done : done + READ_BYTES])):  # type: ignore[attr-defined]
+        done += count
+    return done
+
+
+class Window(io.RawIOBase):
+    """Some bytes as a file that can only be read; whoever inherits says how, in `readinto`."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        """As of a file."""
+        return True
+
+    def seekable(self) -> bool:
+        """As of a file."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of a file."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._num_bytes}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """As of a file."""
+        return self._at
 
 
 def checksums_of(path: Path) -> FileChecksums:

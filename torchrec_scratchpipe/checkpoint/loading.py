@@ -80,7 +80,7 @@ def _load_files(directory: Path, state: dict[str, Any], group: dist.ProcessGroup
 def check_files(directory: Path, manifest: Manifest, rank: int, world_size: int) -> Metadata:
     """Read the metadata, and this rank's share of the files. Raises CheckpointMismatchError."""
     metadata = check_metadata(directory, manifest)
-    for name in sorted(manifest.files)[rank::world_size]:
+    for name in sorted(manifest.files.keys() - {METADATA_FILE})[rank::world_size]:
         _check_file(directory, name, manifest.files[name], metadata)
     return metadata
 

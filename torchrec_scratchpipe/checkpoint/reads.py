@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from torchrec_scratchpipe.checkpoint.files import CHECKSUM_BYTES, FileChecksums, byte_view, load_plain
+from torchrec_scratchpipe.checkpoint.files import CHECKSUM_BYTES, FileChecksums, Window, byte_view, fill, load_plain
 from torchrec_scratchpipe.checkpoint.pieces import Piece, common_box, copy_box
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
@@ -26,7 +26,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MAX_BYTES_AHEAD = 80 * 1024 * 1024  # with those in use; two blocks of a checkpoint, and what is small
-READ_BYTES = 4 * 1024 * 1024  # at a time: the system reads ahead of that
 SMALL_BYTES = 1024 * 1024  # that may as well be copied
 
 
@@ -211,13 +210,10 @@ class _File:
         return [self._read(memoryview(bytearray(num_bytes)))] if num_bytes else []
 
     def _read(self, out: memoryview) -> _Read:
-        first_byte, done = self._at, 0
-        while done < len(out):
-            count = self._file.readinto(out[done : done + READ_BYTES])
-            if not count:
-                raise self._error(self._at + done)
-            done += count
+        first_byte, done = self._at, fill(self._file, out)
         self._at += done
+        if done < len(out):
+            raise self._error(self._at)
         if self._checksums is not None:  # nobody reads it a second time, and tables need the memory
             os.posix_fadvise(self._file.fileno(), first_byte, done, os.POSIX_FADV_DONTNEED)
         return _Read(first_byte, out)
@@ -242,25 +238,12 @@ def _tensor_in(buffer: Tensor, name: str) -> Tensor:
     return buffer[offset : offset + num_bytes].view(shape.dtype).view(shape.shape)
 
 
-class _BufferFile(io.RawIOBase):
-    """A file in memory, which nobody copies."""
+class _BufferFile(Window):
+    """A buffer, which nobody copies."""
 
     def __init__(self, data: memoryview) -> None:
+        super().__init__(len(data))
         self._data = data
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
 
     def readinto(self, out: Any) -> int:
         data = self._data[self._at : self._at + len(out)]

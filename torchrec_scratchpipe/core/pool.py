@@ -212,7 +212,7 @@ class Pool:
 
     def refresh(self) -> None:
         """Read every resident row anew from its table. Raises TableOverwrittenError."""
-        if self._may_be_written_unseen or self.host_table.is_seen_overwritten:
+        if self.may_be_written:
             for watcher in self._all_watchers:
                 watcher.all_will_change()
         self._may_be_written_unseen = False

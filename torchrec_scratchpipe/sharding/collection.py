@@ -266,7 +266,6 @@ class ScratchpadCollection:
             if pool.may_be_written:  # rows in slots do not know yet
                 with self._runner.between_batches():
                     self._runner.reread_pool(pool)
-                    pool.changes.all_will_change()
             pool.changes.cut()
 
     @property
