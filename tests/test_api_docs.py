@@ -88,7 +88,7 @@ INTERNALS = (ROOT / "docs" / "internals.md").read_text()
 
 def files_of_internals() -> list[str]:
     """The files that the rooms' tables name, and those of the newcomer's minute."""
-    files = re.findall(r"`((?:core|sharding|planning|checkpoint|data)/\w+\.py)`", INTERNALS)
+    files = re.findall(r"`((?:core|sharding|planning|checkpoint|data|privacy)/\w+\.py)`", INTERNALS)
     for room, text in re.findall(r"^### (\w+)/: (.*?)(?=^##)", INTERNALS, flags=re.MULTILINE | re.DOTALL):
         cells = re.findall(r"^\|([^|]+)\|", text, flags=re.MULTILINE)
         files += [f"{room}/{name}" for cell in cells for name in re.findall(r"`(\w+\.py)`", cell)]
@@ -100,7 +100,7 @@ def test_every_file_that_internals_names_exists(file: str) -> None:
     assert (ROOT / "torchrec_scratchpipe" / file).exists()
 
 
-@pytest.mark.parametrize("room", ["core", "sharding", "planning", "checkpoint", "data"])
+@pytest.mark.parametrize("room", ["core", "sharding", "planning", "checkpoint", "data", "privacy"])
 def test_internals_names_every_file_of_a_room(room: str) -> None:
     files = {f"{room}/{path.name}" for path in (ROOT / "torchrec_scratchpipe" / room).glob("[a-z]*.py")}
     assert files <= set(files_of_internals())

@@ -30,6 +30,7 @@ SOURCES = sorted(
     [
         *ROOT.glob("torchrec_scratchpipe/*.py"),
         *ROOT.glob("torchrec_scratchpipe/data/*.py"),
+        *ROOT.glob("torchrec_scratchpipe/privacy/*.py"),
         *(ROOT / "examples").rglob("*.py"),
     ]
 )

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Differentially private training: per-example gradients, Poisson samples, accounting."""
