@@ -12,6 +12,7 @@
     ├── BatchesInFlightError     (RuntimeError)  batches were planned for another model
     ├── BackwardTwiceError       (RuntimeError)  a lookup's rows were already released
     ├── TableOverwrittenError    (RuntimeError)  a table was written in place while the scratchpad held newer rows of it
+    ├── PrivacyError             (RuntimeError)  something would leave or change a private model without its noise
     ├── PeerFailedError          (RuntimeError)  another rank of the job has failed or ended
     ├── TableStorageError        (OSError)       a table cannot be put where it was asked to be
     ├── CheckpointSaveError      (OSError)       a checkpoint could not be written; earlier ones are untouched
@@ -29,6 +30,7 @@ __all__ = [
     "IdOutOfRangeError",
     "MeasurementError",
     "PeerFailedError",
+    "PrivacyError",
     "ScratchPipeError",
     "ScratchpadFullError",
     "StageFailedError",
@@ -71,6 +73,10 @@ class BackwardTwiceError(ScratchPipeError, RuntimeError):
 
 class TableOverwrittenError(ScratchPipeError, RuntimeError):
     """A table was written in place, by other means than load_state_dict, while the scratchpad held newer rows of it."""
+
+
+class PrivacyError(ScratchPipeError, RuntimeError):
+    """Something would change a private model, or leave it, without the noise that its promise needs."""
 
 
 class PeerFailedError(ScratchPipeError, RuntimeError):
