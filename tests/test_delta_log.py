@@ -172,8 +172,12 @@ class Gate:
 
 
 def hold_reading(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """Of each delta, a part is read when it is taken, the rest when the gate is opened."""
+    """Of each delta, a part is read when it is taken, the rest when the gate is opened.
+
+    `trained` does not wait for it meanwhile: more batches than one change rows that are still to be read.
+    """
     gate = Gate()
+    monkeypatch.setattr(delta_log.DeltaLog, "wait_until_written", lambda _: None)
     read_all, cut_off = changes.Changes.read, changes.Changes.cut
     opened: dict[changes.Changes, threading.Event] = {}
 
@@ -771,6 +775,45 @@ def test_tables_that_are_overwritten_right_before_a_delta_are_in_it(
     assert_same_bits(twin, other)
 
 
+@pytest.mark.parametrize("delta_every", [1, 3])
+def test_of_batches_that_trained_returned_for_no_more_are_lost_than_one_interval(
+    delta_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what a process that is killed leaves, when no delta is complete before somebody waits for it."""
+    append_rows, take, wait = (
+        getattr(delta_log.DeltaLog, name) for name in ("_append_rows", "take", "wait_until_written")
+    )
+    is_awaited = threading.Event()
+
+    def take_anew(*args: Any) -> Any:
+        is_awaited.clear()
+        return take(*args)
+
+    def wait_aloud(log: delta_log.DeltaLog) -> None:
+        is_awaited.set()
+        wait(log)
+
+    def append_late(log: delta_log.DeltaLog) -> None:
+        append_rows(log)
+        is_awaited.wait(1)
+
+    monkeypatch.setattr(delta_log.DeltaLog, "take", take_anew)
+    monkeypatch.setattr(delta_log.DeltaLog, "wait_until_written", wait_aloud)
+    monkeypatch.setattr(delta_log.DeltaLog, "_append_rows", append_late)
+    ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=delta_every)
+    pipeline, batches = ours.pipeline(), iter(make_batches(SETTING))
+    lost = []
+    for step in range(1, 24):
+        pipeline.progress(batches)
+        manager.trained(step, ours.model, ours.optimizer)
+        chain = Chain.read(tmp_path)
+        lost.append(step - max((one.step for one in chain.sets), default=1))
+        chain.close()
+    is_awaited.set()
+    manager.wait()
+    assert max(lost) == delta_every
+
+
 @pytest.mark.parametrize("name", ["add_rows", "add_state", "end"])
 def test_what_a_failed_delta_was_to_have_is_in_the_next(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -778,13 +821,13 @@ def test_what_a_failed_delta_was_to_have_is_in_the_next(
     original, num_calls = getattr(SegmentWriter, name), itertools.count()
     fails_at = {"add_rows": 7, "add_state": 3, "end": 3}[name]
 
-    def fail_once(self: SegmentWriter, *args: Any) -> None:
+    def fail_once(self: SegmentWriter, *args: Any, **kwargs: Any) -> None:
         if name != "end":
             original(self, *args)
         if next(num_calls) == fails_at:
             raise OSError(28, "No space left on device")
         if name == "end":
-            original(self, *args)
+            original(self, *args, **kwargs)
 
     monkeypatch.setattr(SegmentWriter, name, fail_once)
     ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=3)

@@ -151,6 +151,11 @@ class CheckpointManager:
         while training goes on: a row that is about to change before it was written is kept first. Tables are not
         flushed, copied or scanned.
 
+        A delta has one batch of training to be written in: the call after that which took it waits until its file has
+        it whole. So if a job is killed, at most `delta_every` of the batches for which this has returned are lost. The
+        disk itself may have it later, so that more may be lost if the system goes down; wait for what is returned, if
+        that matters.
+
         The first call saves a checkpoint by :meth:`async_save` for the deltas to go on from, unless :meth:`load` has
         found one.
 
@@ -175,6 +180,7 @@ class CheckpointManager:
         log = self._log
         if log is None or log.model is not model:
             log = self._log = self._begin_log(step, model, optimizer, extra)
+        log.wait_until_written()
         if step - log.step < self._delta_every:
             return None
         done = self._take_delta(log, step, optimizer, extra, has_state=step - log.step_with_state >= self._state_every)
