@@ -89,7 +89,7 @@ def train_and_log(directory: Path, table_dir: Path | None, rank: int, world_size
 
 
 def _train_and_log(directory: Path, table_dir: Path | None, rank: int, world_size: int, attempt: int) -> None:
-    """Go on from the last delta, log on the way, leave the final state as a file; say for which batch `trained` has returned.
+    """Go on from the last delta, log on the way, leave the final state as a file; say how far it is.
 
     Tables are split by rows, where there are two ranks.
     """

@@ -450,7 +450,7 @@ class _PoolOwner:
 
     def prepare_read(self, shown: Tensor) -> None:
         # Hazard 5.
-        self._pool.host_table.check_process()
+        self._pool.check_usable()
         if not self._pool.is_flushed:
             self._runner.wait_until_idle()
             with self._runner.between_batches():
