@@ -857,6 +857,33 @@ def test_tables_that_are_overwritten_right_before_a_delta_are_in_it(
     assert_same_bits(twin, other)
 
 
+@pytest.mark.parametrize("write", [overwrite, load_other])
+@pytest.mark.parametrize("num_read", [0, 2])
+def test_tables_that_are_overwritten_while_a_delta_is_read_are_kept_first(
+    num_read: int, write: Callable[[Trainer], None]
+) -> None:
+    """All rows of the delta that nobody has read, and that no batch is about to train."""
+    ours = Trainer.scratchpipe(SETTING)
+    (collection,) = scratchpad_collections(ours.model)
+    collection.watch_changes()
+    drain(ours.pipeline(), make_batches(SETTING)[:20])
+    (pool,) = collection.pools
+    assert pool.changes is not None
+    collection.cut_changes()
+    all_rows = torch.arange(pool.host_table.num_rows)
+    before = pool.read_some(all_rows)
+    reading = pool.changes.read(collection.between_batches)
+    found = list(itertools.islice(reading, num_read))
+    write(ours)
+    found += reading
+    rows = torch.cat([some.rows for some in found])
+    assert rows.numel() > 100
+    assert rows.unique().numel() == rows.numel()
+    for part, expected in enumerate(before):
+        assert torch.equal(expected[rows], torch.cat([some.values[part] for some in found]))
+    assert not torch.equal(before[0][rows], pool.read_some(all_rows)[0][rows])
+
+
 @pytest.mark.parametrize("delta_every", [1, 3])
 def test_of_batches_that_trained_returned_for_no_more_are_lost_than_one_interval(
     delta_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
