@@ -96,4 +96,4 @@ class CheckpointMismatchError(ScratchPipeError, ValueError):
 
 
 class StageFailedError(ScratchPipeError, RuntimeError):
-    """Insert stopped half-way; the pool refuses further work, restore from a checkpoint."""
+    """Insert or a load stopped half-way; the pool refuses further work, restore from a checkpoint."""

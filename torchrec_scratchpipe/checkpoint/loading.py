@@ -29,6 +29,7 @@ from torchrec_scratchpipe.errors import CheckpointMismatchError
 
 __all__ = [
     "brief",
+    "check_file",
     "check_files",
     "check_fits",
     "is_saved",
@@ -81,14 +82,14 @@ def check_files(directory: Path, manifest: Manifest, rank: int, world_size: int)
     """Read the metadata, and this rank's share of the files. Raises CheckpointMismatchError."""
     metadata = check_metadata(directory, manifest)
     for name in sorted(manifest.files.keys() - {METADATA_FILE})[rank::world_size]:
-        _check_file(directory, name, manifest.files[name], metadata)
+        check_file(directory, name, manifest.files[name], metadata)
     return metadata
 
 
 def check_metadata(directory: Path, manifest: Manifest) -> Metadata:
     """Read the metadata. Raises CheckpointMismatchError."""
     if METADATA_FILE in manifest.files:
-        _check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
+        check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
     metadata = SafeReader(directory).read_metadata()
     stray = {place.relative_path for place in (metadata.storage_data or {}).values()} - manifest.files.keys()
     if stray:
@@ -112,7 +113,8 @@ def reasons(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {brief(failure)}" for rank, (failure, _) in sorted(error.failures.items()))
 
 
-def _check_file(directory: Path, name: str, expected: FileChecksums, metadata: Metadata | None) -> None:
+def check_file(directory: Path, name: str, expected: FileChecksums, metadata: Metadata | None) -> None:
+    """Read a file, and compare its checksums; say which tables are damaged. Raises CheckpointMismatchError."""
     path = directory / name
     try:
         found = checksums_of(path)

@@ -7,8 +7,9 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +79,8 @@ class CheckpointManager:
     A checkpoint is a directory `step_000000001000` in the format of :mod:`torch.distributed.checkpoint`, of the state
     ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``: full tables under stock names, so stock
     TorchRec can load it, on other numbers of ranks and with other sharding too, and the other way round.
-    It is written beside and renamed when it is whole, so a half-written one is never loaded. Checksums are verified,
-    and names, shapes and dtypes compared, before anything is loaded.
+    It is written beside and renamed when it is whole, so a half-written one is never loaded. Names, shapes and dtypes
+    are compared before anything is loaded, and checksums then or on the way; see :meth:`load`.
 
     Args:
         directory: Made if it is missing.
@@ -151,6 +152,11 @@ class CheckpointManager:
         while training goes on: a row that is about to change before it was written is kept first. Tables are not
         flushed, copied or scanned.
 
+        A delta has one batch of training to be written in: the call after that which took it waits until its file has
+        it whole. So if a job is killed, at most `delta_every` of the batches for which this has returned are lost. The
+        disk itself may have it later, so that more may be lost if the system goes down; wait for what is returned, if
+        that matters.
+
         The first call saves a checkpoint by :meth:`async_save` for the deltas to go on from, unless :meth:`load` has
         found one.
 
@@ -175,6 +181,7 @@ class CheckpointManager:
         log = self._log
         if log is None or log.model is not model:
             log = self._log = self._begin_log(step, model, optimizer, extra)
+        log.wait_until_written()
         if step - log.step < self._delta_every:
             return None
         done = self._take_delta(log, step, optimizer, extra, has_state=step - log.step_with_state >= self._state_every)
@@ -322,7 +329,7 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer | None = None,
         step: int | None = None,
         *,
-        check_first: bool = True,
+        check_first: bool = False,
     ) -> Checkpoint | None:
         """Load into a model that may be sharded otherwise than the one that was saved. All ranks call it.
 
@@ -332,15 +339,18 @@ class CheckpointManager:
             model: Sharded by DistributedModelParallel.
             optimizer: Its optimizers, combined.
             step: Which, of a checkpoint or of a delta that has everything; default: the latest.
-            check_first: Read all files once to compare checksums before anything is loaded. False compares them while
-                it loads, which takes half the time; if a file is damaged then, some of it was loaded.
+            check_first: Read all files once to compare checksums before anything is loaded, which takes twice the
+                time, so that a load that fails changes nothing. Else checksums are compared while it loads, each before
+                or right after what it is of is written; the model of a load that fails then refuses to train and to be
+                read, until a load succeeds.
 
         Returns:
             None if there is no checkpoint at all.
 
         Raises:
             CheckpointMismatchError: Files are missing or damaged, or the tables or optimizers are others; names them.
-                Nothing was loaded, with `check_first`.
+                Nothing was loaded, with `check_first`. Without, tables behind a scratchpad raise StageFailedError from
+                now on, if any of it was loaded.
         """
         self.wait()
         for pool in _pools(model):  # another manager may be saving this model
@@ -352,11 +362,12 @@ class CheckpointManager:
         if found is None:
             return None
         base, step = found
-        # 1. Everything is looked at before anything is changed: files, names, shapes, values.
+        # 1. Everything is looked at before anything is changed: names, shapes, values, and files if they are to be.
         make_error = mismatch_error(f"step {step} cannot be loaded")
         with open_source(self._directory, base, step, self._ranks, make_error, check_first=check_first) as source:
             undo = fit_states(optimizer, is_saved(source.names)) if optimizer is not None else None
-            state = _state_of(model, optimizer)
+            with only_located(model):  # tables may be loaded in part, and must not be read
+                state = _state_of(model, optimizer)
             flat, places = flatten_state_dict(state)
             names: set[str] = set().union(*self._ranks.gather(set(flat)))
             pieces = {name: pieces_of(value) or [] for name, value in flat.items()}
@@ -373,13 +384,14 @@ class CheckpointManager:
                     undo()
                 raise
             # 2. Tables are written where they are; load_state_dict takes in the rest.
-            self._ranks.each_or_fail(
-                lambda: source.load(pieces, lambda name, value: set_element(state, places[name], value)), make_error
-            )
-        model.load_state_dict(state["model"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            load_wrapper_states(optimizer, wrappers)
+            with _whole_or_unusable(_pools(model)):
+                self._ranks.each_or_fail(
+                    lambda: source.load(pieces, lambda name, value: set_element(state, places[name], value)), make_error
+                )
+                model.load_state_dict(state["model"])
+                if optimizer is not None:
+                    optimizer.load_state_dict(state["optimizer"])
+                    load_wrapper_states(optimizer, wrappers)
         if self._delta_every is not None:
             for collection in scratchpad_collections(model):
                 collection.watch_changes()
@@ -512,6 +524,16 @@ class CheckpointManager:
         log.mkdir(exist_ok=True)
         chain = Chain.read(self._directory)
         try:
+            if chain.sets and not self.steps():
+                logger.warning(
+                    "%s: deltas up to batch %s are deleted, because they go on from a checkpoint that is not there; "
+                    "the job that logged them ended before its first checkpoint was complete",
+                    log,
+                    chain.sets[-1].step,
+                )
+            if not self.steps():
+                chain.cut(-1)
+                chain.update()
             later = [one.step for one in chain.sets if one.has_state and one.step > since] + [
                 step for step in self.steps() if step > since or (step == since and is_new)
             ]
@@ -573,6 +595,19 @@ def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict
 
 def _pools(model: nn.Module) -> list[Pool]:
     return [pool for collection in scratchpad_collections(model) for pool in collection.pools]
+
+
+@contextmanager
+def _whole_or_unusable(pools: list[Pool]) -> Iterator[None]:
+    """While entered, tables are loaded; after an exception, nobody trains or reads them until a load succeeds."""
+    for pool in pools:
+        pool.load_failure = None
+    try:
+        yield
+    except BaseException as error:
+        for pool in pools:
+            pool.load_failure = brief(error)
+        raise
 
 
 def _planner(pools: list[Pool], read: Callable[[int, int, int, Tensor], None]) -> RowBlockSavePlanner:

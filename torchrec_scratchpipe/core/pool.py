@@ -46,6 +46,7 @@ class Pool:
         self.counters = PoolCounters(host_table, slot_map.table_counts)
         self._enlarge = enlarge
         self.failure: str | None = None
+        self.load_failure: str | None = None  # why tables are loaded in part
         self.changes: Changes | None = None  # if somebody logs deltas
         self.watchers: list[Watcher] = []  # who else wants to know of rows before they change
         self.late: LateUpdates | None = None  # if rows get updates of steps in which nobody looks them up
@@ -253,7 +254,8 @@ class Pool:
         self._may_be_written_unseen = True
 
     def refresh(self) -> None:
-        """Read every resident row anew from its table. Raises TableOverwrittenError."""
+        """Read every resident row anew from its table. Raises TableOverwrittenError or StageFailedError."""
+        self.check_usable()
         if self.may_be_written:
             for watcher in self._all_watchers:
                 watcher.all_will_change()
@@ -315,13 +317,19 @@ class Pool:
         return is_resident.cpu(), slots[is_resident]
 
     def check_usable(self) -> None:
-        """Raise if an earlier stage failed half-way, or if this process must not touch the tables.
+        """Raise if an earlier stage or load failed half-way, or if this process must not touch the tables.
 
         Raises StageFailedError or TableStorageError.
         """
         self.host_table.check_process()
         if self.failure is not None:
             raise self.failure_error()
+        if self.load_failure is not None:
+            raise StageFailedError(
+                f"{self.name}: a load failed half-way ({self.load_failure}). Some rows are of the checkpoint, others "
+                "are not; whole tables are needed. Load another step into this model, or the same one when its "
+                "files are whole."
+            )
 
     @contextmanager
     def failing_for_good(self, what: str) -> Iterator[None]:

@@ -457,7 +457,7 @@ class _PoolOwner:
 
     def prepare_read(self, shown: Tensor) -> None:
         # Hazards 5 and 10.
-        self._pool.host_table.check_process()
+        self._pool.check_usable()
         if not self._pool.is_flushed or self._pool.is_any_late:
             self._runner.wait_until_idle()
             with self._runner.between_batches():
