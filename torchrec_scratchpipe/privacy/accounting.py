@@ -12,6 +12,9 @@ __all__ = ["Accountant", "Span", "epsilon", "epsilon_of"]
 
 Accountant = Literal["prv", "rdp", "pld"]
 
+MAX_POINTS = 2**25  # of a distribution that prv or pld folds: about 2 GiB
+PLD_POINT = 1e-4  # distance of points, as PLDAccountant has it
+
 
 class Span(NamedTuple):
     """Steps of training that add the same noise and sample with the same rate.
@@ -66,7 +69,8 @@ def epsilon_of(spans: Sequence[Span], *, delta: float, accountant: Accountant = 
         Epsilon; 0 if no step saw an example, infinity if a step that did had no noise.
 
     Raises:
-        ConfigError: A value cannot be; or the extra ``privacy`` is missing; or the accountant gives no finite result.
+        ConfigError: A value cannot be; or the extra ``privacy`` is missing; or epsilon is so large that ``prv`` or
+            ``pld`` would need more memory than there may be.
     """
     _check(spans, delta, accountant)
     steps: dict[tuple[float, float], int] = {}
@@ -79,6 +83,8 @@ def epsilon_of(spans: Sequence[Span], *, delta: float, accountant: Accountant = 
         return 0.0
     if any(span.noise_multiplier == 0 for span in merged):
         return math.inf
+    if accountant != "rdp":
+        _check_size(merged, delta, accountant)
     spent = _by_dp_accounting(merged, delta) if accountant == "pld" else _by_opacus(merged, delta, accountant)
     return max(0.0, spent)
 
@@ -87,14 +93,24 @@ def _by_opacus(spans: Sequence[Span], delta: float, accountant: str) -> float:
     accountants = import_extra("opacus.accountants", f"Accountant {accountant}")
     counter = accountants.create_accountant(accountant)
     counter.history = [tuple(span) for span in spans]
-    try:
-        return float(counter.get_epsilon(delta=delta))
-    except (RuntimeError, ValueError, MemoryError, OverflowError) as error:
-        shown = ", ".join(f"noise {span[0]:g}, rate {span[1]:g}, {span[2]} steps" for span in spans[:3])
+    return float(counter.get_epsilon(delta=delta))
+
+
+def _check_size(spans: Sequence[Span], delta: float, accountant: str) -> None:
+    """See that a distribution of about twice the largest epsilon fits into memory.
+
+    Source:
+        Mesh size and delta_error of opacus.accountants.PRVAccountant (1.6.0).
+    """
+    loose = _by_opacus(spans, delta / 1000, "rdp")
+    num_steps = sum(span.num_steps for span in spans)
+    point = PLD_POINT if accountant == "pld" else 0.01 / math.sqrt(num_steps * math.log(12_000 / delta) / 2)
+    if not 2 * (loose + 3) <= MAX_POINTS * point:
         raise ConfigError(
-            f"Accountant {accountant}: cannot count {shown} at delta {delta:g} ({' '.join(str(error).split())}), needs "
-            "more noise than this. Take accountant='rdp'."
-        ) from error
+            f"Accountant {accountant}: epsilon may be {_by_opacus(spans, delta, 'rdp'):.0f}, for which it takes too "
+            f"much memory; needs to be below {MAX_POINTS * point / 2:.0f}. There is next to no privacy: add noise, or "
+            "take accountant='rdp'."
+        )
 
 
 def _by_dp_accounting(spans: Sequence[Span], delta: float) -> float:

@@ -88,59 +88,61 @@ def _repeated_square_norms(
     tables: Sequence[Sequence[int]],
 ) -> Tensor:
     """[B] float32. Of tables of which an example may name a row more than once; each is given by its features."""
-    num_examples = squares.shape[1]
     order = [index for indices in tables for index in indices]
+    scales, squares = scales[order], squares[order]
+    num_examples = squares.shape[1]
     ids = _ids(features, tables)
-    pairs = _sort(ids.table * num_examples + ids.example, ids.values)
-    feature = ids.feature[pairs.order]
-    # A piece is what one feature has of a pair; the sort is stable, so it lies together.
-    is_first = pairs.is_first.clone()
-    is_first[1:] |= feature[1:] != feature[:-1]
-    starts = is_first.nonzero().squeeze(1)
-    ends = torch.cat([starts[1:], starts.new_tensor([feature.numel()], dtype=torch.int64)])
-    weights = features.weights_or_none()
+    weights = None if features.weights_or_none() is None else _in_order(features, features.weights(), order).float()
+    repeated = _find_repeated(ids)
+    bag = ids.bag[repeated.position]
     if weights is None:
-        counts = (ends - starts).float()
+        once = features.lengths().view(-1, num_examples)[order].flatten().long()
+        once = once - torch.bincount(bag, minlength=once.numel())
+        counts = torch.ones_like(bag, dtype=torch.float32)
     else:
-        bounds = features.offset_per_key()
-        each = torch.cat([weights[bounds[index] : bounds[index + 1]].detach().float() for index in order])
-        counts = torch.zeros(starts.numel(), dtype=torch.float32, device=each.device)
-        counts.index_add_(0, is_first.cumsum(0) - 1, each[pairs.order])
-    example, feature = ids.example[pairs.order[starts]], feature[starts]
-    pair = pairs.is_first[starts].cumsum(0) - 1
-    result = torch.zeros(num_examples, dtype=torch.float32, device=squares.device)
-    alone = counts.square() * squares[feature, example]
-    if len(order) == len(tables):  # no table has two features
-        return result.index_add_(0, example, alone)
-    is_shared = torch.bincount(pair)[pair] > 1
-    result.index_add_(0, example, alone.masked_fill_(is_shared, 0.0))
+        once = torch.zeros(squares.numel(), dtype=torch.float32, device=squares.device)
+        once.index_add_(0, ids.bag, weights.square().index_fill_(0, repeated.position, 0.0))
+        counts = weights[repeated.position]
+    result = (once.view_as(squares) * squares).sum(dim=0)
+    pieces = _pieces(repeated.pair, bag, counts)
+    is_shared = torch.bincount(pieces.pair)[pieces.pair] > 1
+    of_piece = pieces.weight.square() * squares.flatten()[pieces.bag]
+    result.index_add_(0, pieces.bag % num_examples, of_piece.masked_fill_(is_shared, 0.0))
+    first = 0
     for indices in tables:
+        last = first + len(indices)
         if len(indices) > 1:
-            pieces = is_shared & torch.isin(feature, feature.new_tensor(indices))
-            chosen = _Pieces(feature[pieces], example[pieces], counts[pieces], pair[pieces])
-            result += _shared_square_norms(chosen, indices, gradients, scales)
+            is_here = is_shared & (pieces.bag >= first * num_examples) & (pieces.bag < last * num_examples)
+            bag = pieces.bag[is_here]
+            of_table = torch.stack([gradients[index] for index in indices]).flatten(0, 1)
+            factors = pieces.weight[is_here] * scales.flatten()[bag]
+            rows = of_table[bag - first * num_examples] * factors[:, None]
+            result += _sum_and_square(rows, pieces.pair[is_here], bag % num_examples, num_examples)
+        first = last
     return result
 
 
 class _Pieces(NamedTuple):
-    """What features have of pairs of an example and a row, each of which several features share."""
+    """What single bags have of pairs of an example and a row. All are [number of pieces].
 
-    feature: Tensor
-    example: Tensor
-    factor: Tensor
+    Attributes:
+        pair: int64. Which pair; pieces of one lie together.
+        bag: int64. The bag.
+        weight: float32. How often it names the row, or its weights of it.
+    """
+
     pair: Tensor
+    bag: Tensor
+    weight: Tensor
 
 
-def _shared_square_norms(
-    pieces: _Pieces, indices: Sequence[int], gradients: Sequence[Tensor], scales: Tensor
-) -> Tensor:
-    """[B] float32. Of one table, for the pairs that more than one of its features has."""
-    rows = torch.empty(pieces.pair.numel(), gradients[indices[0]].shape[1], dtype=torch.float32, device=scales.device)
-    factors = pieces.factor * scales[pieces.feature, pieces.example]
-    for index in indices:
-        of_feature = (pieces.feature == index).nonzero().squeeze(1)
-        rows[of_feature] = gradients[index][pieces.example[of_feature]] * factors[of_feature, None]
-    return _sum_and_square(rows, pieces.pair, pieces.example, scales.shape[1])
+def _pieces(pair: Tensor, bag: Tensor, counts: Tensor) -> _Pieces:
+    is_first = torch.ones_like(pair, dtype=torch.bool)
+    is_first[1:] = (pair[1:] != pair[:-1]) | (bag[1:] != bag[:-1])
+    starts = is_first.nonzero().squeeze(1)
+    sums = torch.zeros(starts.numel(), dtype=torch.float32, device=counts.device)
+    sums.index_add_(0, is_first.cumsum(0) - 1, counts)
+    return _Pieces(pair[starts], bag[starts], sums)
 
 
 def _sum_and_square(rows: Tensor, pair: Tensor, example: Tensor, num_examples: int) -> Tensor:
@@ -181,91 +183,92 @@ def unpooled_square_norms(
     if not grouped or num_examples == 0:
         return result
     ids = _ids(features, list(grouped.values()))
-    pairs = _sort(ids.table * num_examples + ids.example, ids.values)
-    example, pair = ids.example[pairs.order], pairs.is_first.cumsum(0) - 1
-    is_shared = torch.bincount(pair)[pair] > 1
+    repeated = _find_repeated(ids)
+    example = ids.bag % num_examples
     bounds = features.offset_per_key()
     first = 0
     for indices in grouped.values():
-        # Tables come one after another, in the sorted order, too.
         last = first + sum(bounds[index + 1] - bounds[index] for index in indices)
         rows = torch.cat([gradients[keys[index]].detach().float() for index in indices])
-        order = pairs.order[first:last] - first
-        alone = rows.square().sum(dim=1)[order]
-        shared = is_shared[first:last].nonzero().squeeze(1)
-        result.index_add_(0, example[first:last], alone.index_fill_(0, shared, 0.0))
-        result += _sum_and_square(
-            rows[order[shared]], pair[first:last][shared], example[first:last][shared], num_examples
-        )
+        is_here = (repeated.position >= first) & (repeated.position < last)
+        position = repeated.position[is_here]
+        once = rows.square().sum(dim=1).index_fill_(0, position - first, 0.0)
+        result.index_add_(0, example[first:last], once)
+        result += _sum_and_square(rows[position - first], repeated.pair[is_here], example[position], num_examples)
         first = last
     return result
 
 
 class _Ids(NamedTuple):
-    """Ids, table by table. All are [I] int64.
+    """Ids, table by table, and there feature by feature.
 
     Attributes:
-        values: Ids.
-        table: Which of the tables.
-        feature: Where the feature is among the keys.
-        example: Which example.
+        values: [I]. Ids.
+        bag: [I] int64. Where the feature is in this order, times B, plus the example.
+        table_of: Where the feature is in this order, to its table.
+        num_examples: B.
     """
 
     values: Tensor
-    table: Tensor
-    feature: Tensor
-    example: Tensor
+    bag: Tensor
+    table_of: Sequence[int]
+    num_examples: int
 
 
 def _ids(features: KeyedJaggedTensor, tables: Sequence[Sequence[int]]) -> _Ids:
-    bounds = features.offset_per_key()
-    values = features.values()
     order = [index for indices in tables for index in indices]
     num_examples = features.stride()
-    device = values.device
     lengths = features.lengths().view(-1, num_examples)[order].flatten()
-    num_ids = sum(bounds[index + 1] - bounds[index] for index in order)
-
-    def spread(each: list[int]) -> Tensor:
-        """A value per feature to one per id."""
-        sizes = [bounds[index + 1] - bounds[index] for index in order]
-        return torch.tensor(each, dtype=torch.int64, device=device).repeat_interleave(
-            torch.tensor(sizes, dtype=torch.int64, device=device), output_size=num_ids
-        )
-
-    examples = torch.arange(num_examples, dtype=torch.int64, device=device).repeat(len(order))
-    return _Ids(
-        values=torch.cat([values[bounds[index] : bounds[index + 1]] for index in order]).long(),
-        table=spread([table for table, indices in enumerate(tables) for _ in indices]),
-        feature=spread(order),
-        example=examples.repeat_interleave(lengths, output_size=num_ids),
-    )
+    values = _in_order(features, features.values(), order)
+    bags = torch.arange(lengths.numel(), dtype=torch.int64, device=values.device)
+    table_of = [table for table, indices in enumerate(tables) for _ in indices]
+    return _Ids(values, bags.repeat_interleave(lengths, output_size=values.numel()), table_of, num_examples)
 
 
-class _Sorted(NamedTuple):
-    """Pairs of a group and a value, sorted; equal ones are in the order in which they came.
+def _in_order(features: KeyedJaggedTensor, each: Tensor, order: Sequence[int]) -> Tensor:
+    """What is given for each id, of some features in another order."""
+    bounds = features.offset_per_key()
+    if list(order) == list(range(len(bounds) - 1)):
+        return each.detach()
+    return torch.cat([each.detach()[bounds[index] : bounds[index + 1]] for index in order])
+
+
+class _Repeated(NamedTuple):
+    """Ids that an example has more than once in a table. Both are int64, of one size.
 
     Attributes:
-        order: [I] int64. Where each was.
-        is_first: [I] bool. It differs from the one before it.
+        position: Where they are among the ids; those of a pair lie together, ascending.
+        pair: Number of the pair of an example and a row.
     """
 
-    order: Tensor
-    is_first: Tensor
+    position: Tensor
+    pair: Tensor
 
 
-def _sort(groups: Tensor, values: Tensor) -> _Sorted:
-    if values.numel() == 0:
-        return _Sorted(torch.empty_like(values), torch.empty_like(values, dtype=torch.bool))
+def _find_repeated(ids: _Ids) -> _Repeated:
+    """One sort for all tables."""
+    values = ids.values.long()
+    if values.numel() < 2:
+        return _Repeated(values[:0], values[:0])
+    groups = ids.bag
+    if len(set(ids.table_of)) < len(ids.table_of):
+        table_of = torch.tensor(ids.table_of, dtype=torch.int64, device=groups.device)
+        back = (torch.arange(len(ids.table_of), dtype=torch.int64, device=groups.device) - table_of) * ids.num_examples
+        groups = groups - back[groups // ids.num_examples]
     smallest, largest, last_group = torch.stack([*values.aminmax(), groups.max()]).tolist()
-    span = largest - smallest + 1
-    if (last_group + 1) * span >= 2**63:  # ids of 64 bits: number those that occur
+    if (last_group + 1) * (largest - smallest + 1) >= 2**63:  # ids of 64 bits: number those that occur
         unique, values = torch.unique(values, return_inverse=True)
-        smallest, span = 0, unique.numel()
-    keys, order = torch.sort(groups * span + (values - smallest), stable=True)
+        smallest, largest = 0, unique.numel() - 1
+    keys, order = torch.sort(groups * (largest - smallest + 1) + (values - smallest), stable=True)
+    is_next_same = keys[1:] == keys[:-1]
+    is_repeated = torch.zeros_like(keys, dtype=torch.bool)
+    is_repeated[1:] = is_next_same
+    is_repeated[:-1] |= is_next_same
+    found = is_repeated.nonzero().squeeze(1)
+    keys = keys[found]
     is_first = torch.ones_like(keys, dtype=torch.bool)
     is_first[1:] = keys[1:] != keys[:-1]
-    return _Sorted(order, is_first)
+    return _Repeated(order[found], is_first.cumsum(0) - 1)
 
 
 def _by_table(tables: Sequence[str | None]) -> dict[str, list[int]]:
