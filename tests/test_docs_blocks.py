@@ -33,6 +33,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import CheckpointManager, scratchpad_stats, to_stock
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain
+from torchrec_scratchpipe.checkpoint.files import Manifest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -155,7 +156,7 @@ def test_the_block_about_monitoring(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("process_group")
-def test_the_block_about_privacy() -> None:
+def test_the_blocks_about_privacy(tmp_path: Path) -> None:
     setting = replace(SETTING, optimizer=torch.optim.SGD, optimizer_kwargs=(("lr", 0.1),))
     trainer = Trainer.scratchpipe(setting)
     examples = make_batches(replace(setting, batch_size=1, num_batches=50))
@@ -189,6 +190,10 @@ def test_the_block_about_privacy() -> None:
     block = blocks("docs/privacy.md")[0].replace("2048 / len(dataset)", "0.05")
     exec(block, names)
     assert names["pipeline"].epsilon(delta=1e-6) > 0
+    names |= {"CheckpointManager": CheckpointManager, "directory": tmp_path, "step": 12, "final_step": 13}
+    exec(blocks("docs/privacy.md")[1], names)
+    pending = [Manifest.read(path).is_noise_pending for path in sorted(tmp_path.glob("step_*"))]
+    assert pending == [True, False]
 
 
 def test_every_block_of_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from torchrec_scratchpipe.checkpoint.files import (
     checksums_of,
 )
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
-from torchrec_scratchpipe.errors import CheckpointMismatchError
+from torchrec_scratchpipe.errors import CheckpointMismatchError, PrivacyError
 
 __all__ = [
     "brief",
@@ -35,6 +35,7 @@ __all__ = [
     "is_saved",
     "load_checkpoint",
     "mismatch_error",
+    "pending_text",
     "reasons",
 ]
 
@@ -54,18 +55,21 @@ def load_checkpoint(
 
     Raises:
         CheckpointMismatchError: Files are missing or damaged, or of something else than `state`; nothing was loaded.
+        PrivacyError: Rows of the checkpoint have not got all noise of private training.
     """
     path, ranks = Path(directory), Ranks(process_group)
 
-    def check() -> None:
+    def check() -> bool:
         manifest = Manifest.read(path) if (path / MANIFEST_FILE).exists() else None
         metadata = (
             check_files(path, manifest, ranks.rank, ranks.world_size) if manifest else SafeReader(path).read_metadata()
         )
         check_fits(state, metadata, None, path)
         check_values(path, metadata, flatten_state_dict(state)[0])
+        return manifest is not None and manifest.is_noise_pending
 
-    ranks.each_or_fail(check, mismatch_error(f"{path} cannot be loaded"))
+    if ranks.each_or_fail(check, mismatch_error(f"{path} cannot be loaded")):
+        raise PrivacyError(pending_text(path))
     _load_files(path, state, ranks.group)
 
 
@@ -101,6 +105,15 @@ def is_saved(names: Iterable[str]) -> Callable[[str], bool]:
     """Whether there are optimizer states of a parameter, by all names of a state."""
     names = list(names)
     return lambda name: any(other.startswith(f"optimizer.state.{name}.") for other in names)
+
+
+def pending_text(path: Path) -> str:
+    """What a checkpoint that is not private may not be used for."""
+    return (
+        f"{path}: rows of this checkpoint have not got all noise of private training, so that it is not private. Load "
+        "it with CheckpointManager into a model whose pipeline has privacy; and to release it, save it from there with "
+        "for_release=True."
+    )
 
 
 def mismatch_error(what: str) -> Callable[[str], CheckpointMismatchError]:

@@ -37,16 +37,17 @@ from torchrec_scratchpipe.checkpoint.files import (
     write_durably,
 )
 from torchrec_scratchpipe.checkpoint.folding import Folder
-from torchrec_scratchpipe.checkpoint.loading import brief, is_saved, mismatch_error, reasons
+from torchrec_scratchpipe.checkpoint.loading import brief, is_saved, mismatch_error, pending_text, reasons
 from torchrec_scratchpipe.checkpoint.optimizer_states import fit_states, load_wrapper_states, wrapper_states
 from torchrec_scratchpipe.checkpoint.pieces import pieces_of
+from torchrec_scratchpipe.checkpoint.private_rows import PRIVACY, pending_pieces, pending_state, private_steps
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
 from torchrec_scratchpipe.checkpoint.retention import delete_old, remove
 from torchrec_scratchpipe.checkpoint.source import find_source, open_source
 from torchrec_scratchpipe.core.disk import MappedStorage
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
-from torchrec_scratchpipe.errors import CheckpointSaveError, ConfigError, ScratchPipeError
+from torchrec_scratchpipe.errors import CheckpointSaveError, ConfigError, PrivacyError, ScratchPipeError
 from torchrec_scratchpipe.sharding.model import only_located, only_read, scratchpad_collections
 from torchrec_scratchpipe.sharding.table_view import shown
 
@@ -178,6 +179,11 @@ class CheckpointManager:
             raise ConfigError(
                 "trained(): the CheckpointManager has no delta_every. Give it one, or leave this call out."
             )
+        if private_steps(model) is not None:
+            raise ConfigError(
+                "trained(): the model is trained in private, and a delta log has rows without their noise, which "
+                "follow() would publish. Leave delta_every out, and save checkpoints."
+            )
         log = self._log
         if log is None or log.model is not model:
             log = self._log = self._begin_log(step, model, optimizer, extra)
@@ -209,7 +215,13 @@ class CheckpointManager:
         return nothing
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        extra: Any = None,
+        *,
+        for_release: bool = False,
     ) -> Path:
         """Save; needs some blocks of 32 MiB beyond the tables, whatever their size. All ranks call it.
 
@@ -219,6 +231,8 @@ class CheckpointManager:
             optimizer: Its optimizers, combined.
             extra: Anything else, by rank: numbers, strings, tensors, lists and dicts of them; e.g. the state of a
                 learning rate schedule. A data loader's own state is ahead of training by the batches in flight.
+            for_release: Of a model that is trained in private: have all rows get their noise first, which reads and
+                writes whole tables. Without, the checkpoint is not private, and says so; it is for resuming.
 
         Returns:
             The checkpoint's directory.
@@ -229,21 +243,29 @@ class CheckpointManager:
             ConfigError: `extra` is not plain data.
         """
         self._wait_for_saves()
-        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
+        privacy = _private_state(model, for_release=for_release)
+        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer, privacy), ConfigError)
         self._take_delta_beside(step, model, optimizer, extra)
         with only_read(model):
             state = _state_of(model, optimizer)
         pools = _pools(model)
+        is_pending = _add_pending(state, pools, privacy, for_release=for_release)
 
         def read(pool: int, part: int, first: int, out: Tensor) -> None:
             out.copy_(pools[pool].host_table.parts[part][first : first + out.shape[0]])
 
         planner = _planner(pools, read)
-        self._write(step, state, planner, extra_bytes)
+        self._write(step, state, planner, extra_bytes, is_pending=is_pending)
         return self.path(step)
 
     def async_save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        extra: Any = None,
+        *,
+        for_release: bool = False,
     ) -> "Future[None]":
         """Save the state as it is now while training goes on. All ranks call it.
 
@@ -257,6 +279,7 @@ class CheckpointManager:
             model: As :meth:`save`.
             optimizer: As :meth:`save`.
             extra: As :meth:`save`.
+            for_release: As :meth:`save`.
 
         Returns:
             Done when the checkpoint is complete; its `result()` raises what :meth:`save` would. A failure is logged
@@ -267,10 +290,12 @@ class CheckpointManager:
             ConfigError: `extra` is not plain data.
         """
         self._wait_for_saves()
-        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
+        privacy = _private_state(model, for_release=for_release)
+        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer, privacy), ConfigError)
         self._take_delta_beside(step, model, optimizer, extra)
         with only_read(model):
             state = _state_of(model, optimizer)
+        is_pending = _add_pending(state, _pools(model), privacy, for_release=for_release)
         taken: list[tuple[Pool, TableSnapshot]] = []
 
         def read(pool: int, part: int, first: int, out: Tensor) -> None:
@@ -288,7 +313,7 @@ class CheckpointManager:
         def write() -> None:
             failure: BaseException | None = None
             try:
-                self._write(step, state, planner, extra_bytes)
+                self._write(step, state, planner, extra_bytes, is_pending=is_pending)
             except BaseException as error:
                 logger.error("checkpoint of step %s was not saved: %s", step, error)
                 failure = error
@@ -368,17 +393,28 @@ class CheckpointManager:
             undo = fit_states(optimizer, is_saved(source.names)) if optimizer is not None else None
             with only_located(model):  # tables may be loaded in part, and must not be read
                 state = _state_of(model, optimizer)
+            steps, is_pending = private_steps(model), source.manifest.is_noise_pending
+            if is_pending and steps is None:
+                raise PrivacyError(pending_text(source.directory))
+            if is_pending:
+                state[PRIVACY] = pending_state(state["model"], _pools(model))
             flat, places = flatten_state_dict(state)
             names: set[str] = set().union(*self._ranks.gather(set(flat)))
             pieces = {name: pieces_of(value) or [] for name, value in flat.items()}
+            if is_pending:
+                of_model = pending_pieces(state["model"], _pools(model))
+                pieces |= {f"{PRIVACY}.{name}": some for name, some in of_model.items()}
             rank = self._ranks.rank if source.world_size == self._ranks.world_size else 0
 
-            def check() -> tuple[Any, Any]:
+            def check() -> tuple[Any, Any, Any]:
                 source.check(state, flat, names, pieces)
-                return source.beside(rank)
+                beside = source.beside(rank)
+                if steps is not None and beside[2] is not None:
+                    steps.check_state(beside[2])
+                return beside
 
             try:
-                extra, wrappers = self._ranks.each_or_fail(check, make_error)
+                extra, wrappers, privacy = self._ranks.each_or_fail(check, make_error)
             except BaseException:
                 if undo is not None:
                     undo()
@@ -392,6 +428,10 @@ class CheckpointManager:
                 if optimizer is not None:
                     optimizer.load_state_dict(state["optimizer"])
                     load_wrapper_states(optimizer, wrappers)
+                if steps is not None and privacy is not None:
+                    steps.load_state_dict(privacy, is_pending=is_pending)
+                elif steps is not None:
+                    steps.note_loaded()
         if self._delta_every is not None:
             for collection in scratchpad_collections(model):
                 collection.watch_changes()
@@ -440,7 +480,9 @@ class CheckpointManager:
             raise found
         return found
 
-    def _write(self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes) -> None:
+    def _write(
+        self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes, *, is_pending: bool
+    ) -> None:
         temporary = self._directory / f".step_{step:012d}.unfinished"
         make_error = _save_error(f"step {step} cannot be saved to {self._directory}")
         writer = ChecksummedWriter(temporary)
@@ -460,7 +502,7 @@ class CheckpointManager:
             files: dict[str, FileChecksums] = {}
             for some in self._ranks.gather(writer.files):
                 files.update(some)
-            manifest = Manifest(step, self._ranks.world_size, files, *self._run_and_digest(step))
+            manifest = Manifest(step, self._ranks.world_size, files, *self._run_and_digest(step), is_pending)
             self._ranks.first_or_fail(lambda: self._complete(temporary, manifest), make_error)
         except BaseException:
             if self._ranks.rank == 0:
@@ -626,11 +668,36 @@ def _close(taken: list[tuple[Pool, TableSnapshot]]) -> None:
         pool.host_table.close_snapshot(snapshot)
 
 
-def _prepare(step: int, extra: Any, optimizer: torch.optim.Optimizer | None) -> bytes:
+def _private_state(model: nn.Module, *, for_release: bool) -> dict[str, Any] | None:
+    steps = private_steps(model)
+    if steps is None:
+        return None
+    if for_release:
+        steps.catch_up()
+    return steps.state_dict(for_release=for_release)
+
+
+def _add_pending(
+    state: dict[str, Any], pools: list[Pool], privacy: dict[str, Any] | None, *, for_release: bool
+) -> bool:
+    """Have a state say up to which step its rows have their noise; whether they may lack some."""
+    is_pending = privacy is not None and not for_release
+    if is_pending:
+        state[PRIVACY] = pending_state(state["model"], pools)
+    return is_pending
+
+
+def _prepare(
+    step: int, extra: Any, optimizer: torch.optim.Optimizer | None, privacy: dict[str, Any] | None = None
+) -> bytes:
     if step < 0:
         raise ConfigError(f"step is {step}, it must not be negative. Give the number of batches trained.")
     stream = io.BytesIO()
-    content = {"extra": extra, "optimizer_wrappers": [] if optimizer is None else wrapper_states(optimizer)}
+    content = {
+        "extra": extra,
+        "optimizer_wrappers": [] if optimizer is None else wrapper_states(optimizer),
+        PRIVACY: privacy,
+    }
     try:
         torch.save(content, stream)
         stream.seek(0)

@@ -33,5 +33,8 @@ class LateUpdates(Protocol):
     def note_all_taken(self) -> None:
         """All rows have been taken since the last step."""
 
+    def note_loaded(self) -> None:
+        """Somebody has written :attr:`updated_to`."""
+
     def check_may_train(self) -> None:
         """Raise if rows are about to be trained in a way that does not count as a step."""

@@ -27,8 +27,9 @@ class LazyDP(PrivacySettings):
         noise_multiplier: Standard deviation of the noise, in units of `clip`.
         sample_rate: With what probability an example is in a batch. It is used for :meth:`epsilon` alone, and that
             holds for batches of :class:`PoissonSampler`, which have this rate; not for batches of fixed size.
-        seed: Of the noise, in [0, 2^64). Whoever knows it can take the noise away: keep it as a secret. Default: drawn
-            from the system. All ranks need the same.
+        seed: Of the noise, in [0, 2^64). Whoever knows or guesses it can take the noise away: draw it
+            (`secrets.randbits(64)`), and keep it as a secret. A job that is resumed needs it again. Default: drawn when
+            training begins, and told to nobody.
         expected_batch_size: What sums are divided by: `sample_rate` times the number of examples, over all ranks.
             Default: the size of the first batch.
         loss_reduction: How the model's loss is made of those of examples. "sum": sums are not divided either, unless

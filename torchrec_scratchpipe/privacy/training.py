@@ -13,6 +13,7 @@ Shapes: ``B`` examples of this rank, ``D`` row width.
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,7 +32,7 @@ from torchrec_scratchpipe.privacy.cuts import Cut, cut_output
 from torchrec_scratchpipe.privacy.delayed_noise import DelayedNoise, Places, Steps
 from torchrec_scratchpipe.privacy.dense import DenseLayers
 from torchrec_scratchpipe.privacy.random_numbers import normal_numbers
-from torchrec_scratchpipe.privacy.settings import PrivacySettings
+from torchrec_scratchpipe.privacy.settings import PrivacySettings, draw_seed
 from torchrec_scratchpipe.sharding.collection import ScratchpadCollection
 from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 from torchrec_scratchpipe.sharding.model import scratchpad_collections
@@ -47,7 +48,7 @@ DENSE_ROW = 4096  # numbers of a dense parameter are drawn in rows of so many
 class _Kernel(NamedTuple):
     kernel: ScratchpadKernel
     steps: Steps
-    noises: list[DelayedNoise]
+    tables: list[int]  # their numbers in the model
 
 
 class PrivateTraining:
@@ -63,13 +64,14 @@ class PrivateTraining:
     """
 
     def __init__(self, settings: PrivacySettings, model: nn.Module, device: torch.device) -> None:
-        self.settings = settings
         self._device = device
         self._collections = scratchpad_collections(model)
         check_model(model, self._collections)
+        wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        self._process_group = wrappers[0].process_group if wrappers else None
+        self.settings = self._with_common_seed(settings)
         self._dense = DenseLayers(get_unwrapped_module(model), cast(list[nn.Module], self._collections))
-        self._wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-        self._process_group = self._wrappers[0].process_group if self._wrappers else None
+        self._wrappers = wrappers
         self._batch_size = settings.expected_batch_size or (1.0 if settings.loss_reduction == "sum" else None)
         self._cuts: list[Cut] = []
         self._is_in_forward = False
@@ -97,7 +99,7 @@ class PrivateTraining:
         for collection in scratchpad_collections(model):
             begun = collection.private_steps
             if isinstance(begun, PrivateTraining):
-                if begun.settings != settings:
+                if settings not in (begun.settings, replace(begun.settings, seed=None)):
                     raise ConfigError(
                         f"privacy: the model has been trained with {begun.settings}, and is now to be trained with "
                         f"{settings}, which no epsilon would be known of. Give the same, with the same seed."
@@ -105,13 +107,23 @@ class PrivateTraining:
                 return begun
         return cls(settings, model, device)
 
+    def _with_common_seed(self, settings: PrivacySettings) -> PrivacySettings:
+        """All ranks draw the same noise. Raises ConfigError."""
+        drawn = settings if settings.seed is not None else replace(settings, seed=draw_seed())
+        seeds = [(settings.seed, drawn.seed)]
+        if dist.is_initialized() and dist.get_world_size(self._process_group) > 1:
+            seeds = seeds * dist.get_world_size(self._process_group)
+            dist.all_gather_object(seeds, (settings.seed, drawn.seed), group=self._process_group)
+        if len({given for given, _ in seeds}) > 1:
+            raise ConfigError("LazyDP: ranks were given different seeds. Give all the same, or None to all.")
+        return replace(settings, seed=seeds[0][1])
+
     def _attach(self, kernel: ScratchpadKernel, tables: dict[str, int]) -> _Kernel:
         steps = Steps()
-        noises = []
         for pool, positions in zip(kernel.pools, kernel.pool_tables, strict=True):
             configs = [kernel._config.embedding_tables[position] for position in positions]
             places = [config.local_metadata.shard_offsets if config.local_metadata else [0, 0] for config in configs]
-            noise = DelayedNoise(
+            pool.late = DelayedNoise(
                 pool.host_table.row_offsets,
                 [tables[config.name] for config in configs],
                 [place[0] for place in places],
@@ -122,9 +134,7 @@ class PrivateTraining:
                 self._noise_of,
                 lambda: self._is_in_update,
             )
-            pool.late = noise
-            noises.append(noise)
-        return _Kernel(kernel, steps, noises)
+        return _Kernel(kernel, steps, [tables[config.name] for config in kernel._config.embedding_tables])
 
     def _noise_of(self, places: Places, since: Tensor, until: int, dim: int, squared_rates: Tensor) -> Tensor:
         assert self._batch_size is not None, "there was a step, and no batch"
@@ -194,6 +204,94 @@ class PrivateTraining:
             self._forget()
         self.num_steps += 1
 
+    def catch_up(self) -> None:
+        """See :class:`PrivateSteps`."""
+        for collection in self._collections:
+            collection.catch_up()
+
+    def state_dict(self, *, for_release: bool) -> dict[str, Any]:
+        """See :class:`PrivateSteps`.
+
+        Args:
+            for_release: As there.
+
+        Returns:
+            Plain data.
+        """
+        mine = {number: steps.squared_rates for _, steps, numbers in self._kernels for number in numbers}
+        found = [mine]
+        if dist.is_initialized() and dist.get_world_size(self._process_group) > 1:
+            found = [mine] * dist.get_world_size(self._process_group)
+            dist.all_gather_object(found, mine, group=self._process_group)
+        # Tables mostly have the same rates.
+        distinct: list[Tensor] = []
+        of_table: dict[int, int] = {}
+        for some in found:
+            for number, rates in some.items():
+                same = next((index for index, other in enumerate(distinct) if torch.equal(other, rates)), None)
+                of_table[number] = len(distinct) if same is None else same
+                distinct.extend([rates.clone()] if same is None else [])
+        return {
+            "num_steps": self.num_steps,
+            "batch_size": self._batch_size,
+            "noise_multiplier": self.settings.noise_multiplier,
+            "clip": self.settings.clip,
+            "sample_rate": self.settings.sample_rate,
+            "squared_rates": distinct,
+            "squared_rates_of_table": of_table,
+            "seed_check": "" if for_release else self.settings.seed_check,
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """See :class:`PrivateSteps`.
+
+        Args:
+            state: From :meth:`state_dict`.
+
+        Raises:
+            ConfigError: It is of other settings.
+        """
+        settings = self.settings
+        for name, here in {
+            "noise_multiplier": settings.noise_multiplier,
+            "clip": settings.clip,
+            "sample_rate": settings.sample_rate,
+        }.items():
+            if state[name] != here:
+                raise ConfigError(
+                    f"privacy: the checkpoint was trained with {name}={state[name]}, and the pipeline has {here}, "
+                    "which no epsilon would be known of. Give the same."
+                )
+        if state["seed_check"] and state["seed_check"] != settings.seed_check:
+            raise ConfigError(
+                "privacy: the checkpoint was trained with another seed than the pipeline has. Give the same, so that "
+                "the noise goes on as it would have."
+            )
+
+    def load_state_dict(self, state: dict[str, Any], *, is_pending: bool) -> None:
+        """See :class:`PrivateSteps`.
+
+        Args:
+            state: From :meth:`state_dict`.
+            is_pending: As there.
+        """
+        self.num_steps, self._batch_size = state["num_steps"], state["batch_size"]
+        for kernel, steps, numbers in self._kernels:
+            steps.load(state["squared_rates"][state["squared_rates_of_table"][numbers[0]]])
+            for pool in kernel.pools:
+                assert pool.late is not None
+                if not is_pending:
+                    pool.late.updated_to.fill_(steps.num_steps)
+                pool.late.note_loaded()
+
+    def note_loaded(self) -> None:
+        """See :class:`PrivateSteps`."""
+        for kernel, steps, _ in self._kernels:
+            for pool in kernel.pools:
+                assert pool.late is not None
+                pool.late.updated_to.fill_(steps.num_steps)
+                pool.late.note_loaded()
+
     def epsilon(self, delta: float) -> float:
         """See :class:`PrivateSteps`.
 
@@ -260,7 +358,7 @@ class PrivateTraining:
         rows = torch.arange(-(-size // DENSE_ROW), dtype=torch.int64, device=device)
         parameter, step = torch.full_like(rows, FIRST_DENSE_NUMBER + number), torch.full_like(rows, self.num_steps + 1)
         columns = torch.zeros_like(rows)
-        numbers = normal_numbers(rows, parameter, step, columns, min(size, DENSE_ROW), self.settings.seed)
+        numbers = normal_numbers(rows, parameter, step, columns, min(size, DENSE_ROW), self.settings.known_seed)
         return numbers.reshape(-1)[:size]
 
     def _update_tables(self, factors: Tensor) -> None:

@@ -28,7 +28,7 @@ from torchrec_scratchpipe.core.batch import Batch, check_ids
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.core.snapshot import SnapshotStorage, TableSnapshot
-from torchrec_scratchpipe.errors import BatchesInFlightError, IdOutOfRangeError
+from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, IdOutOfRangeError
 from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 from torchrec_scratchpipe.sharding.lookup import ScratchpadLookup, create_pooled_lookup, create_sequence_lookup
 from torchrec_scratchpipe.sharding.options import ScratchpadOptions
@@ -282,6 +282,14 @@ class ScratchpadCollection:
                     self._runner.reread_pool(pool)
             pool.changes.cut()
 
+    def catch_up(self) -> None:
+        """Have all rows get the updates that they are to get late (hazard 10)."""
+        self._runner.wait_until_idle()
+        with self._runner.between_batches():
+            for pool in self.pools:
+                self._runner.refresh_pool(pool)
+                pool.catch_up_all()
+
     @property
     def is_any_table_lent(self) -> bool:
         """Whether somebody has memory of a table, and may write it unseen."""
@@ -455,6 +463,11 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             BatchesInFlightError: Batches in flight have been planned for the scratchpads as they are.
             ConfigError: A scratchpad table's new sharding cannot be served.
         """
+        if self.private_steps is not None:
+            raise ConfigError(
+                "update_shards(): the model is trained in private, and which noise its rows have got does not move "
+                "with them. Save a checkpoint, and load it in a job with the new sharding."
+            )
         self.wait_until_idle()  # the worker may not have planned all of them yet
         num_batches = max((pool.slot_map.num_batches_in_flight for pool in self.pools), default=0)
         if num_batches > 0:

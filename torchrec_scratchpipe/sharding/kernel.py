@@ -212,7 +212,8 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._runner.wait_until_idle()
         with self._runner.between_batches():
             for pool in self.pools:
-                pool.catch_up_all()
+                if not self._runner.is_only_read:  # a checkpoint says which rows have not caught up
+                    pool.catch_up_all()
                 pool.flush()
                 if not self._runner.is_only_read:
                     pool.host_table.mark_overwritten()

@@ -23,6 +23,24 @@ class PrivateSteps(Protocol):
     def backward(self, losses: Tensor) -> None:
         """In place of `torch.sum(losses, dim=0).backward()`; ends the step for the tables."""
 
+    def catch_up(self) -> None:
+        """Have all rows of all tables get the noise of the steps so far; reads and writes whole tables."""
+
+    def state_dict(self, *, for_release: bool) -> dict[str, Any]:
+        """How far training is: plain data, the same on all ranks; without the seed. All ranks call it.
+
+        `for_release`: with nothing that tells two seeds apart.
+        """
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ConfigError if such a state is of other settings."""
+
+    def load_state_dict(self, state: dict[str, Any], *, is_pending: bool) -> None:
+        """Go on from such a state, after tables were loaded; `is_pending`: `updated_to` of all rows was loaded, too."""
+
+    def note_loaded(self) -> None:
+        """Tables were loaded from a state of training that was not private: no noise is due."""
+
     def epsilon(self, delta: float) -> float:
         """What the steps so far have spent."""
 
