@@ -39,7 +39,7 @@ from torchrec_scratchpipe import (
     ConfigError,
     StageFailedError,
 )
-from torchrec_scratchpipe.checkpoint import delta_log
+from torchrec_scratchpipe.checkpoint import delta_log, files
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet
 from torchrec_scratchpipe.checkpoint.delta_files import MAGIC, Kind, SegmentReader, SegmentWriter
 from torchrec_scratchpipe.checkpoint.files import SafeReader
@@ -921,6 +921,73 @@ def test_of_batches_that_trained_returned_for_no_more_are_lost_than_one_interval
     is_awaited.set()
     manager.wait()
     assert max(lost) == delta_every
+
+
+def full_disk(self: Any, data: bytes) -> int:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_a_first_checkpoint_that_fails_is_saved_by_a_later_batch(
+    num_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a directory that is empty, or has an older checkpoint."""
+    ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=3)
+    pipeline, batches = ours.pipeline(), iter(make_batches(SETTING))
+    for _ in range(num_before):
+        pipeline.progress(batches)
+    if num_before:
+        manager.save(num_before, ours.model, ours.optimizer, extra={"step": num_before})
+    with monkeypatch.context() as patch:
+        patch.setattr(files._ChecksummedFile, "write", full_disk)
+        for step in range(num_before + 1, 10):
+            pipeline.progress(batches)
+            manager.trained(step, ours.model, ours.optimizer, extra={"step": step})
+            manager.wait()
+            if step == 8:
+                patch.setattr(SegmentWriter, "__init__", lambda *_: full_disk(None, b""))
+    assert caplog.text.count("checkpoint of step") == 8 - num_before
+    assert "a delta log cannot begin in" in caplog.text
+    assert "The next batch is tried" in caplog.text
+    assert manager.steps() == ([num_before] if num_before else [])
+    for step in range(10, 24):
+        pipeline.progress(batches)
+        manager.trained(step, ours.model, ours.optimizer, extra={"step": step})
+    manager.wait()
+    assert manager.steps() == [*([num_before] if num_before else []), 10]
+    step, other = loaded(tmp_path)
+    assert step == 22
+    assert_same_bits(trained(SETTING, 22), other)
+
+
+def _begin_anew(rank: int, directory: str) -> None:
+    _make_pieces_small()
+    ours = Trainer.scratchpipe(ROWS)
+    manager = CheckpointManager(directory, delta_every=3)
+    pipeline, batches = ours.pipeline(), iter(make_batches(ROWS, rank=rank))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(files._ChecksummedFile, "write", full_disk)
+        for step in range(1, 5):
+            pipeline.progress(batches)
+            manager.trained(step, ours.model, ours.optimizer)
+        manager.wait()
+    for step in range(5, 15):
+        pipeline.progress(batches)
+        manager.trained(step, ours.model, ours.optimizer)
+    manager.wait()
+    assert manager.steps() == [5]
+    other, twin = Trainer.scratchpipe(replace(ROWS, seed=5)), Trainer.scratchpipe(ROWS)
+    found = CheckpointManager(directory).load(other.model, other.optimizer)
+    assert found is not None
+    assert found.step == 14
+    drain(twin.pipeline(), make_batches(ROWS, rank=rank)[:14])
+    assert_same_bits(twin, other)
+
+
+@pytest.mark.dist
+def test_a_first_checkpoint_that_fails_on_one_rank_is_saved_by_a_later_batch(tmp_path: Path) -> None:
+    run_ranks(2, _begin_anew, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["add_rows", "add_state", "end"])

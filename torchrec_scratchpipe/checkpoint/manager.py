@@ -126,8 +126,14 @@ class CheckpointManager:
         self._delta_every = delta_every
         self._state_every = state_every or delta_every
         self._log: DeltaLog | None = None
+        self._first_save: Future[None] | None = (
+            None  # of the checkpoint that the log goes on from, until it is complete
+        )
+        self._is_to_begin_anew = False  # because that failed
         self._loaded: weakref.WeakKeyDictionary[nn.Module, _Loaded] = weakref.WeakKeyDictionary()
         self._ranks = Ranks(process_group)
+        # Beside those of a save that is under way, which `trained` does not wait for.
+        self._training_ranks = self._ranks if delta_every is None else Ranks(process_group)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scratchpipe-checkpoint")
         self._pending: Future[None] | None = None
         self._folder = Folder(self._directory, keep_last, compact_at)
@@ -159,7 +165,7 @@ class CheckpointManager:
         that matters.
 
         The first call saves a checkpoint by :meth:`async_save` for the deltas to go on from, unless :meth:`load` has
-        found one.
+        found one. If that fails, it is logged, and the next call begins anew: its checkpoint is of its own batch.
 
         Args:
             step: Batches trained.
@@ -185,8 +191,15 @@ class CheckpointManager:
                 "follow() would publish. Leave delta_every out, and save checkpoints."
             )
         log = self._log
-        if log is None or log.model is not model:
-            log = self._log = self._begin_log(step, model, optimizer, extra)
+        if log is None or log.model is not model or self._has_first_save_failed():
+            try:
+                log = self._log = self._begin_log(step, model, optimizer, extra)
+            except CheckpointSaveError as error:
+                if not self._is_to_begin_anew:
+                    raise
+                logger.error("%s The next batch is tried.", error)  # a job that trains does not end for it
+                return None
+            self._is_to_begin_anew = False
         log.wait_until_written()
         if step - log.step < self._delta_every:
             return None
@@ -437,7 +450,8 @@ class CheckpointManager:
                 collection.watch_changes()
             if self._log is not None and self._log.model is model:
                 self._log.close()
-                self._log = None
+                self._log = self._first_save = None
+                self._is_to_begin_anew = False
             self._loaded[model] = _Loaded(step, source.digest)
         return Checkpoint(step, extra, source.world_size)
 
@@ -526,9 +540,11 @@ class CheckpointManager:
 
     def _begin_log(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Any) -> DeltaLog:
         self.wait()
+        failed_since = -1
         if self._log is not None:
+            failed_since = self._log.schema.since if self._is_to_begin_anew else -1
             self._log.close()
-            self._log = None
+            self._log = self._first_save = None
         loaded = self._loaded.pop(model, None)
         since, follows = (step, "") if loaded is None else loaded
         if loaded is None:
@@ -539,7 +555,7 @@ class CheckpointManager:
             state = _state_of(model, optimizer)
         self._names_of_first = self._ranks.from_first(lambda: set(flatten_state_dict(state)[0]))
         make_error = _save_error(f"a delta log cannot begin in {self._directory}")
-        self._ranks.first_or_fail(lambda: self._make_room_for_log(since, loaded is None), make_error)
+        self._ranks.first_or_fail(lambda: self._make_room_for_log(since, loaded is None, failed_since), make_error)
 
         def begin() -> DeltaLog:
             schema = Schema(
@@ -557,15 +573,38 @@ class CheckpointManager:
         log = self._ranks.each_or_fail(begin, make_error)
         if loaded is None:
             self._log = log  # whose run the checkpoint is of
-            self.async_save(step, model, optimizer, extra)
+            try:
+                self._first_save = self.async_save(step, model, optimizer, extra)
+            except BaseException:
+                self._log.close()
+                self._log = None
+                raise
         return log
 
-    def _make_room_for_log(self, since: int, is_new: bool) -> None:
-        """Leave out, for good, what was recorded after the batch that this run goes on from."""
+    def _has_first_save_failed(self) -> bool:
+        """Whether the checkpoint that the log was to go on from was given up; the same on all ranks."""
+        if self._first_save is None:
+            return False
+        is_done = self._first_save.done()
+        found = self._training_ranks.gather((is_done, is_done and self._first_save.exception() is not None))
+        if not all(is_done for is_done, _ in found):
+            return False
+        self._first_save = None
+        self._is_to_begin_anew = any(has_failed for _, has_failed in found)
+        return self._is_to_begin_anew
+
+    def _make_room_for_log(self, since: int, is_new: bool, failed_since: int) -> None:
+        """Leave out, for good, what was recorded after the batch that this run goes on from.
+
+        What was recorded after `failed_since` goes on from a checkpoint that was given up.
+        """
         log = self._directory / LOG_DIRECTORY
         log.mkdir(exist_ok=True)
         chain = Chain.read(self._directory)
         try:
+            if failed_since >= 0:
+                chain.cut(failed_since)
+                chain.update()
             if chain.sets and not self.steps():
                 logger.warning(
                     "%s: deltas up to batch %s are deleted, because they go on from a checkpoint that is not there; "
