@@ -255,7 +255,6 @@ def private_rank(rank: int, setting: Setting, path: str) -> None:
     assert all(pool.late.is_any_due for pool in pools_of(trainer))
     manager = CheckpointManager(path)
     manager.save(20, trainer.model, trainer.optimizer, for_release=True)
-    assert abs(pipeline.epsilon(1e-5) - pipeline.epsilon(1e-5)) == 0
 
 
 def part(batch: Batch, rank: int, world_size: int) -> Batch:
@@ -288,14 +287,26 @@ def saved_state(path: str) -> dict[str, Tensor]:
     return state
 
 
+@pytest.fixture(scope="module")
+def states_of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[PoolingType, dict[str, Tensor]]:
+    states = {}
+    for pooling in (PoolingType.SUM, PoolingType.MEAN):
+        path = str(tmp_path_factory.mktemp("one"))
+        run_ranks(1, private_rank, replace(SGD, pooling=pooling), path)
+        states[pooling] = saved_state(path)
+    return states
+
+
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise", "column_wise", "table_row_wise"])
-def test_ranks_and_sharding_change_no_noise(tmp_path: Path, sharding_type: str) -> None:
+def test_ranks_and_sharding_change_no_noise(
+    tmp_path: Path, states_of_one_rank: dict[PoolingType, dict[str, Tensor]], sharding_type: str
+) -> None:
     """The same examples on one rank and on two: sums are added in another order, and noise is the same."""
-    setting = replace(SGD, local_size=2 if sharding_type == "table_row_wise" else None)
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    run_ranks(1, private_rank, setting, one)
-    run_ranks(2, private_rank, replace(setting, sharding_type=sharding_type), two)
-    expected, actual = saved_state(one), saved_state(two)
+    pooling = PoolingType.MEAN if sharding_type == "row_wise" else PoolingType.SUM
+    local_size = 2 if sharding_type == "table_row_wise" else None
+    setting = replace(SGD, sharding_type=sharding_type, pooling=pooling, local_size=local_size)
+    run_ranks(2, private_rank, setting, str(tmp_path))
+    expected, actual = states_of_one_rank[pooling], saved_state(str(tmp_path))
     assert expected.keys() == actual.keys()
     assert sum("weight" in name for name in expected) >= 4
     for name, value in expected.items():
@@ -517,3 +528,77 @@ def test_the_seed_is_told_to_nobody(process_group: None, tmp_path: Path) -> None
             assert str(seed).encode() not in content
             is_release = "step_000000000004" in str(path)
             assert not (is_release and privacy.seed_check.encode() in content)
+
+
+def integers_rank(rank: int, setting: Setting, lookahead: int) -> None:
+    eager = train(setting, INTEGERS, is_eager=True, make_model=LinearModel)
+    lazy = train(setting, INTEGERS, lookahead, make_model=LinearModel)
+    assert all(pool.late.is_any_due for pool in pools_of(lazy))
+    assert_same_bits(eager, lazy)
+    counts = torch.tensor([lazy.num_victims], dtype=torch.int64)
+    dist.all_reduce(counts)
+    assert int(counts) > 0
+
+
+@pytest.mark.parametrize(
+    ("sharding_type", "lookahead", "pooling"),
+    [
+        ("table_wise", 1, PoolingType.SUM),
+        ("row_wise", 8, PoolingType.SUM),
+        ("column_wise", 3, PoolingType.SUM),
+        ("row_wise", 2, None),
+    ],
+)
+def test_lazy_noise_is_eager_noise_on_two_ranks(
+    sharding_type: str, lookahead: int, pooling: PoolingType | None
+) -> None:
+    setting = replace(SGD, sharding_type=sharding_type, is_pooled=pooling is not None, num_batches=25)
+    run_ranks(2, integers_rank, setting, lookahead)
+
+
+def test_lazy_noise_is_eager_noise_in_files(process_group: None, tmp_path: Path) -> None:
+    setting = replace(SGD, num_batches=25)
+    eager = train(setting, INTEGERS, is_eager=True, make_model=LinearModel)
+    lazy = train(setting, INTEGERS, make_model=LinearModel, table_dir=str(tmp_path))
+    assert lazy.num_victims > 0
+    assert_same_bits(eager, lazy)
+
+
+class WideModel(TinyModel):
+    """With a layer that has no gradient, so that its weights change by noise alone."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.wide = nn.Linear(NUM_DENSE, 2000)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, logits = super().forward(batch)
+        return loss + 0.0 * self.wide(batch.dense_features).sum(), logits
+
+
+def test_dense_layers_get_noise_in_each_step(process_group: None) -> None:
+    before, after = (
+        full_state(train(SGD, PRIVACY, make_model=WideModel, batches=make_batches(SGD)[:num_steps]))
+        for num_steps in (0, 16)
+    )
+    for kind in ("weight", "bias"):
+        (name,) = [name for name in before if name.endswith(f"wide.{kind}") and "/" not in name]
+        change = after[name][0] - before[name][0]
+        # rate * noise_multiplier * clip / batch size, of 16 steps
+        expected = 0.05 * 0.5 * 0.5 / 8 * 4
+        assert float(change.std()) == pytest.approx(expected, rel=0.06)
+        assert abs(float(change.mean())) < 4 * expected / change.numel() ** 0.5
+
+
+def test_an_example_without_a_finite_gradient_counts_as_none(process_group: None) -> None:
+    batches = make_batches(SGD)[:5]
+    bad = [replace_dense(batch, float("inf") if index == 2 else None) for index, batch in enumerate(batches)]
+    state = full_state(train(SGD, PRIVACY, batches=bad))
+    assert all(torch.isfinite(tensor).all() for tensors in state.values() for tensor in tensors)
+
+
+def replace_dense(batch: Batch, value: float | None) -> Batch:
+    dense = batch.dense_features.clone()
+    if value is not None:
+        dense[0] = value
+    return Batch(dense, batch.sparse_features, batch.labels)
