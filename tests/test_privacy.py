@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Private training: lazy noise is eager noise, whatever was evicted, planned ahead, sharded or resumed."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -602,3 +603,31 @@ def replace_dense(batch: Batch, value: float | None) -> Batch:
     if value is not None:
         dense[0] = value
     return Batch(dense, batch.sparse_features, batch.labels)
+
+
+def test_another_model_of_a_pipeline_is_private_too(process_group: None) -> None:
+    first, second = train(SGD, PRIVACY), Trainer.scratchpipe(SGD)
+    set_weights(second)
+    pipeline = first.pipeline(privacy=PRIVACY)
+    pipeline.attach(second.model)
+    pipeline._optimizer = second.optimizer
+    drain(pipeline, make_batches(SGD))
+    assert_same_bits(first, second)
+    with pytest.raises(ConfigError, match="was given no privacy"):
+        Trainer.scratchpipe(SGD).pipeline().attach(first.model)
+
+
+def test_noise_has_the_rates_of_its_steps(process_group: None) -> None:
+    trainer = Trainer.scratchpipe(SGD)
+    pipeline = trainer.pipeline(privacy=PRIVACY)
+    batches = iter(make_batches(SGD))
+    rates = [0.25, 0.5, 0.125, 1.0]
+    for rate in rates:
+        for group in trainer.model.fused_optimizer.param_groups:
+            group["lr"] = rate
+        trainer.model.fused_optimizer.step()  # FBGEMM takes its rate from here
+        pipeline.progress(batches)
+    expected = [0.0, *itertools.accumulate(rate * rate for rate in rates)]
+    steps = [kernel.steps.squared_rates.tolist() for kernel in pipeline._private_steps._kernels]
+    assert steps
+    assert all(some == expected for some in steps)

@@ -201,6 +201,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         self._collections_warned_of: set[str] = set()
         warn_of_missing_scratchpads(model, lookahead)
         self._collections = scratchpad_collections(model)
+        self._privacy = privacy
         self._private_steps = _private_steps(privacy, model, device)
         self._own_forwards: list[Callable[..., Any]] = []
         self._forecasters: dict[str, Forecaster] = {}  # by module
@@ -448,6 +449,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 f"attach(): {len(self.contexts)} batches in flight were planned for another model. Let the pipeline "
                 "train them, or call reset(), first."
             )
+        if model is not None and model is not self._model:
+            self._private_steps = _private_steps(self._privacy, model, self._device)
         self._is_traced_in_vain = False
         self._own_forwards = []
         self._forecasters = {}
