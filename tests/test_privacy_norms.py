@@ -97,6 +97,7 @@ CASES = {
     "shared, mean": Case({"f0": ("t0", True, 4), "f1": ("t0", True, 4), "f2": ("t1", False, 3)}),
     "shared, weighted": Case({"f0": ("t0", False, 4), "f1": ("t0", False, 4)}, is_weighted=True),
     "two that share": Case({f"f{i}": (f"t{i % 2}", i % 2 == 0, 4 + i % 2) for i in range(5)}),
+    "two ids": Case({"f0": ("t0", False, 4), "f1": ("t1", True, 4)}, max_length=2),
     "one id": Case({"f0": ("t0", False, 4), "f1": ("t1", True, 4)}, max_length=1),
     "one id, weighted": Case({"f0": ("t0", False, 4), "f1": ("t1", False, 4)}, max_length=1, is_weighted=True),
     "one id, shared": Case({"f0": ("t0", False, 4), "f1": ("t0", False, 4)}, max_length=1),
@@ -122,6 +123,15 @@ def test_a_batch_of_no_examples(case: Case) -> None:
     norms = pooled_square_norms(make_features(none), make_gradient(none), none.dims, none.tables)
     assert norms.shape == (0,)
     assert norms.dtype == torch.float32
+
+
+def test_ids_of_64_bits_whose_keys_would_overflow() -> None:
+    num_examples = 12
+    features = KeyedJaggedTensor(
+        keys=["f"], values=torch.tensor([0, 2**62 - 1] * num_examples), lengths=torch.full((num_examples,), 2)
+    )
+    norms = pooled_square_norms(features, torch.ones(num_examples, 3), [3], [FeatureTable("t", False)])
+    assert norms.tolist() == [6.0] * num_examples
 
 
 def test_cross_terms_count() -> None:

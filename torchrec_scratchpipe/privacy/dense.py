@@ -88,7 +88,7 @@ class DenseLayers:
             yield
         finally:
             self._is_recording = False
-            self._let_go()
+            self._let_go()  # those of a forward that failed
 
     def square_norms(self, num_examples: int) -> Tensor:
         """Squared norm of each example's gradient in all dense parameters. To be called after the backward.
@@ -170,20 +170,23 @@ class DenseLayers:
             if not self._is_recording:
                 return None
             self._let_go()
-            if output is None or not torch.is_grad_enabled():  # None: the forward failed
-                return None
-            return self._record(layer, args, kwargs, output)
+            return self._record(layer, args, kwargs, output) if torch.is_grad_enabled() else None
 
         module = layer.module
-        # First before the forward and first after it: what other hooks make of the input and output is not the layer's.
-        self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True))
+        # Last before the forward and first after it: what other hooks make of input and output is not the layer's.
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(after, prepend=True, with_kwargs=True))
 
     def _let_go(self) -> None:
         while self._held:
             self._held.pop().requires_grad_(True)
 
     def _record(self, layer: "_Layer", args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        if isinstance(layer, _Sampled) and len(layer.module._forward_pre_hooks) + len(layer.module._forward_hooks) > 2:
+            raise ConfigError(
+                f"Layer {layer.name}: has forward hooks, needs none, as it runs twice for per-example gradients. "
+                "Put them on the module that contains it."
+            )
         inputs = [*args, *kwargs.values()]
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
             kinds = ", ".join(type(each).__name__ for each in inputs)
@@ -371,6 +374,8 @@ class _Sampled:
         """By a second forward and backward of this module alone, which needs no memory per example."""
         named = {name: each for name, each in self.module.named_parameters() if each.requires_grad}
         leaves = {name: each.detach().requires_grad_() for name, each in named.items()}
+        if inputs.is_floating_point():  # under autocast, it may have been less precise
+            inputs = inputs.to(self.parameters[0].dtype)
         with torch.enable_grad():
             output = torch.func.functional_call(self.module, leaves, (inputs,))
             shape = [-1] + [1] * (gradient.dim() - 1)
@@ -538,10 +543,11 @@ def _by_torch_func(module: nn.Module, name: str) -> Callable[[Tensor, Tensor], d
     prepare_layer = import_extra("opacus.grad_sample.functorch", "Per-example gradients").prepare_layer
     try:
         prepare_layer(module)
-    except NotImplementedError as error:
+    except (NotImplementedError, RuntimeError) as error:  # it has buffers; or it cannot be copied
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"Layer {name}: {type(module).__name__} has no per-example gradient ({error}), needs parameters only. Put "
-            "buffers into another module."
+            f"Layer {name}: {type(module).__name__} has no per-example gradient ({reason}), needs parameters only, and "
+            "to be one that can be copied. Put buffers into another module."
         ) from error
     # Kept here: the module has to stay one that pickle takes.
     compute = module.__dict__.pop("ft_compute_sample_grad")

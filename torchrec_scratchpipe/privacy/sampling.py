@@ -166,7 +166,6 @@ def without_examples(batch: Any) -> Any:
             values=batch.values()[:0],
             lengths=batch.lengths()[:0],
             weights=None if weights is None else weights[:0],
-            stride=0,
         )
     if isinstance(batch, JaggedTensor):
         weights = batch.weights_or_none()
