@@ -124,6 +124,12 @@ def pools_of(trainer: Trainer) -> list[Any]:
     return [pool for collection in scratchpad_collections(trainer.model) for pool in collection.pools]
 
 
+def catch_up(trainer: Trainer) -> None:
+    """Every row gets its noise."""
+    for collection in scratchpad_collections(trainer.model):
+        collection.catch_up()
+
+
 def train(
     setting: Setting,
     privacy: LazyDP,
@@ -139,7 +145,7 @@ def train(
     set_weights(trainer)
     pipeline = trainer.pipeline(lookahead, privacy=privacy)
     if is_eager:
-        pipeline.register_progress_hook(lambda _batch: trainer.model.state_dict() and None)
+        pipeline.register_progress_hook(lambda _batch: catch_up(trainer))
     drain(pipeline, batches if batches is not None else make_batches(setting, rank=dist.get_rank()))
     return trainer
 
@@ -437,7 +443,7 @@ def test_a_loaded_table_gets_the_noise_of_later_steps_alone(process_group: None)
     batches = make_batches(replace(SGD, seed=3, num_batches=10))
     drain(trainer.pipeline(privacy=INTEGERS), batches)
     eager = twin.pipeline(privacy=INTEGERS)
-    eager.register_progress_hook(lambda _batch: twin.model.state_dict() and None)
+    eager.register_progress_hook(lambda _batch: catch_up(twin))
     drain(eager, batches)
     assert_same_bits(trainer, twin)
 
@@ -448,7 +454,7 @@ def test_evaluation_sees_the_noise_of_all_steps(process_group: None) -> None:
     for is_eager in (True, False):
         trainer = train(SGD, INTEGERS, is_eager=is_eager, make_model=LinearModel)
         if is_eager:
-            trainer.model.state_dict()
+            catch_up(trainer)
         trainer.model.eval()
         with torch.no_grad():
             outputs.append([trainer.model(batch)[1] for batch in batches[:5]])
@@ -631,3 +637,23 @@ def test_noise_has_the_rates_of_its_steps(process_group: None) -> None:
     steps = [kernel.steps.squared_rates.tolist() for kernel in pipeline._private_steps._kernels]
     assert steps
     assert all(some == expected for some in steps)
+
+
+def test_noise_that_an_evaluation_has_brought_is_in_the_table(process_group: None, tmp_path: Path) -> None:
+    """Between a checkpoint, which flushes, and the next read of the table, nobody trains."""
+    setting = replace(SGD, num_rows=(40, 30, 4), num_batches=10)
+    trainer = train(setting, INTEGERS, make_model=LinearModel)
+    CheckpointManager(tmp_path).save(10, trainer.model, trainer.optimizer)
+    every_row = Batch(
+        torch.zeros(2, NUM_DENSE),
+        KeyedJaggedTensor.from_lengths_sync(
+            ["f0", "f1", "f2"],
+            torch.cat([torch.arange(size, dtype=torch.int64) for size in setting.num_rows]),
+            lengths=torch.tensor([20, 20, 15, 15, 2, 2], dtype=torch.int64),
+        ),
+        torch.zeros(2),
+    )
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.model(every_row)
+    assert_same_bits(train(setting, INTEGERS, is_eager=True, make_model=LinearModel), trainer)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import Setting, Trainer, drain, full_state, make_batches
 from scipy import stats
+from test_privacy import catch_up
 from torch import Tensor
 
 from torchrec_scratchpipe import LazyDP
@@ -329,7 +330,7 @@ def check_intervals(setting: Setting) -> None:
     pipeline = trainer.pipeline(lookahead=3, privacy=privacy)
     batches = make_batches(setting)
     drain(pipeline, batches[:10])
-    trainer.model.state_dict()
+    catch_up(trainer)
     with torch.no_grad():
         trainer.model.eval()
         trainer.model(batches[-1])
@@ -337,8 +338,8 @@ def check_intervals(setting: Setting) -> None:
         trainer.model.train()
     drain(pipeline, batches[10:])
     assert trainer.num_victims > 0
-    trainer.model.state_dict()
-    trainer.model.state_dict()
+    catch_up(trainer)
+    catch_up(trainer)
     drawn = torch.cat(privacy.drawn)
     keys = drawn[:, [0, 1, 2, 4]]
     assert keys.unique(dim=0).shape == keys.shape, "a draw is used twice"
@@ -386,7 +387,7 @@ def test_dense_layers_have_draws_of_their_own(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(module, "normal_numbers", noted)
     trainer = Trainer.scratchpipe(replace(SETTING, num_rows=(300, 300, 9), load_factor=0.3))
     drain(trainer.pipeline(privacy=PRIVACY), make_batches(trainer.setting))
-    trainer.model.state_dict()
+    catch_up(trainer)
     drawn = torch.cat(keys)
     assert drawn.unique(dim=0).shape == drawn.shape
     num_dense = int((drawn[:, 1] >= 2**31).sum())

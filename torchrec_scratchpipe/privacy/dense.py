@@ -126,7 +126,8 @@ class DenseLayers:
         """The weighted sum of the examples' gradients. To be called after the backward.
 
         Args:
-            factors: [B]. What each example's gradient is multiplied with.
+            factors: [B]. What each example's gradient is multiplied with. One of factor 0 takes no part, even if its
+                gradient is infinite.
 
         Returns:
             Every dense parameter to a tensor of its shape and dtype; zeros where its layer was not called.
@@ -135,9 +136,15 @@ class DenseLayers:
             ConfigError: A layer was given another number of examples, or its input was overwritten since.
         """
         sums: dict[nn.Parameter, Tensor] = {}
+        takes_part = factors != 0
+        is_any_left_out = not bool(takes_part.all())
+        factors_of_rest = factors[takes_part] if is_any_left_out else factors
         for call in self._complete_calls(factors.shape[0]):
-            if factors.shape[0] > 0:
-                for parameter, each in call.layer.sums(call.inputs, call.gradient, factors).items():
+            inputs, gradient = call.inputs, call.gradient
+            if is_any_left_out:
+                inputs, gradient = inputs[takes_part], gradient[takes_part]
+            if factors_of_rest.numel() > 0:
+                for parameter, each in call.layer.sums(inputs, gradient, factors_of_rest).items():
                     sums[parameter] = sums[parameter] + each if parameter in sums else each
         return {parameter: sums.get(parameter, torch.zeros_like(parameter)).detach() for parameter in self._names}
 

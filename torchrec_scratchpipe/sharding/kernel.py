@@ -212,8 +212,6 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._runner.wait_until_idle()
         with self._runner.between_batches():
             for pool in self.pools:
-                if not self._runner.is_only_read:  # a checkpoint says which rows have not caught up
-                    pool.catch_up_all()
                 pool.flush()
                 if not self._runner.is_only_read:
                     pool.host_table.mark_overwritten()
@@ -226,7 +224,6 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._runner.pause()
         with self._runner.between_batches():
             for pool in self.pools:
-                pool.catch_up_all()
                 pool.purge()
 
     def split_embedding_weights(self) -> list[Tensor]:
