@@ -89,7 +89,7 @@ def train_and_log(directory: Path, table_dir: Path | None, rank: int, world_size
 
 
 def _train_and_log(directory: Path, table_dir: Path | None, rank: int, world_size: int, attempt: int) -> None:
-    """Go on from the last delta, log on the way, leave the final state as a file; say after each batch how far it is.
+    """Go on from the last delta, log on the way, leave the final state as a file; say how far it is.
 
     Tables are split by rows, where there are two ranks.
     """
@@ -107,8 +107,10 @@ def _train_and_log(directory: Path, table_dir: Path | None, rank: int, world_siz
     pipeline, iterator = ours.pipeline(), iter(make_batches(setting, rank=rank)[first:])
     for step in range(first + 1, setting.num_batches + 1):
         pipeline.progress(iterator)
-        os.pwrite(progress, step.to_bytes(4, "little"), 0)
         manager.trained(step, ours.model, ours.optimizer)
+        os.pwrite(
+            progress, step.to_bytes(4, "little"), 0
+        )  # a batch has trained when the log was told, and has answered
         if step % 25 == 0:
             manager.async_save(step, ours.model, ours.optimizer)
     manager.wait()

@@ -37,6 +37,7 @@ from torchrec_scratchpipe import (
     ScratchPipeEmbeddingCollectionSharder,
     ScratchPipeShardingPlanner,
     ScratchPipeTrainPipeline,
+    StageFailedError,
     scratchpad_stats,
 )
 from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
@@ -305,6 +306,13 @@ def local_tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, ShardedTensor):
         return [shard.tensor for shard in value.local_shards()]
     return [value] if isinstance(value, torch.Tensor) else []
+
+
+def assert_refuses_half_loaded(trainer: Trainer, batches: Sequence[Batch]) -> None:
+    """Tables that were loaded in part are neither trained nor read."""
+    for use in (trainer.model.state_dict, lambda: drain(trainer.pipeline(), batches)):
+        with pytest.raises(StageFailedError, match=r"a load failed half-way .* Load another step into this model"):
+            use()
 
 
 def full_state(trainer: Trainer) -> dict[str, list[torch.Tensor]]:

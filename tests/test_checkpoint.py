@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import (
     Setting,
     Trainer,
+    assert_refuses_half_loaded,
     assert_same_bits,
     drain,
     make_batches,
@@ -560,15 +561,20 @@ def test_flipped_bit_names_file_and_table(at: float, tmp_path: Path, monkeypatch
 def test_every_file_is_checked(name: str, tmp_path: Path) -> None:
     manager = saved(tmp_path, extra={"position": 30})
     path = manager.path(30) / name
+    ours = Trainer.scratchpipe(replace(SETTING, seed=3))
     whole = path.read_bytes()
     for damage in (lambda: flip(path, 0.6), lambda: path.write_bytes(whole[:-100]), path.unlink):
         damage()
         if name == "scratchpipe.json" and not path.exists():
             assert manager.steps() == []
         check_refused(manager, name, step=30)
+        with pytest.raises(CheckpointMismatchError, match=name):
+            manager.load(ours.model, ours.optimizer, step=30)
+        if name.startswith("__"):
+            assert_refuses_half_loaded(ours, make_batches(SETTING)[:4])
         path.write_bytes(whole)
-    ours = Trainer.scratchpipe(SETTING)
     assert manager.load(ours.model, ours.optimizer)
+    assert_same_bits(trained(), ours)
 
 
 def check_refused(manager: CheckpointManager, message: str, step: int | None = None, **changes: Any) -> None:
@@ -576,7 +582,7 @@ def check_refused(manager: CheckpointManager, message: str, step: int | None = N
     changed = replace(SETTING, **changes)
     untouched, ours = Trainer.scratchpipe(changed), Trainer.scratchpipe(changed)
     with pytest.raises(CheckpointMismatchError, match=message):
-        manager.load(ours.model, ours.optimizer, step=step)
+        manager.load(ours.model, ours.optimizer, step=step, check_first=True)
     assert_same_bits(untouched, ours)
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from helpers import (
     Setting,
     Trainer,
+    assert_refuses_half_loaded,
     assert_same_bits,
     drain,
     full_state,
@@ -31,8 +32,14 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_scratchpipe import CheckpointManager, CheckpointMismatchError, CheckpointSaveError, ConfigError
-from torchrec_scratchpipe.checkpoint import delta_log
+from torchrec_scratchpipe import (
+    CheckpointManager,
+    CheckpointMismatchError,
+    CheckpointSaveError,
+    ConfigError,
+    StageFailedError,
+)
+from torchrec_scratchpipe.checkpoint import delta_log, files
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet
 from torchrec_scratchpipe.checkpoint.delta_files import MAGIC, Kind, SegmentReader, SegmentWriter
 from torchrec_scratchpipe.checkpoint.files import SafeReader
@@ -172,8 +179,12 @@ class Gate:
 
 
 def hold_reading(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """Of each delta, a part is read when it is taken, the rest when the gate is opened."""
+    """Of each delta, a part is read when it is taken, the rest when the gate is opened.
+
+    `trained` does not wait for it meanwhile: more batches than one change rows that are still to be read.
+    """
     gate = Gate()
+    monkeypatch.setattr(delta_log.DeltaLog, "wait_until_written", lambda _: None)
     read_all, cut_off = changes.Changes.read, changes.Changes.cut
     opened: dict[changes.Changes, threading.Event] = {}
 
@@ -242,14 +253,14 @@ def _load_sharded(rank: int, directory: str, setting: Setting, num_logging: int)
     _make_pieces_small()
     ours, expected = Trainer.scratchpipe(replace(setting, seed=5)), Trainer.scratchpipe(replace(setting, seed=6))
     manager = CheckpointManager(Path(directory) / "c", delta_every=2)
-    found = manager.load(ours.model, ours.optimizer)
+    found = manager.load(ours.model, ours.optimizer, check_first=True)
     assert found is not None
     assert (found.step, found.world_size) == (10, num_logging)
     assert found.extra == (rank if num_logging == dist.get_world_size() else 0)
     CheckpointManager(Path(directory) / "whole").load(expected.model, expected.optimizer)
     assert_same_bits(expected, ours)
     in_one_pass = Trainer.scratchpipe(replace(setting, seed=8))
-    CheckpointManager(Path(directory) / "c").load(in_one_pass.model, in_one_pass.optimizer, check_first=False)
+    CheckpointManager(Path(directory) / "c").load(in_one_pass.model, in_one_pass.optimizer)
     assert_same_bits(expected, in_one_pass)
     # It goes on, on other ranks, and so does its log.
     batches = make_batches(setting, rank=rank)[10:]
@@ -484,12 +495,31 @@ def full_segments(directory: Path) -> list[Path]:
     return [path for path in segments(directory) if record_bounds(path)]
 
 
-def check_refused(directory: Path, message: str) -> None:
-    """Loading raises, and changes no bit."""
+def check_refused(directory: Path, message: str, *, is_unread: bool = False) -> None:
+    """Loading raises, and changes no bit, or leaves a model that refuses to be used.
+
+    What need not be read may be damaged, if it is not checked first.
+    """
     untouched, ours = Trainer.scratchpipe(SETTING), Trainer.scratchpipe(SETTING)
     with pytest.raises(CheckpointMismatchError, match=message):
-        CheckpointManager(directory).load(ours.model, ours.optimizer)
+        CheckpointManager(directory).load(ours.model, ours.optimizer, check_first=True)
     assert_same_bits(untouched, ours)
+    if is_unread:  # dense states of all deltas but the last
+        found = CheckpointManager(directory).load(ours.model, ours.optimizer)
+        assert found is not None
+        assert_same_bits(trained(SETTING, found.step), ours)
+        return
+    with pytest.raises(CheckpointMismatchError, match=message):
+        CheckpointManager(directory).load(ours.model, ours.optimizer)
+    if is_half_loaded(ours):
+        assert_refuses_half_loaded(ours, make_batches(SETTING)[:4])
+    else:
+        assert_same_bits(untouched, ours)
+
+
+def is_half_loaded(trainer: Trainer) -> bool:
+    pools = [pool for collection in scratchpad_collections(trainer.model) for pool in collection.pools]
+    return any(pool.load_failure is not None for pool in pools)
 
 
 def places(path: Path) -> dict[str, list[int]]:
@@ -511,6 +541,10 @@ def places(path: Path) -> dict[str, list[int]]:
         found.setdefault("end", []).extend(range(end_block + 40, record.end_offset))
     reader.close()
     return found
+
+
+def last_state(content: bytes) -> int:
+    return content.rindex(MAGIC + bytes([Kind.STATE]))
 
 
 def last_end(content: bytes) -> int:
@@ -537,7 +571,8 @@ def test_a_flipped_bit_is_named(kind: str, log: Path, record_property: Callable[
         if kind.startswith("end") and is_last:  # a record without an end was never whole
             assert loaded(log)[0] == 28
         else:
-            check_refused(log, path.name)
+            is_unread = kind == "state" and (path != paths[-1] or at < last_state(content))
+            check_refused(log, path.name, is_unread=is_unread)
         path.write_bytes(content)
     assert loaded(log)[0] == 31
 
@@ -692,6 +727,25 @@ def test_deltas_of_a_run_that_went_further_are_not_lost(tmp_path: Path) -> None:
     assert loaded(tmp_path)[0] == 19
 
 
+@pytest.mark.parametrize("first_of_next", [1, 7])
+def test_a_job_that_ended_before_its_first_checkpoint_does_not_stand_in_the_way(
+    first_of_next: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its deltas lead on from nothing that is there."""
+    ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=3)
+    run(manager, ours, 13)
+    manager.path(1).rename(tmp_path / ".step_000000000001.unfinished")
+    again, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=3)
+    assert manager.load(again.model, again.optimizer) is None
+    drain(again.pipeline(), make_batches(SETTING)[: first_of_next - 1])
+    run(manager, again, 20, first_of_next - 1)
+    assert "deltas up to batch 13 are deleted, because they go on from a checkpoint that is not there" in caplog.text
+    assert manager.steps() == [first_of_next]
+    step, other = loaded(tmp_path)
+    assert step == 19
+    assert_same_bits(trained(SETTING, 19), other)
+
+
 def test_what_older_checkpoints_need_is_kept_and_no_more(tmp_path: Path) -> None:
     ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, keep_last=2, delta_every=3)
 
@@ -715,7 +769,7 @@ def test_what_older_checkpoints_need_is_kept_and_no_more(tmp_path: Path) -> None
 
 def test_loading_in_one_pass_names_damage_too(log: Path) -> None:
     other = Trainer.scratchpipe(replace(SETTING, seed=5))
-    assert CheckpointManager(log).load(other.model, other.optimizer, check_first=False).step == 31  # type: ignore[union-attr]
+    assert CheckpointManager(log).load(other.model, other.optimizer).step == 31  # type: ignore[union-attr]
     assert_same_bits(trained(SETTING, 31), other)
     record = places(full_segments(log)[0])
     metadata = SafeReader(log / "step_000000000001").read_metadata()
@@ -731,11 +785,43 @@ def test_loading_in_one_pass_names_damage_too(log: Path) -> None:
         damaged[at] ^= 4
         path.write_bytes(damaged)
         with pytest.raises(CheckpointMismatchError, match=path.name):
-            CheckpointManager(log).load(other.model, other.optimizer, check_first=False)
+            CheckpointManager(log).load(other.model, other.optimizer)
         path.write_bytes(content)
-    # And then it loads as if nothing had been.
-    CheckpointManager(log).load(other.model, other.optimizer, check_first=False)
+        assert_refuses_half_loaded(other, make_batches(SETTING)[:4])
+        # What is refused for another reason leaves it as it is; what is whole makes it usable again.
+        with pytest.raises(CheckpointMismatchError, match="does not exist"):
+            CheckpointManager(log).load(other.model, other.optimizer, step=2)
+        assert_refuses_half_loaded(other, make_batches(SETTING)[:4])
+        CheckpointManager(log).load(other.model, other.optimizer, step=1)
+        assert_same_bits(trained(SETTING, 1), other)
+    CheckpointManager(log).load(other.model, other.optimizer)
     assert_same_bits(trained(SETTING, 31), other)
+
+
+def test_batches_in_flight_do_not_train_on_tables_that_were_loaded_in_part(log: Path) -> None:
+    """Their rows were fetched before; and later loads let them train."""
+    path = full_segments(log)[-1]
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[places(path)["values"][50]] ^= 4
+    ours, twin = trained(SETTING, 5), trained(SETTING, 5)
+    batches = make_batches(SETTING)
+    pipeline, iterator = ours.pipeline(lookahead=3), iter(batches)
+    pipeline.progress(iterator)
+    weight = local_tensors(ours.model.state_dict()["ebc.embedding_bags.t0.weight"])[0]
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointMismatchError, match=path.name):
+        CheckpointManager(log).load(ours.model, ours.optimizer)
+    with pytest.raises(StageFailedError, match="a load failed half-way"):
+        weight.sum()
+    with pytest.raises(StageFailedError, match="a load failed half-way"):
+        pipeline.progress(iterator)
+    pipeline.reset()
+    path.write_bytes(content)
+    for trainer in (ours, twin):
+        CheckpointManager(log).load(trainer.model, trainer.optimizer)
+        drain(trainer.pipeline(), batches[31:40])
+    assert_same_bits(twin, ours)
 
 
 def test_a_model_without_tables_on_a_rank_or_without_scratchpads_is_loaded(log: Path) -> None:
@@ -771,6 +857,139 @@ def test_tables_that_are_overwritten_right_before_a_delta_are_in_it(
     assert_same_bits(twin, other)
 
 
+@pytest.mark.parametrize("write", [overwrite, load_other])
+@pytest.mark.parametrize("num_read", [0, 2])
+def test_tables_that_are_overwritten_while_a_delta_is_read_are_kept_first(
+    num_read: int, write: Callable[[Trainer], None]
+) -> None:
+    """All rows of the delta that nobody has read, and that no batch is about to train."""
+    ours = Trainer.scratchpipe(SETTING)
+    (collection,) = scratchpad_collections(ours.model)
+    collection.watch_changes()
+    drain(ours.pipeline(), make_batches(SETTING)[:20])
+    (pool,) = collection.pools
+    assert pool.changes is not None
+    collection.cut_changes()
+    all_rows = torch.arange(pool.host_table.num_rows)
+    before = pool.read_some(all_rows)
+    reading = pool.changes.read(collection.between_batches)
+    found = list(itertools.islice(reading, num_read))
+    write(ours)
+    found += reading
+    rows = torch.cat([some.rows for some in found])
+    assert rows.numel() > 100
+    assert rows.unique().numel() == rows.numel()
+    for part, expected in enumerate(before):
+        assert torch.equal(expected[rows], torch.cat([some.values[part] for some in found]))
+    assert not torch.equal(before[0][rows], pool.read_some(all_rows)[0][rows])
+
+
+@pytest.mark.parametrize("delta_every", [1, 3])
+def test_of_batches_that_trained_returned_for_no_more_are_lost_than_one_interval(
+    delta_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what a process that is killed leaves, when no delta is complete before somebody waits for it."""
+    append_rows, take, wait = (
+        getattr(delta_log.DeltaLog, name) for name in ("_append_rows", "take", "wait_until_written")
+    )
+    is_awaited = threading.Event()
+
+    def take_anew(*args: Any) -> Any:
+        is_awaited.clear()
+        return take(*args)
+
+    def wait_aloud(log: delta_log.DeltaLog) -> None:
+        is_awaited.set()
+        wait(log)
+
+    def append_late(log: delta_log.DeltaLog) -> None:
+        append_rows(log)
+        is_awaited.wait(1)
+
+    monkeypatch.setattr(delta_log.DeltaLog, "take", take_anew)
+    monkeypatch.setattr(delta_log.DeltaLog, "wait_until_written", wait_aloud)
+    monkeypatch.setattr(delta_log.DeltaLog, "_append_rows", append_late)
+    ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=delta_every)
+    pipeline, batches = ours.pipeline(), iter(make_batches(SETTING))
+    lost = []
+    for step in range(1, 24):
+        pipeline.progress(batches)
+        manager.trained(step, ours.model, ours.optimizer)
+        chain = Chain.read(tmp_path)
+        lost.append(step - max((one.step for one in chain.sets), default=1))
+        chain.close()
+    is_awaited.set()
+    manager.wait()
+    assert max(lost) == delta_every
+
+
+def full_disk(self: Any, data: bytes) -> int:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_a_first_checkpoint_that_fails_is_saved_by_a_later_batch(
+    num_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a directory that is empty, or has an older checkpoint."""
+    ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=3)
+    pipeline, batches = ours.pipeline(), iter(make_batches(SETTING))
+    for _ in range(num_before):
+        pipeline.progress(batches)
+    if num_before:
+        manager.save(num_before, ours.model, ours.optimizer, extra={"step": num_before})
+    with monkeypatch.context() as patch:
+        patch.setattr(files._ChecksummedFile, "write", full_disk)
+        for step in range(num_before + 1, 10):
+            pipeline.progress(batches)
+            manager.trained(step, ours.model, ours.optimizer, extra={"step": step})
+            manager.wait()
+            if step == 8:
+                patch.setattr(SegmentWriter, "__init__", lambda *_: full_disk(None, b""))
+    assert caplog.text.count("checkpoint of step") == 8 - num_before
+    assert "a delta log cannot begin in" in caplog.text
+    assert "The next batch is tried" in caplog.text
+    assert manager.steps() == ([num_before] if num_before else [])
+    for step in range(10, 24):
+        pipeline.progress(batches)
+        manager.trained(step, ours.model, ours.optimizer, extra={"step": step})
+    manager.wait()
+    assert manager.steps() == [*([num_before] if num_before else []), 10]
+    step, other = loaded(tmp_path)
+    assert step == 22
+    assert_same_bits(trained(SETTING, 22), other)
+
+
+def _begin_anew(rank: int, directory: str) -> None:
+    _make_pieces_small()
+    ours = Trainer.scratchpipe(ROWS)
+    manager = CheckpointManager(directory, delta_every=3)
+    pipeline, batches = ours.pipeline(), iter(make_batches(ROWS, rank=rank))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(files._ChecksummedFile, "write", full_disk)
+        for step in range(1, 5):
+            pipeline.progress(batches)
+            manager.trained(step, ours.model, ours.optimizer)
+        manager.wait()
+    for step in range(5, 15):
+        pipeline.progress(batches)
+        manager.trained(step, ours.model, ours.optimizer)
+    manager.wait()
+    assert manager.steps() == [5]
+    other, twin = Trainer.scratchpipe(replace(ROWS, seed=5)), Trainer.scratchpipe(ROWS)
+    found = CheckpointManager(directory).load(other.model, other.optimizer)
+    assert found is not None
+    assert found.step == 14
+    drain(twin.pipeline(), make_batches(ROWS, rank=rank)[:14])
+    assert_same_bits(twin, other)
+
+
+@pytest.mark.dist
+def test_a_first_checkpoint_that_fails_on_one_rank_is_saved_by_a_later_batch(tmp_path: Path) -> None:
+    run_ranks(2, _begin_anew, str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["add_rows", "add_state", "end"])
 def test_what_a_failed_delta_was_to_have_is_in_the_next(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -778,13 +997,13 @@ def test_what_a_failed_delta_was_to_have_is_in_the_next(
     original, num_calls = getattr(SegmentWriter, name), itertools.count()
     fails_at = {"add_rows": 7, "add_state": 3, "end": 3}[name]
 
-    def fail_once(self: SegmentWriter, *args: Any) -> None:
+    def fail_once(self: SegmentWriter, *args: Any, **kwargs: Any) -> None:
         if name != "end":
             original(self, *args)
         if next(num_calls) == fails_at:
             raise OSError(28, "No space left on device")
         if name == "end":
-            original(self, *args)
+            original(self, *args, **kwargs)
 
     monkeypatch.setattr(SegmentWriter, name, fail_once)
     ours, manager = Trainer.scratchpipe(SETTING), CheckpointManager(tmp_path, delta_every=3)

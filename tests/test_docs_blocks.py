@@ -9,6 +9,7 @@ prints, a drawing, or commands, whose options are compared with those that the c
 import itertools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,22 @@ import pyarrow
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import Setting, TinyModel, Trainer, is_embedding, make_batches
+from helpers import NUM_DENSE, Setting, TinyModel, Trainer, is_embedding, make_batches
 from processes import run_script
 from pyarrow import parquet
 from safetensors.torch import save_file
 from test_command_lines import OPTIONS
 from torch import nn
 from torchrec import EmbeddingBagCollection
+from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import Topology
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_scratchpipe import CheckpointManager, scratchpad_stats, to_stock
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain
+from torchrec_scratchpipe.checkpoint.files import Manifest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -39,6 +43,7 @@ RUN_HERE = {
     "README.md",
     "docs/planning.md",
     "docs/monitoring.md",
+    "docs/privacy.md",
     "docs/checkpointing.md",
     "docs/tutorial.md",
     "docs/data.md",
@@ -148,6 +153,47 @@ def test_the_block_about_monitoring(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len((tmp_path / "windows.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert list((tmp_path / "runs").glob("events.*"))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_blocks_about_privacy(tmp_path: Path) -> None:
+    setting = replace(SETTING, optimizer=torch.optim.SGD, optimizer_kwargs=(("lr", 0.1),))
+    trainer = Trainer.scratchpipe(setting)
+    examples = make_batches(replace(setting, batch_size=1, num_batches=50))
+
+    def collate(drawn: list[Batch]) -> Batch:
+        """Examples as one batch, which may have none of them."""
+        features = [example.sparse_features for example in drawn] or [examples[0].sparse_features]
+        tables = range(len(features[0].keys()))
+        ids = [[example[key].values() for example in features] for key in features[0].keys()]  # noqa: SIM118
+        lengths = [[example.lengths()[table] for example in features if drawn] for table in tables]
+        return Batch(
+            torch.cat([example.dense_features for example in drawn]) if drawn else torch.zeros(0, NUM_DENSE),
+            KeyedJaggedTensor(
+                features[0].keys(),
+                torch.cat([some for of_key in ids for some in of_key]) if drawn else torch.zeros(0, dtype=torch.int64),
+                lengths=torch.tensor([some for of_key in lengths for some in of_key], dtype=torch.int64),
+                stride=len(drawn),
+            ),
+            torch.cat([example.labels for example in drawn]) if drawn else torch.zeros(0),
+        )
+
+    def train_some(pipeline: Any, loader: Any) -> None:
+        batches = itertools.islice(iter(loader), 12)
+        for _ in range(12):
+            pipeline.progress(batches)
+
+    names = {
+        "dataset": examples, "DataLoader": torch.utils.data.DataLoader, "collate": collate, "secret_number": 5,
+        "model": trainer.model, "optimizer": trainer.optimizer, "device": torch.device("cpu"), "train": train_some,
+    }  # fmt: skip
+    block = blocks("docs/privacy.md")[0].replace("2048 / len(dataset)", "0.05")
+    exec(block, names)
+    assert names["pipeline"].epsilon(delta=1e-6) > 0
+    names |= {"CheckpointManager": CheckpointManager, "directory": tmp_path, "step": 12, "final_step": 13}
+    exec(blocks("docs/privacy.md")[1], names)
+    pending = [Manifest.read(path).is_noise_pending for path in sorted(tmp_path.glob("step_*"))]
+    assert pending == [True, False]
 
 
 def test_every_block_of_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

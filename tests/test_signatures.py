@@ -104,6 +104,7 @@ OVERRIDDEN = {
     "TrainPipelineSparseDist.__init__": "self, model, optimizer, device, execute_all_batches, apply_jit, "
     "context_type, pipeline_postproc, custom_model_fwd, dmp_collection_sync_interval_batches, "
     "enqueue_batch_after_forward, enable_inplace_copy_batch, free_features_storage_early, clear_data_dist_inputs",
+    "TrainPipelineSparseDist._backward": "self, losses",
     "TrainPipelineSparseDist._pipeline_model": "self, batch, context, pipelined_forward",
     "TrainPipelineSparseDist.attach": "self, model, sparse_dist",
     "TrainPipelineSparseDist.fill_pipeline": "self, dataloader_iter",
@@ -123,7 +124,6 @@ CALLED = {
     "GroupedPooledEmbeddingsLookup._vbe_splits": "self, features_by_group",
     "ShardedManagedCollisionCollection.compute": "self, ctx, dist_input",
     "ShardedManagedCollisionCollection.evict": "self",
-    "TrainPipelineSparseDist._backward": "self, losses",
     "TrainPipelineSparseDist._init_pipelined_modules": "self, batch, context, pipelined_forward",
     "TrainPipelineSparseDist._set_module_context": "self, context",
     "TrainPipelineSparseDist._wait_for_batch": "self",

@@ -20,6 +20,7 @@ from torchrec_scratchpipe.errors import (
     IdOutOfRangeError,
     MeasurementError,
     PeerFailedError,
+    PrivacyError,
     ScratchpadFullError,
     ScratchPipeError,
     StageFailedError,
@@ -32,6 +33,8 @@ from torchrec_scratchpipe.planning.planner import ScratchPipeShardingPlanner
 from torchrec_scratchpipe.planning.plot import plot_plan
 from torchrec_scratchpipe.planning.report import PlanReport
 from torchrec_scratchpipe.planning.working_set import WorkingSet, WorkingSets, measure_working_set, zipf_working_sets
+from torchrec_scratchpipe.privacy.lazy_dp import LazyDP
+from torchrec_scratchpipe.privacy.sampling import PoissonSampler
 from torchrec_scratchpipe.sharding.collection import (
     ShardedScratchPipeEmbeddingBagCollection,
     ShardedScratchPipeEmbeddingCollection,
@@ -56,10 +59,13 @@ __all__ = [
     "Follower",
     "IdOutOfRangeError",
     "Lag",
+    "LazyDP",
     "MeasurementError",
     "PeerFailedError",
     "PlanReport",
+    "PoissonSampler",
     "PoolStats",
+    "PrivacyError",
     "ScratchPipeDeltaTracker",
     "ScratchPipeEmbeddingBagCollectionSharder",
     "ScratchPipeEmbeddingCollectionSharder",

@@ -12,6 +12,7 @@
     ├── BatchesInFlightError     (RuntimeError)  batches were planned for another model
     ├── BackwardTwiceError       (RuntimeError)  a lookup's rows were already released
     ├── TableOverwrittenError    (RuntimeError)  a table was written in place while the scratchpad held newer rows of it
+    ├── PrivacyError             (RuntimeError)  something would leave or change a private model without its noise
     ├── PeerFailedError          (RuntimeError)  another rank of the job has failed or ended
     ├── TableStorageError        (OSError)       a table cannot be put where it was asked to be
     ├── CheckpointSaveError      (OSError)       a checkpoint could not be written; earlier ones are untouched
@@ -29,6 +30,7 @@ __all__ = [
     "IdOutOfRangeError",
     "MeasurementError",
     "PeerFailedError",
+    "PrivacyError",
     "ScratchPipeError",
     "ScratchpadFullError",
     "StageFailedError",
@@ -73,6 +75,10 @@ class TableOverwrittenError(ScratchPipeError, RuntimeError):
     """A table was written in place, by other means than load_state_dict, while the scratchpad held newer rows of it."""
 
 
+class PrivacyError(ScratchPipeError, RuntimeError):
+    """Something would change a private model, or leave it, without the noise that its promise needs."""
+
+
 class PeerFailedError(ScratchPipeError, RuntimeError):
     """Another rank of the job has failed or ended; the message has its reason, where it left one."""
 
@@ -90,4 +96,4 @@ class CheckpointMismatchError(ScratchPipeError, ValueError):
 
 
 class StageFailedError(ScratchPipeError, RuntimeError):
-    """Insert stopped half-way; the pool refuses further work, restore from a checkpoint."""
+    """Insert or a load stopped half-way; the pool refuses further work, restore from a checkpoint."""

@@ -26,7 +26,7 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -268,13 +268,21 @@ class SegmentWriter:
         self._write_block(Kind.STATE, 0, 0, [state])
         self._has_state = True
 
-    def end(self, step: int, time_s: float) -> None:
-        """Have the record on the disk, and only then call it whole."""
-        os.fdatasync(self._file.fileno())
+    def end(self, step: int, time_s: float, when_written: Callable[[], object] = lambda: None) -> None:
+        """Have the record on the disk, and only then call it whole.
+
+        Args:
+            step: The batch.
+            time_s: When it was taken.
+            when_written: Called when the file has the whole record. If this process is killed then, it stays there; if
+                the system goes down before the disk has it, it is a record without an end.
+        """
+        os.fdatasync(self._file.fileno())  # before the end is there: an end is never seen without what it ends
         facts = {"step": step, "since": self.step, "time_s": time_s, "has_state": self._has_state}
         self._chain.update(_json_bytes(facts))
         digest = self._chain.hexdigest()
         self._write_block(Kind.END, 0, 0, [_json_bytes({**facts, "digest": digest})])
+        when_written()
         os.fdatasync(self._file.fileno())
         self._num_bytes = self._written
         self.step, self.digest = step, digest

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import io
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -115,6 +116,14 @@ def _locate(pools: Sequence[Pool], tensor: Tensor) -> tuple[int, int, int] | Non
     return None
 
 
+class _Progress(NamedTuple):
+    """How far a delta is; all are set, too, if it is given up."""
+
+    is_read: threading.Event  # another may be taken
+    is_written: threading.Event  # its file has it whole, and keeps it if this process is killed
+    done: "Future[None]"  # the disk has it
+
+
 class DeltaLog:
     """One rank's part of a log, from the batch after which it begins.
 
@@ -137,18 +146,22 @@ class DeltaLog:
         self._collections: list[ScratchpadCollection] = scratchpad_collections(model)
         self._segment = SegmentWriter(directory, schema)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scratchpipe-delta")
-        self._read: Future[None] | None = None  # when the latest delta has been read
-        self._done: Future[None] | None = None
+        self._latest: _Progress | None = None
 
     def wait_until_read(self) -> None:
         """Wait until the rows of the latest delta are read, well or badly: another may be taken."""
-        if self._read is not None:
-            self._read.exception()
+        if self._latest is not None:
+            self._latest.is_read.wait()
+
+    def wait_until_written(self) -> None:
+        """Wait until the latest delta is complete in its file, or was given up; it need not be on the disk."""
+        if self._latest is not None:
+            self._latest.is_written.wait()
 
     def wait(self) -> None:
         """Wait until every delta is on the disk, or was given up."""
-        if self._done is not None:
-            self._done.exception()
+        if self._latest is not None:
+            self._latest.done.exception()
 
     def take(self, step: int, state: TakenState | None) -> "Future[None]":
         """Append what has changed since the last delta; now is after this batch.
@@ -164,14 +177,14 @@ class DeltaLog:
         time_s = time.time()
         for collection in self._collections:
             collection.cut_changes()
-        self._read, self._done = Future(), Future()
+        progress = self._latest = _Progress(threading.Event(), threading.Event(), Future())
         self.step = step
         if state is not None:
             self.step_with_state = step
-        self._executor.submit(self._append, step, time_s, state, self._read, self._done)
+        self._executor.submit(self._append, step, time_s, state, progress)
         if any(collection.is_any_table_lent for collection in self._collections):
             self.wait_until_read()  # nothing could be kept of what is written unseen
-        return self._done
+        return progress.done
 
     def close(self) -> None:
         """Append no more."""
@@ -179,9 +192,14 @@ class DeltaLog:
         self._executor.shutdown()
         self._segment.close()
 
-    def _append(
-        self, step: int, time_s: float, state: TakenState | None, read: "Future[None]", done: "Future[None]"
-    ) -> None:
+    def _append(self, step: int, time_s: float, state: TakenState | None, progress: "_Progress") -> None:
+        try:
+            self._append_record(step, time_s, state, progress)
+        finally:  # nobody waits for what was given up
+            progress.is_read.set()
+            progress.is_written.set()
+
+    def _append_record(self, step: int, time_s: float, state: TakenState | None, progress: "_Progress") -> None:
         # 1. Rows as they were at the moment, while training goes on. What fails here is read anew with the next delta.
         try:
             self._append_rows()
@@ -191,17 +209,16 @@ class DeltaLog:
                 with collection.between_batches():
                     for pool in collection.pools:
                         _changes(pool).take_back()
-            self._fail(step, error, done)
-            read.set_result(None)
+            self._fail(step, error, progress.done)
             return
         rows_of_pools = [(_changes(pool), _changes(pool).rows_of_interval) for pool in self._pools]
-        read.set_result(None)
+        progress.is_read.set()
         # 2. The rest, and the record's end. The next delta may have been taken.
         try:
             if state is not None:
                 self._segment.add_state(state.to_bytes())
             before = self._segment.num_bytes
-            self._segment.end(step, time_s)
+            self._segment.end(step, time_s, when_written=progress.is_written.set)
             self.num_bytes += self._segment.num_bytes - before
             self.digests[step] = self._segment.digest
             if len(self.digests) > MAX_DIGESTS:
@@ -210,7 +227,7 @@ class DeltaLog:
             self._drop()
             for changes, rows in rows_of_pools:
                 changes.take_in(rows)
-            self._fail(step, error, done)
+            self._fail(step, error, progress.done)
             return
         try:
             if self._segment.num_bytes >= SEGMENT_BYTES:
@@ -219,7 +236,7 @@ class DeltaLog:
             logger.warning(
                 "the delta log goes on in %s, because no other file can be begun (%s)", self._segment.path, error
             )
-        done.set_result(None)
+        progress.done.set_result(None)
 
     @property
     def _pools(self) -> list[Pool]:

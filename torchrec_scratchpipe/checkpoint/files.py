@@ -90,6 +90,7 @@ class Manifest(NamedTuple):
     files: dict[str, FileChecksums]
     run: str = ""  # that logs deltas, if it does
     digest: str = ""  # of the delta set of this step, if there is one
+    is_noise_pending: bool = False  # rows of a private model have not got all their noise
 
     def to_json(self) -> str:
         """With a checksum of itself."""
@@ -101,6 +102,8 @@ class Manifest(NamedTuple):
         }
         if self.run:
             body |= {"run": self.run, "digest": self.digest}
+        if self.is_noise_pending:
+            body["is_noise_pending"] = True
         return json.dumps({"crc32": _crc32_of_json(body), "checkpoint": body}, indent=1)
 
     @classmethod
@@ -128,7 +131,14 @@ class Manifest(NamedTuple):
             if body["format"] != FORMAT_VERSION:
                 raise ValueError(f"its format is {body['format']}, this version reads {FORMAT_VERSION}")
             files = {name: FileChecksums(**file) for name, file in body["files"].items()}
-            return cls(int(body["step"]), int(body["world_size"]), files, body.get("run", ""), body.get("digest", ""))
+            return cls(
+                int(body["step"]),
+                int(body["world_size"]),
+                files,
+                body.get("run", ""),
+                body.get("digest", ""),
+                body.get("is_noise_pending", False),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointMismatchError(
                 f"{path}: cannot be read ({error}). Load another step, or read the tables with "

@@ -25,15 +25,17 @@ from torchrec_scratchpipe.checkpoint.files import (
     checksums_of,
 )
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
-from torchrec_scratchpipe.errors import CheckpointMismatchError
+from torchrec_scratchpipe.errors import CheckpointMismatchError, PrivacyError
 
 __all__ = [
     "brief",
+    "check_file",
     "check_files",
     "check_fits",
     "is_saved",
     "load_checkpoint",
     "mismatch_error",
+    "pending_text",
     "reasons",
 ]
 
@@ -53,18 +55,21 @@ def load_checkpoint(
 
     Raises:
         CheckpointMismatchError: Files are missing or damaged, or of something else than `state`; nothing was loaded.
+        PrivacyError: Rows of the checkpoint have not got all noise of private training.
     """
     path, ranks = Path(directory), Ranks(process_group)
 
-    def check() -> None:
+    def check() -> bool:
         manifest = Manifest.read(path) if (path / MANIFEST_FILE).exists() else None
         metadata = (
             check_files(path, manifest, ranks.rank, ranks.world_size) if manifest else SafeReader(path).read_metadata()
         )
         check_fits(state, metadata, None, path)
         check_values(path, metadata, flatten_state_dict(state)[0])
+        return manifest is not None and manifest.is_noise_pending
 
-    ranks.each_or_fail(check, mismatch_error(f"{path} cannot be loaded"))
+    if ranks.each_or_fail(check, mismatch_error(f"{path} cannot be loaded")):
+        raise PrivacyError(pending_text(path))
     _load_files(path, state, ranks.group)
 
 
@@ -81,14 +86,14 @@ def check_files(directory: Path, manifest: Manifest, rank: int, world_size: int)
     """Read the metadata, and this rank's share of the files. Raises CheckpointMismatchError."""
     metadata = check_metadata(directory, manifest)
     for name in sorted(manifest.files.keys() - {METADATA_FILE})[rank::world_size]:
-        _check_file(directory, name, manifest.files[name], metadata)
+        check_file(directory, name, manifest.files[name], metadata)
     return metadata
 
 
 def check_metadata(directory: Path, manifest: Manifest) -> Metadata:
     """Read the metadata. Raises CheckpointMismatchError."""
     if METADATA_FILE in manifest.files:
-        _check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
+        check_file(directory, METADATA_FILE, manifest.files[METADATA_FILE], None)
     metadata = SafeReader(directory).read_metadata()
     stray = {place.relative_path for place in (metadata.storage_data or {}).values()} - manifest.files.keys()
     if stray:
@@ -102,6 +107,15 @@ def is_saved(names: Iterable[str]) -> Callable[[str], bool]:
     return lambda name: any(other.startswith(f"optimizer.state.{name}.") for other in names)
 
 
+def pending_text(path: Path) -> str:
+    """What a checkpoint that is not private may not be used for."""
+    return (
+        f"{path}: rows of this checkpoint have not got all noise of private training, so that it is not private. Load "
+        "it with CheckpointManager into a model whose pipeline has privacy; and to release it, save it from there with "
+        "for_release=True."
+    )
+
+
 def mismatch_error(what: str) -> Callable[[str], CheckpointMismatchError]:
     """Makes errors that begin with what was to be done."""
     return lambda reason: CheckpointMismatchError(f"{what}: {reason}")
@@ -112,7 +126,8 @@ def reasons(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {brief(failure)}" for rank, (failure, _) in sorted(error.failures.items()))
 
 
-def _check_file(directory: Path, name: str, expected: FileChecksums, metadata: Metadata | None) -> None:
+def check_file(directory: Path, name: str, expected: FileChecksums, metadata: Metadata | None) -> None:
+    """Read a file, and compare its checksums; say which tables are damaged. Raises CheckpointMismatchError."""
     path = directory / name
     try:
         found = checksums_of(path)

@@ -7,8 +7,9 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,16 +37,17 @@ from torchrec_scratchpipe.checkpoint.files import (
     write_durably,
 )
 from torchrec_scratchpipe.checkpoint.folding import Folder
-from torchrec_scratchpipe.checkpoint.loading import brief, is_saved, mismatch_error, reasons
+from torchrec_scratchpipe.checkpoint.loading import brief, is_saved, mismatch_error, pending_text, reasons
 from torchrec_scratchpipe.checkpoint.optimizer_states import fit_states, load_wrapper_states, wrapper_states
 from torchrec_scratchpipe.checkpoint.pieces import pieces_of
+from torchrec_scratchpipe.checkpoint.private_rows import PRIVACY, pending_pieces, pending_state, private_steps
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
 from torchrec_scratchpipe.checkpoint.retention import delete_old, remove
 from torchrec_scratchpipe.checkpoint.source import find_source, open_source
 from torchrec_scratchpipe.core.disk import MappedStorage
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.snapshot import TableSnapshot
-from torchrec_scratchpipe.errors import CheckpointSaveError, ConfigError, ScratchPipeError
+from torchrec_scratchpipe.errors import CheckpointSaveError, ConfigError, PrivacyError, ScratchPipeError
 from torchrec_scratchpipe.sharding.model import only_located, only_read, scratchpad_collections
 from torchrec_scratchpipe.sharding.table_view import shown
 
@@ -78,8 +80,8 @@ class CheckpointManager:
     A checkpoint is a directory `step_000000001000` in the format of :mod:`torch.distributed.checkpoint`, of the state
     ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``: full tables under stock names, so stock
     TorchRec can load it, on other numbers of ranks and with other sharding too, and the other way round.
-    It is written beside and renamed when it is whole, so a half-written one is never loaded. Checksums are verified,
-    and names, shapes and dtypes compared, before anything is loaded.
+    It is written beside and renamed when it is whole, so a half-written one is never loaded. Names, shapes and dtypes
+    are compared before anything is loaded, and checksums then or on the way; see :meth:`load`.
 
     Args:
         directory: Made if it is missing.
@@ -124,8 +126,14 @@ class CheckpointManager:
         self._delta_every = delta_every
         self._state_every = state_every or delta_every
         self._log: DeltaLog | None = None
+        self._first_save: Future[None] | None = (
+            None  # of the checkpoint that the log goes on from, until it is complete
+        )
+        self._is_to_begin_anew = False  # because that failed
         self._loaded: weakref.WeakKeyDictionary[nn.Module, _Loaded] = weakref.WeakKeyDictionary()
         self._ranks = Ranks(process_group)
+        # Beside those of a save that is under way, which `trained` does not wait for.
+        self._training_ranks = self._ranks if delta_every is None else Ranks(process_group)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scratchpipe-checkpoint")
         self._pending: Future[None] | None = None
         self._folder = Folder(self._directory, keep_last, compact_at)
@@ -151,8 +159,13 @@ class CheckpointManager:
         while training goes on: a row that is about to change before it was written is kept first. Tables are not
         flushed, copied or scanned.
 
+        A delta has one batch of training to be written in: the call after that which took it waits until its file has
+        it whole. So if a job is killed, at most `delta_every` of the batches for which this has returned are lost. The
+        disk itself may have it later, so that more may be lost if the system goes down; wait for what is returned, if
+        that matters.
+
         The first call saves a checkpoint by :meth:`async_save` for the deltas to go on from, unless :meth:`load` has
-        found one.
+        found one. If that fails, it is logged, and the next call begins anew: its checkpoint is of its own batch.
 
         Args:
             step: Batches trained.
@@ -172,9 +185,22 @@ class CheckpointManager:
             raise ConfigError(
                 "trained(): the CheckpointManager has no delta_every. Give it one, or leave this call out."
             )
+        if private_steps(model) is not None:
+            raise ConfigError(
+                "trained(): the model is trained in private, and a delta log has rows without their noise, which "
+                "follow() would publish. Leave delta_every out, and save checkpoints."
+            )
         log = self._log
-        if log is None or log.model is not model:
-            log = self._log = self._begin_log(step, model, optimizer, extra)
+        if log is None or log.model is not model or self._has_first_save_failed():
+            try:
+                log = self._log = self._begin_log(step, model, optimizer, extra)
+            except CheckpointSaveError as error:
+                if not self._is_to_begin_anew:
+                    raise
+                logger.error("%s The next batch is tried.", error)  # a job that trains does not end for it
+                return None
+            self._is_to_begin_anew = False
+        log.wait_until_written()
         if step - log.step < self._delta_every:
             return None
         done = self._take_delta(log, step, optimizer, extra, has_state=step - log.step_with_state >= self._state_every)
@@ -202,7 +228,13 @@ class CheckpointManager:
         return nothing
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        extra: Any = None,
+        *,
+        for_release: bool = False,
     ) -> Path:
         """Save; needs some blocks of 32 MiB beyond the tables, whatever their size. All ranks call it.
 
@@ -212,6 +244,8 @@ class CheckpointManager:
             optimizer: Its optimizers, combined.
             extra: Anything else, by rank: numbers, strings, tensors, lists and dicts of them; e.g. the state of a
                 learning rate schedule. A data loader's own state is ahead of training by the batches in flight.
+            for_release: Of a model that is trained in private: have all rows get their noise first, which reads and
+                writes whole tables. Without, the checkpoint is not private, and says so; it is for resuming.
 
         Returns:
             The checkpoint's directory.
@@ -222,21 +256,29 @@ class CheckpointManager:
             ConfigError: `extra` is not plain data.
         """
         self._wait_for_saves()
-        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
+        privacy = _private_state(model, for_release=for_release)
+        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer, privacy), ConfigError)
         self._take_delta_beside(step, model, optimizer, extra)
         with only_read(model):
             state = _state_of(model, optimizer)
         pools = _pools(model)
+        is_pending = _add_pending(state, pools, privacy, for_release=for_release)
 
         def read(pool: int, part: int, first: int, out: Tensor) -> None:
             out.copy_(pools[pool].host_table.parts[part][first : first + out.shape[0]])
 
         planner = _planner(pools, read)
-        self._write(step, state, planner, extra_bytes)
+        self._write(step, state, planner, extra_bytes, is_pending=is_pending)
         return self.path(step)
 
     def async_save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, extra: Any = None
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        extra: Any = None,
+        *,
+        for_release: bool = False,
     ) -> "Future[None]":
         """Save the state as it is now while training goes on. All ranks call it.
 
@@ -250,6 +292,7 @@ class CheckpointManager:
             model: As :meth:`save`.
             optimizer: As :meth:`save`.
             extra: As :meth:`save`.
+            for_release: As :meth:`save`.
 
         Returns:
             Done when the checkpoint is complete; its `result()` raises what :meth:`save` would. A failure is logged
@@ -260,10 +303,12 @@ class CheckpointManager:
             ConfigError: `extra` is not plain data.
         """
         self._wait_for_saves()
-        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer), ConfigError)
+        privacy = _private_state(model, for_release=for_release)
+        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer, privacy), ConfigError)
         self._take_delta_beside(step, model, optimizer, extra)
         with only_read(model):
             state = _state_of(model, optimizer)
+        is_pending = _add_pending(state, _pools(model), privacy, for_release=for_release)
         taken: list[tuple[Pool, TableSnapshot]] = []
 
         def read(pool: int, part: int, first: int, out: Tensor) -> None:
@@ -281,7 +326,7 @@ class CheckpointManager:
         def write() -> None:
             failure: BaseException | None = None
             try:
-                self._write(step, state, planner, extra_bytes)
+                self._write(step, state, planner, extra_bytes, is_pending=is_pending)
             except BaseException as error:
                 logger.error("checkpoint of step %s was not saved: %s", step, error)
                 failure = error
@@ -322,7 +367,7 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer | None = None,
         step: int | None = None,
         *,
-        check_first: bool = True,
+        check_first: bool = False,
     ) -> Checkpoint | None:
         """Load into a model that may be sharded otherwise than the one that was saved. All ranks call it.
 
@@ -332,15 +377,18 @@ class CheckpointManager:
             model: Sharded by DistributedModelParallel.
             optimizer: Its optimizers, combined.
             step: Which, of a checkpoint or of a delta that has everything; default: the latest.
-            check_first: Read all files once to compare checksums before anything is loaded. False compares them while
-                it loads, which takes half the time; if a file is damaged then, some of it was loaded.
+            check_first: Read all files once to compare checksums before anything is loaded, which takes twice the
+                time, so that a load that fails changes nothing. Else checksums are compared while it loads, each before
+                or right after what it is of is written; the model of a load that fails then refuses to train and to be
+                read, until a load succeeds.
 
         Returns:
             None if there is no checkpoint at all.
 
         Raises:
             CheckpointMismatchError: Files are missing or damaged, or the tables or optimizers are others; names them.
-                Nothing was loaded, with `check_first`.
+                Nothing was loaded, with `check_first`. Without, tables behind a scratchpad raise StageFailedError from
+                now on, if any of it was loaded.
         """
         self.wait()
         for pool in _pools(model):  # another manager may be saving this model
@@ -352,40 +400,58 @@ class CheckpointManager:
         if found is None:
             return None
         base, step = found
-        # 1. Everything is looked at before anything is changed: files, names, shapes, values.
+        # 1. Everything is looked at before anything is changed: names, shapes, values, and files if they are to be.
         make_error = mismatch_error(f"step {step} cannot be loaded")
         with open_source(self._directory, base, step, self._ranks, make_error, check_first=check_first) as source:
             undo = fit_states(optimizer, is_saved(source.names)) if optimizer is not None else None
-            state = _state_of(model, optimizer)
+            with only_located(model):  # tables may be loaded in part, and must not be read
+                state = _state_of(model, optimizer)
+            steps, is_pending = private_steps(model), source.manifest.is_noise_pending
+            if is_pending and steps is None:
+                raise PrivacyError(pending_text(source.directory))
+            if is_pending:
+                state[PRIVACY] = pending_state(state["model"], _pools(model))
             flat, places = flatten_state_dict(state)
             names: set[str] = set().union(*self._ranks.gather(set(flat)))
             pieces = {name: pieces_of(value) or [] for name, value in flat.items()}
+            if is_pending:
+                of_model = pending_pieces(state["model"], _pools(model))
+                pieces |= {f"{PRIVACY}.{name}": some for name, some in of_model.items()}
             rank = self._ranks.rank if source.world_size == self._ranks.world_size else 0
 
-            def check() -> tuple[Any, Any]:
+            def check() -> tuple[Any, Any, Any]:
                 source.check(state, flat, names, pieces)
-                return source.beside(rank)
+                beside = source.beside(rank)
+                if steps is not None and beside[2] is not None:
+                    steps.check_state(beside[2])
+                return beside
 
             try:
-                extra, wrappers = self._ranks.each_or_fail(check, make_error)
+                extra, wrappers, privacy = self._ranks.each_or_fail(check, make_error)
             except BaseException:
                 if undo is not None:
                     undo()
                 raise
             # 2. Tables are written where they are; load_state_dict takes in the rest.
-            self._ranks.each_or_fail(
-                lambda: source.load(pieces, lambda name, value: set_element(state, places[name], value)), make_error
-            )
-        model.load_state_dict(state["model"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            load_wrapper_states(optimizer, wrappers)
+            with _whole_or_unusable(_pools(model)):
+                self._ranks.each_or_fail(
+                    lambda: source.load(pieces, lambda name, value: set_element(state, places[name], value)), make_error
+                )
+                model.load_state_dict(state["model"])
+                if optimizer is not None:
+                    optimizer.load_state_dict(state["optimizer"])
+                    load_wrapper_states(optimizer, wrappers)
+                if steps is not None and privacy is not None:
+                    steps.load_state_dict(privacy, is_pending=is_pending)
+                elif steps is not None:
+                    steps.note_loaded()
         if self._delta_every is not None:
             for collection in scratchpad_collections(model):
                 collection.watch_changes()
             if self._log is not None and self._log.model is model:
                 self._log.close()
-                self._log = None
+                self._log = self._first_save = None
+                self._is_to_begin_anew = False
             self._loaded[model] = _Loaded(step, source.digest)
         return Checkpoint(step, extra, source.world_size)
 
@@ -428,7 +494,9 @@ class CheckpointManager:
             raise found
         return found
 
-    def _write(self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes) -> None:
+    def _write(
+        self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes, *, is_pending: bool
+    ) -> None:
         temporary = self._directory / f".step_{step:012d}.unfinished"
         make_error = _save_error(f"step {step} cannot be saved to {self._directory}")
         writer = ChecksummedWriter(temporary)
@@ -448,7 +516,7 @@ class CheckpointManager:
             files: dict[str, FileChecksums] = {}
             for some in self._ranks.gather(writer.files):
                 files.update(some)
-            manifest = Manifest(step, self._ranks.world_size, files, *self._run_and_digest(step))
+            manifest = Manifest(step, self._ranks.world_size, files, *self._run_and_digest(step), is_pending)
             self._ranks.first_or_fail(lambda: self._complete(temporary, manifest), make_error)
         except BaseException:
             if self._ranks.rank == 0:
@@ -472,9 +540,11 @@ class CheckpointManager:
 
     def _begin_log(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Any) -> DeltaLog:
         self.wait()
+        failed_since = -1
         if self._log is not None:
+            failed_since = self._log.schema.since if self._is_to_begin_anew else -1
             self._log.close()
-            self._log = None
+            self._log = self._first_save = None
         loaded = self._loaded.pop(model, None)
         since, follows = (step, "") if loaded is None else loaded
         if loaded is None:
@@ -485,7 +555,7 @@ class CheckpointManager:
             state = _state_of(model, optimizer)
         self._names_of_first = self._ranks.from_first(lambda: set(flatten_state_dict(state)[0]))
         make_error = _save_error(f"a delta log cannot begin in {self._directory}")
-        self._ranks.first_or_fail(lambda: self._make_room_for_log(since, loaded is None), make_error)
+        self._ranks.first_or_fail(lambda: self._make_room_for_log(since, loaded is None, failed_since), make_error)
 
         def begin() -> DeltaLog:
             schema = Schema(
@@ -503,15 +573,48 @@ class CheckpointManager:
         log = self._ranks.each_or_fail(begin, make_error)
         if loaded is None:
             self._log = log  # whose run the checkpoint is of
-            self.async_save(step, model, optimizer, extra)
+            try:
+                self._first_save = self.async_save(step, model, optimizer, extra)
+            except BaseException:
+                self._log.close()
+                self._log = None
+                raise
         return log
 
-    def _make_room_for_log(self, since: int, is_new: bool) -> None:
-        """Leave out, for good, what was recorded after the batch that this run goes on from."""
+    def _has_first_save_failed(self) -> bool:
+        """Whether the checkpoint that the log was to go on from was given up; the same on all ranks."""
+        if self._first_save is None:
+            return False
+        is_done = self._first_save.done()
+        found = self._training_ranks.gather((is_done, is_done and self._first_save.exception() is not None))
+        if not all(is_done for is_done, _ in found):
+            return False
+        self._first_save = None
+        self._is_to_begin_anew = any(has_failed for _, has_failed in found)
+        return self._is_to_begin_anew
+
+    def _make_room_for_log(self, since: int, is_new: bool, failed_since: int) -> None:
+        """Leave out, for good, what was recorded after the batch that this run goes on from.
+
+        What was recorded after `failed_since` goes on from a checkpoint that was given up.
+        """
         log = self._directory / LOG_DIRECTORY
         log.mkdir(exist_ok=True)
         chain = Chain.read(self._directory)
         try:
+            if failed_since >= 0:
+                chain.cut(failed_since)
+                chain.update()
+            if chain.sets and not self.steps():
+                logger.warning(
+                    "%s: deltas up to batch %s are deleted, because they go on from a checkpoint that is not there; "
+                    "the job that logged them ended before its first checkpoint was complete",
+                    log,
+                    chain.sets[-1].step,
+                )
+            if not self.steps():
+                chain.cut(-1)
+                chain.update()
             later = [one.step for one in chain.sets if one.has_state and one.step > since] + [
                 step for step in self.steps() if step > since or (step == since and is_new)
             ]
@@ -575,6 +678,19 @@ def _pools(model: nn.Module) -> list[Pool]:
     return [pool for collection in scratchpad_collections(model) for pool in collection.pools]
 
 
+@contextmanager
+def _whole_or_unusable(pools: list[Pool]) -> Iterator[None]:
+    """While entered, tables are loaded; after an exception, nobody trains or reads them until a load succeeds."""
+    for pool in pools:
+        pool.load_failure = None
+    try:
+        yield
+    except BaseException as error:
+        for pool in pools:
+            pool.load_failure = brief(error)
+        raise
+
+
 def _planner(pools: list[Pool], read: Callable[[int, int, int, Tensor], None]) -> RowBlockSavePlanner:
     def locate(tensor: Tensor) -> tuple[int, int, int] | None:
         for index, pool in enumerate(pools):
@@ -591,11 +707,36 @@ def _close(taken: list[tuple[Pool, TableSnapshot]]) -> None:
         pool.host_table.close_snapshot(snapshot)
 
 
-def _prepare(step: int, extra: Any, optimizer: torch.optim.Optimizer | None) -> bytes:
+def _private_state(model: nn.Module, *, for_release: bool) -> dict[str, Any] | None:
+    steps = private_steps(model)
+    if steps is None:
+        return None
+    if for_release:
+        steps.catch_up()
+    return steps.state_dict(for_release=for_release)
+
+
+def _add_pending(
+    state: dict[str, Any], pools: list[Pool], privacy: dict[str, Any] | None, *, for_release: bool
+) -> bool:
+    """Have a state say up to which step its rows have their noise; whether they may lack some."""
+    is_pending = privacy is not None and not for_release
+    if is_pending:
+        state[PRIVACY] = pending_state(state["model"], pools)
+    return is_pending
+
+
+def _prepare(
+    step: int, extra: Any, optimizer: torch.optim.Optimizer | None, privacy: dict[str, Any] | None = None
+) -> bytes:
     if step < 0:
         raise ConfigError(f"step is {step}, it must not be negative. Give the number of batches trained.")
     stream = io.BytesIO()
-    content = {"extra": extra, "optimizer_wrappers": [] if optimizer is None else wrapper_states(optimizer)}
+    content = {
+        "extra": extra,
+        "optimizer_wrappers": [] if optimizer is None else wrapper_states(optimizer),
+        PRIVACY: privacy,
+    }
     try:
         torch.save(content, stream)
         stream.seek(0)

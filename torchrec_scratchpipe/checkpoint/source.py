@@ -22,7 +22,7 @@ from torchrec_scratchpipe.checkpoint.delta_load import (
     write_state,
 )
 from torchrec_scratchpipe.checkpoint.files import Manifest, base_path, base_steps, check_values
-from torchrec_scratchpipe.checkpoint.loading import brief, check_files, check_fits, check_metadata
+from torchrec_scratchpipe.checkpoint.loading import brief, check_file, check_files, check_fits, check_metadata
 from torchrec_scratchpipe.checkpoint.pieces import Piece
 from torchrec_scratchpipe.checkpoint.ranks import Ranks
 from torchrec_scratchpipe.checkpoint.reads import read_checkpoint
@@ -100,12 +100,17 @@ class Source:
         """What a log that goes on from here says that it follows."""
         return self.sets[-1].digest if self.sets else digest_of_base(self.directory)
 
-    def beside(self, rank: int) -> tuple[Any, Any]:
-        """What no state_dict shows: `extra`, and states of the optimizer's wrappers. Raises CheckpointMismatchError."""
+    def beside(self, rank: int) -> tuple[Any, Any, Any]:
+        """What no state_dict shows: `extra`, states of the optimizer's wrappers, and of private training if any.
+
+        Raises CheckpointMismatchError.
+        """
         path = self.directory / f"extra_{rank}.pt"
+        if not self.states and not self.is_checked and path.name in self.manifest.files:
+            check_file(self.directory, path.name, self.manifest.files[path.name], self.metadata)
         try:
             content = self.states[rank].beside if self.states else torch.load(path, weights_only=True)
-            return content["extra"], content["optimizer_wrappers"]
+            return content["extra"], content["optimizer_wrappers"], content.get("privacy")
         except Exception as error:
             raise CheckpointMismatchError(
                 f"{path}: is not plain data ({brief(error)}), and reading it might run code. Load another step."

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchrec_scratchpipe.core.streams import StageStreams
 
-__all__ = ["ChangedRows", "Changes", "TrainedRows", "Watcher"]
+__all__ = ["ChangedRows", "Changes", "Repeats", "TrainedRows", "Watcher"]
 
 ROWS_READ_TOGETHER = 16384  # Train waits meanwhile, if it is about to change one of them: 4 MB of 64 floats, 2 ms
 
@@ -53,7 +53,7 @@ class Watcher(Protocol):
         """All rows may be about to change; only between the stages of two batches."""
 
 
-class _Repeats:
+class Repeats:
     """Leaves out repeats of rows that sit in slots, without sorting; 4 bytes per slot."""
 
     def __init__(self, device: torch.device) -> None:
@@ -92,7 +92,7 @@ class Changes:
         self._device = device
         self._streams = streams
         self._read_rows = read_rows  # wherever they are; only between the stages of two batches
-        self._repeats = _Repeats(device)
+        self._repeats = Repeats(device)
         self._kept: deque[_Kept] = deque()
         self._lock = threading.Lock()  # whoever looks at `_to_read`, until what it says has been done
         self._is_reading = False
@@ -244,7 +244,7 @@ class TrainedRows:
         self._has_trained = torch.zeros(num_rows + 1, dtype=torch.bool, device=device)  # see Changes
         self._remember = remember
         self._is_first = is_first
-        self._repeats = _Repeats(device)
+        self._repeats = Repeats(device)
         self._first: list[tuple[Tensor, Tensor]] = []
         self._last = torch.zeros(0 if is_first else num_rows, dtype=torch.float32, device=device)
         self._lock = threading.Lock()

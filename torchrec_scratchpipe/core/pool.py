@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from torchrec_scratchpipe.core.changes import Changes, Watcher
+from torchrec_scratchpipe.core.changes import Changes, Repeats, Watcher
 from torchrec_scratchpipe.core.host_table import HostTable
+from torchrec_scratchpipe.core.late import LateUpdates
 from torchrec_scratchpipe.core.rows import RowLayout, write_rows
 from torchrec_scratchpipe.core.scratchpad import Scratchpad
 from torchrec_scratchpipe.core.slot_map import CachePlan, SlotMap, SlotsHeldError
@@ -44,8 +46,11 @@ class Pool:
         self.counters = PoolCounters(host_table, slot_map.table_counts)
         self._enlarge = enlarge
         self.failure: str | None = None
+        self.load_failure: str | None = None  # why tables are loaded in part
         self.changes: Changes | None = None  # if somebody logs deltas
         self.watchers: list[Watcher] = []  # who else wants to know of rows before they change
+        self.late: LateUpdates | None = None  # if rows get updates of steps in which nobody looks them up
+        self._repeats = Repeats(slot_map.device)
         self._may_be_written_unseen = False  # until resident rows are read anew
         self.staging = Staging(host_table.layout, pin_memory=slot_map.device.type == "cuda")
         self._num_updates = 0
@@ -64,8 +69,46 @@ class Pool:
         """A batch has trained: its rows are newer in the scratchpad than in the table."""
         self._num_updates += 1
 
+    @property
+    def is_any_late(self) -> bool:
+        """Whether a row may be still to get updates."""
+        return self.late is not None and self.late.is_any_due
+
+    def catch_up(self, plan: CachePlan) -> None:
+        """Give a batch's rows the updates that they are to get late, in their slots, before a lookup (hazard 10)."""
+        if self.late is None or not self.is_any_late:
+            return
+        rows, slots = plan.buffers.rows[: plan.num_ids], plan.slots[: plan.num_ids]
+        is_own = rows >= 0
+        rows, slots = self._repeats.leave_out(rows[is_own], slots[is_own], self.scratchpad.num_slots)
+        due = self.late.take(rows)
+        if due is not None:
+            self.scratchpad.parts[0].data.index_add_(0, slots, due)
+            self.note_update()
+
+    def catch_up_all(self) -> None:
+        """Give all rows the updates that they are to get late, before somebody sees them (hazard 10).
+
+        Reads and writes whole tables. Only between the stages of two batches.
+
+        Raises TableStorageError.
+        """
+        if self.late is None or not self.is_any_late:
+            return
+        with record_function("## scratchpipe catch up ##"):
+            for first in range(0, self.host_table.num_rows, FLUSH_CHUNK_ROWS):
+                rows = torch.arange(first, min(self.host_table.num_rows, first + FLUSH_CHUNK_ROWS), dtype=torch.int64)
+                due = self.late.take(rows.to(self.slot_map.device))
+                if due is not None:
+                    values = self.read_some(rows)
+                    values[0] += due.cpu()
+                    self.write_some(rows, values)
+            self.late.note_all_taken()
+
     def will_update(self, plan: CachePlan) -> None:
-        """Train of a batch is about to update its rows (hazard 9)."""
+        """Train of a batch is about to update its rows (hazards 9 and 10)."""
+        if self.late is not None:
+            self.late.check_may_train()
         for watcher in self._all_watchers:
             rows, slots = plan.buffers.rows[: plan.num_ids], plan.slots[: plan.num_ids]
             watcher.will_train(rows, slots, self.scratchpad.parts)
@@ -211,7 +254,8 @@ class Pool:
         self._may_be_written_unseen = True
 
     def refresh(self) -> None:
-        """Read every resident row anew from its table. Raises TableOverwrittenError."""
+        """Read every resident row anew from its table. Raises TableOverwrittenError or StageFailedError."""
+        self.check_usable()
         if self.may_be_written:
             for watcher in self._all_watchers:
                 watcher.all_will_change()
@@ -273,13 +317,19 @@ class Pool:
         return is_resident.cpu(), slots[is_resident]
 
     def check_usable(self) -> None:
-        """Raise if an earlier stage failed half-way, or if this process must not touch the tables.
+        """Raise if an earlier stage or load failed half-way, or if this process must not touch the tables.
 
         Raises StageFailedError or TableStorageError.
         """
         self.host_table.check_process()
         if self.failure is not None:
             raise self.failure_error()
+        if self.load_failure is not None:
+            raise StageFailedError(
+                f"{self.name}: a load failed half-way ({self.load_failure}). Some rows are of the checkpoint, others "
+                "are not; whole tables are needed. Load another step into this model, or the same one when its "
+                "files are whole."
+            )
 
     @contextmanager
     def failing_for_good(self, what: str) -> Iterator[None]:

@@ -21,6 +21,8 @@ Hazards and guards; the numbers are those of docs/how_it_works.md:
 8.  A row that is reset between two Trains must be new for every later one, planned already or not, and old in no copy:
     no stage runs meanwhile (:meth:`StageRunner.between_batches`), then :meth:`Pool.write_some`.
 9.  A row of a delta must be read as it was at the delta's moment, while later Trains change it: :class:`Changes`.
+10. A row that gets updates late must have them before it is looked up: :meth:`StageRunner.wait`; and before somebody
+    outside sees it: :meth:`Pool.catch_up_all`.
 
 What stops the world, and how far:
 
@@ -117,6 +119,7 @@ class StageRunner:
         self._let_current_stream_wait(batch)
         for pool, plan in zip(batch.pools, batch.plans, strict=True):
             pool.slot_map.count_misses(plan)
+            pool.catch_up(plan)
         batch.train_stream, batch.train_start_s = self.streams.current(), time.perf_counter()
         self._queue.advance(batch, BatchState.TRAINING)
         return batch.slots
@@ -134,7 +137,7 @@ class StageRunner:
     def begin_update(self, batch: Batch) -> None:
         """Train of a batch is about to update its rows: they must be current, and what they were may be wanted.
 
-        Hazards 6 and 9. Raises TableOverwrittenError.
+        Hazards 6, 9 and 10. Raises TableOverwrittenError.
         """
         self.refresh(batch)
         for pool, plan in tuple(batch.held):

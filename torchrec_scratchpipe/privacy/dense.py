@@ -312,7 +312,7 @@ class _Linear:
         num_positions = inputs.shape[1]
         if weight.requires_grad:
             if num_positions == 1:
-                result += inputs.square().sum(dim=(1, 2)) * gradient.square().sum(dim=(1, 2))
+                result += _squares(inputs) * _squares(gradient)
             elif 2 * num_positions**2 <= weight.numel():
                 products = (inputs @ inputs.mT) * (gradient @ gradient.mT)
                 result += products.sum(dim=(1, 2)).clamp_(min=0.0)
@@ -321,7 +321,7 @@ class _Linear:
                     each = gradient[first:last].mT @ inputs[first:last]
                     result[first:last] += each.square().sum(dim=(1, 2))
         if bias is not None and bias.requires_grad:
-            result += gradient.sum(dim=1).square().sum(dim=1)
+            result += _squares(gradient.sum(dim=1) if num_positions > 1 else gradient)
         return result
 
     def gradients(self, inputs: Tensor, gradient: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -330,8 +330,11 @@ class _Linear:
 
     def sums(self, inputs: Tensor, gradient: Tensor, factors: Tensor) -> dict[nn.Parameter, Tensor]:
         inputs, gradient = _sequence(inputs), _sequence(gradient)
-        scaled = (gradient * factors.float()[:, None, None]).flatten(0, 1)
-        return self._kept(lambda: scaled.mT @ inputs.flatten(0, 1), lambda: scaled.sum(dim=0))
+        factors = factors.float().repeat_interleave(inputs.shape[1])
+        inputs, gradient = inputs.flatten(0, 1), gradient.flatten(0, 1)
+        if inputs.shape[1] < gradient.shape[1]:  # the narrower one is scaled
+            return self._kept(lambda: gradient.mT @ (inputs * factors[:, None]), lambda: factors @ gradient)
+        return self._kept(lambda: (gradient * factors[:, None]).mT @ inputs, lambda: factors @ gradient)
 
     def _kept(self, of_weight: Callable[[], Tensor], of_bias: Callable[[], Tensor]) -> dict[nn.Parameter, Tensor]:
         """Those that are trainable."""
@@ -343,6 +346,11 @@ class _Linear:
             if parameter is not None and parameter.requires_grad:
                 result[parameter] = compute()
         return result
+
+
+def _squares(each: Tensor) -> Tensor:
+    """[B], without a copy of the squares."""
+    return torch.linalg.vector_norm(each.flatten(1), dim=1).square_()
 
 
 def _sequence(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +28,12 @@ from torchrec_scratchpipe.core.batch import Batch, check_ids
 from torchrec_scratchpipe.core.pool import Pool
 from torchrec_scratchpipe.core.runner import OverlappedStageRunner, StageRunner
 from torchrec_scratchpipe.core.snapshot import SnapshotStorage, TableSnapshot
-from torchrec_scratchpipe.errors import BatchesInFlightError, IdOutOfRangeError
+from torchrec_scratchpipe.errors import BatchesInFlightError, ConfigError, IdOutOfRangeError
 from torchrec_scratchpipe.sharding.kernel import ScratchpadKernel
 from torchrec_scratchpipe.sharding.lookup import ScratchpadLookup, create_pooled_lookup, create_sequence_lookup
 from torchrec_scratchpipe.sharding.options import ScratchpadOptions
 from torchrec_scratchpipe.sharding.peers import PeerNotice
+from torchrec_scratchpipe.sharding.private import PrivateSteps
 from torchrec_scratchpipe.sharding.serving import (
     EMBEDDING_BAG_SHARDING_TYPES,
     EMBEDDING_SHARDING_TYPES,
@@ -58,6 +60,7 @@ class PlannedBatches:
     """One batch's way through the stages, by lookup, until it is dropped; mixed into TorchRec's context."""
 
     id_error: IdOutOfRangeError | None = None  # found before distribution; the batch's own Train raises it
+    given_features: KeyedJaggedTensor | None = None  # before distribution; of private training
     planned_batches: dict[int, list[Batch]]  # by the lookup's position in the collection
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> "PlannedBatches":
@@ -115,6 +118,7 @@ class ScratchpadCollection:
     """
 
     defers_id_errors = False  # until the batch trains; while a pipeline loads it
+    private_steps: PrivateSteps | None = None  # if it is trained in private
 
     # From TorchRec's sharded collections.
     module_sharding_plan: Any
@@ -170,11 +174,18 @@ class ScratchpadCollection:
     @property
     def pools(self) -> list[Pool]:
         """All pools of this rank."""
-        return [pool for served in self._served for kernel in served.kernels.values() for pool in kernel.pools]
+        return [pool for kernel in self.kernels for pool in kernel.pools]
+
+    @property
+    def kernels(self) -> list[ScratchpadKernel]:
+        """All lookups of this rank that have a scratchpad."""
+        return [kernel for served in self._served for kernel in served.kernels.values()]
 
     def input_dist(self, ctx: Any, features: Any) -> Awaitable[Awaitable[KJTList]]:
         """As stock; on a CPU, ids that Plan does not see, or not in time, are checked before they are distributed."""
         with self._peers.told():
+            if self.private_steps is not None:
+                ctx.given_features = features
             features = self._check_ids(ctx, features)
             return self._peers.watch(super().input_dist(ctx, features))  # type: ignore[misc]
 
@@ -182,7 +193,10 @@ class ScratchpadCollection:
     def compute_and_output_dist(self, ctx: Any, input: KJTList) -> LazyAwaitable[Any]:
         """As stock, over planned batches where there are any. Raises IdOutOfRangeError."""
         with self._looking_up(ctx):
-            return self._peers.watch(super().compute_and_output_dist(ctx, input))  # type: ignore[misc]
+            output = self._peers.watch(super().compute_and_output_dist(ctx, input))  # type: ignore[misc]
+        if self.private_steps is not None:
+            output.callbacks.append(partial(self.private_steps.cut, self, ctx.given_features))
+        return output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(self, ctx: Any, dist_input: KJTList) -> Any:
@@ -267,6 +281,14 @@ class ScratchpadCollection:
                 with self._runner.between_batches():
                     self._runner.reread_pool(pool)
             pool.changes.cut()
+
+    def catch_up(self) -> None:
+        """Have all rows get the updates that they are to get late (hazard 10)."""
+        self._runner.wait_until_idle()
+        with self._runner.between_batches():
+            for pool in self.pools:
+                self._runner.refresh_pool(pool)
+                pool.catch_up_all()
 
     @property
     def is_any_table_lent(self) -> bool:
@@ -441,6 +463,11 @@ class ShardedScratchPipeEmbeddingBagCollection(ScratchpadCollection, ShardedEmbe
             BatchesInFlightError: Batches in flight have been planned for the scratchpads as they are.
             ConfigError: A scratchpad table's new sharding cannot be served.
         """
+        if self.private_steps is not None:
+            raise ConfigError(
+                "update_shards(): the model is trained in private, and which noise its rows have got does not move "
+                "with them. Save a checkpoint, and load it in a job with the new sharding."
+            )
         self.wait_until_idle()  # the worker may not have planned all of them yet
         num_batches = max((pool.slot_map.num_batches_in_flight for pool in self.pools), default=0)
         if num_batches > 0:

@@ -187,6 +187,11 @@ class ScratchpadKernel(FusedOptimizerModule):
         return output
 
     @property
+    def pool_tables(self) -> list[list[int]]:
+        """For each pool, the positions of its tables in the group."""
+        return self._pool_tables
+
+    @property
     def emb_module(self) -> ScratchpadTbe:
         """FBGEMM's TBE over the scratchpads; it shows tables, and computes over slots."""
         return self._emb_module
@@ -207,6 +212,8 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._runner.wait_until_idle()
         with self._runner.between_batches():
             for pool in self.pools:
+                if not self._runner.is_only_read:  # a checkpoint says which rows have not caught up
+                    pool.catch_up_all()
                 pool.flush()
                 if not self._runner.is_only_read:
                     pool.host_table.mark_overwritten()
@@ -219,6 +226,7 @@ class ScratchpadKernel(FusedOptimizerModule):
         self._runner.pause()
         with self._runner.between_batches():
             for pool in self.pools:
+                pool.catch_up_all()
                 pool.purge()
 
     def split_embedding_weights(self) -> list[Tensor]:
@@ -449,11 +457,12 @@ class _PoolOwner:
         self.drawing_device = None if runner.device.type == "cpu" else runner.device
 
     def prepare_read(self, shown: Tensor) -> None:
-        # Hazard 5.
-        self._pool.host_table.check_process()
-        if not self._pool.is_flushed:
+        # Hazards 5 and 10.
+        self._pool.check_usable()
+        if not self._pool.is_flushed or self._pool.is_any_late:
             self._runner.wait_until_idle()
             with self._runner.between_batches():
+                self._pool.catch_up_all()
                 self._pool.flush()
         self._pool.host_table.ask_for(shown)
 
@@ -462,6 +471,7 @@ class _PoolOwner:
         self._pool.host_table.check_process()
         self._runner.pause()
         with self._runner.between_batches():
+            self._pool.catch_up_all()
             self._pool.purge()
         self._pool.host_table.ask_for(shown)
 
@@ -492,6 +502,7 @@ class _PoolOwner:
         self._pool.check_usable()
         with self._runner.between_batches():
             self._runner.refresh_pool(self._pool)
+            self._pool.catch_up_all()
             yield
 
     def note_lent(self, memory: LentMemory) -> None:

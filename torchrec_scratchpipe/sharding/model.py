@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
@@ -57,30 +57,26 @@ def scratchpad_stats(module: nn.Module) -> list[PoolStats]:
     return stats
 
 
-@contextmanager
-def only_read(module: nn.Module) -> Iterator[None]:
+def only_read(module: nn.Module) -> AbstractContextManager[None]:
     """While entered, whoever takes a state_dict only reads it: resident rows need not be read anew afterwards."""
-    runners = [collection._runner for collection in scratchpad_collections(module)]
-    for runner in runners:
-        runner.is_only_read = True
-    try:
-        yield
-    finally:
-        for runner in runners:
-            runner.is_only_read = False
+    return _with_runners(module, "is_only_read")
+
+
+def only_located(module: nn.Module) -> AbstractContextManager[None]:
+    """While entered, a state_dict says where tables are, and does not bring them up to date."""
+    return _with_runners(module, "is_only_located")
 
 
 @contextmanager
-def only_located(module: nn.Module) -> Iterator[None]:
-    """While entered, a state_dict says where tables are, and does not bring them up to date."""
+def _with_runners(module: nn.Module, flag: str) -> Iterator[None]:
     runners = [collection._runner for collection in scratchpad_collections(module)]
     for runner in runners:
-        runner.is_only_located = True
+        setattr(runner, flag, True)
     try:
         yield
     finally:
         for runner in runners:
-            runner.is_only_located = False
+            setattr(runner, flag, False)
 
 
 def stage_spans(module: nn.Module) -> list[list[StageSpan]]:

@@ -5,7 +5,7 @@ import inspect
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Generic, cast
@@ -35,6 +35,7 @@ from torchrec_scratchpipe.sharding.collection import (
 from torchrec_scratchpipe.sharding.forecast import Forecast, Forecaster
 from torchrec_scratchpipe.sharding.model import scratchpad_collections, warn_of_missing_scratchpads
 from torchrec_scratchpipe.sharding.peers import PeerNotice
+from torchrec_scratchpipe.sharding.private import Privacy, PrivateSteps
 
 __all__ = ["ScratchPipeTrainPipeline"]
 
@@ -151,10 +152,11 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         num_batches_seen_ahead: How many batches beyond those are loaded and distributed, so that rows which they will
             use are not evicted now, at most 500. Fewer rows travel; the input of these batches takes device memory, no
             slots. With :meth:`see_ahead`, their ids alone are read.
+        privacy: :class:`LazyDP`, to train with differential privacy.
 
     Raises:
-        ConfigError: `lookahead` is below 1, too many batches are to be seen ahead, or a stock option is asked for that
-            cannot be honoured.
+        ConfigError: `lookahead` is below 1, too many batches are to be seen ahead, a stock option is asked for that
+            cannot be honoured, or a part of the model cannot be trained in private.
 
     Source:
         torchrec TrainPipelineSparseDist (1.6.1 to 1.9.2, whose arguments differ in number).
@@ -182,6 +184,7 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         *,
         lookahead: int = 2,
         num_batches_seen_ahead: int = 0,
+        privacy: Privacy | None = None,
     ) -> None:
         if type(execute_all_batches) is int:
             raise ConfigError(
@@ -198,6 +201,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         self._collections_warned_of: set[str] = set()
         warn_of_missing_scratchpads(model, lookahead)
         self._collections = scratchpad_collections(model)
+        self._privacy = privacy
+        self._private_steps = _private_steps(privacy, model, device)
         self._own_forwards: list[Callable[..., Any]] = []
         self._forecasters: dict[str, Forecaster] = {}  # by module
         self._ids_ahead: Iterator[In] | None = None
@@ -227,6 +232,25 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
     def lookahead(self) -> int:
         """How many batches are planned ahead of Train."""
         return self._lookahead
+
+    def epsilon(self, delta: float) -> float:
+        """What private training has spent so far, of (epsilon, delta)-differential privacy.
+
+        It holds for batches whose examples were drawn one by one, as :class:`PoissonSampler` does it, and for all that
+        :class:`LazyDP` says.
+
+        Args:
+            delta: The probability that the promise does not hold; well below one over the number of examples.
+
+        Returns:
+            Epsilon, by Opacus.
+
+        Raises:
+            ConfigError: The pipeline was given no privacy, or Opacus is missing.
+        """
+        if self._private_steps is None:
+            raise ConfigError("epsilon(): the pipeline does not train in private. Give it privacy=LazyDP(...).")
+        return self._private_steps.epsilon(delta)
 
     def progress(self, dataloader_iter: Iterator[In]) -> Out:
         """Train, or in eval mode only evaluate, the oldest batch in flight, and bring the coming ones forward.
@@ -325,11 +349,22 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
         self._wait_for_batch()
         context.is_started = context.is_in_forward = True
         try:
-            with record_function(f"## forward {context.index} ##"):
+            with record_function(f"## forward {context.index} ##"), self._private_forward():
                 losses, output = self._model_fwd(self.batches[0])
         finally:
             context.is_in_forward = False
         return context, losses, output
+
+    def _private_forward(self) -> AbstractContextManager[None]:
+        if self._private_steps is None or not self._model.training:
+            return nullcontext()
+        return self._private_steps.forward()
+
+    def _backward(self, losses: torch.Tensor) -> None:
+        if self._private_steps is None:
+            super()._backward(losses)
+        else:
+            self._private_steps.backward(losses)
 
     @contextmanager
     def _stages_held_back(self) -> Iterator[None]:
@@ -414,6 +449,8 @@ class ScratchPipeTrainPipeline(TrainPipelineSparseDist[In, Out], Generic[In, Out
                 f"attach(): {len(self.contexts)} batches in flight were planned for another model. Let the pipeline "
                 "train them, or call reset(), first."
             )
+        if model is not None and model is not self._model:
+            self._private_steps = _private_steps(self._privacy, model, self._device)
         self._is_traced_in_vain = False
         self._own_forwards = []
         self._forecasters = {}
@@ -583,6 +620,17 @@ def _release(context: TrainPipelineContext) -> None:
     for planned in (*context.module_contexts.values(), *context.forecasts.values(), *seen.values()):
         if isinstance(planned, PlannedBatches):
             planned.release()
+
+
+def _private_steps(privacy: Privacy | None, model: torch.nn.Module, device: torch.device) -> PrivateSteps | None:
+    if privacy is not None:
+        return privacy.start(model, device)
+    if any(collection.private_steps is not None for collection in scratchpad_collections(model)):
+        raise ConfigError(
+            "the model has been trained in private, and this pipeline was given no privacy: its steps would be neither "
+            "clipped nor counted. Give it the same privacy=LazyDP(...), with the same seed."
+        )
+    return None
 
 
 def _check_distances(lookahead: int, num_batches_seen_ahead: int) -> None:
