@@ -101,6 +101,11 @@ class Frozen(nn.Module):
         return self.last(self.cross(self.norm(self.first(inputs))))
 
 
+def twice_in(layer: nn.Module) -> list[nn.Module]:
+    """One layer in two modules."""
+    return [nn.Sequential(layer), nn.Tanh(), nn.Sequential(layer)]
+
+
 def sequences(num_positions: int = 5) -> Callable[[], Tensor]:
     return lambda: torch.randn(NUM_EXAMPLES, num_positions, 4)
 
@@ -137,7 +142,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "swish layer norm": (lambda: MLP(4, [6, 3], activation="swish_layernorm"), vectors),
     "called twice": (Twice, vectors),
     "called twice, sequence": (Twice, sequences()),
-    "registered twice": (lambda: nn.Sequential(*[nn.Linear(4, 4), nn.Tanh()] * 2), vectors),
+    "registered twice": (lambda: nn.Sequential(*twice_in(nn.Linear(4, 4))), vectors),
     "tied": (Tied, vectors),
     "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))), vectors),
     "own parameter": (Cross, vectors),

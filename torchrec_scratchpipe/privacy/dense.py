@@ -34,8 +34,8 @@ class DenseLayers:
     over the batch, negatives from other examples) is not noticed.
 
     While a forward is recorded, the parameters of a layer need no gradient as long as the layer runs. So the backward
-    computes none, and ``grad`` of these parameters stays as it is. A DistributedDataParallel wrapper would wait for
-    these gradients: run the backward in its ``no_sync``, and reduce what :meth:`sum_of` gives.
+    computes none, and ``grad`` of these parameters stays as it is. A DistributedDataParallel wrapper has nothing to
+    reduce then: run the backward in its ``no_sync``, and reduce what :meth:`sum_of` gives.
 
     What an ``nn.Linear`` gives, and the gradient at its input, have the bits that they have without recording. So do
     the layers of torch.nn that Opacus has functions for. A module with parameters of its own may differ by rounding,
@@ -537,14 +537,10 @@ def _make_layer(module: nn.Module, name: str) -> _Layer:
             module,
             name,
             parameters,
-            lambda inputs, gradient: sampler(module, [_like(inputs, gradient)], gradient),
-            norm_sampler and (lambda inputs, gradient: norm_sampler(module, [_like(inputs, gradient)], gradient)),
+            lambda inputs, gradient: sampler(module, [inputs], gradient),
+            norm_sampler and (lambda inputs, gradient: norm_sampler(module, [inputs], gradient)),
         )
     return _Sampled(module, name, parameters, _by_torch_func(module, name), None)
-
-
-def _like(inputs: Tensor, gradient: Tensor) -> Tensor:
-    return inputs.to(gradient.dtype) if inputs.is_floating_point() else inputs
 
 
 def _by_torch_func(module: nn.Module, name: str) -> Callable[[Tensor, Tensor], dict[nn.Parameter, Tensor]]:
@@ -569,8 +565,10 @@ def _by_torch_func(module: nn.Module, name: str) -> Callable[[Tensor, Tensor], d
 
     def sample(inputs: Tensor, gradient: Tensor) -> dict[nn.Parameter, Tensor]:
         parameters = list(module.parameters())
+        if inputs.is_floating_point():
+            inputs = inputs.to(gradient.dtype)
         with torch.no_grad():
-            found = compute(parameters, _like(inputs, gradient), gradient)
+            found = compute(parameters, inputs, gradient)
         return dict(zip(parameters, found, strict=True))
 
     return sample
