@@ -486,6 +486,7 @@ def test_a_step_by_hand_is_refused(process_group: None) -> None:
         ({"optimizer_kwargs": (("lr", 0.1), ("weight_decay", 0.1))}, "weight_decay"),
         ({"fused_tables": ("t2",)}, "table t2 is planned as .*fused"),
         ({"data_type": DataType.FP16}, "float16"),
+        ({"is_weighted": True, "pooling": PoolingType.MEAN}, "pool by the mean, and ids have weights"),
     ],
 )
 def test_what_cannot_be_private_is_refused_by_name(process_group: None, changes: dict[str, Any], match: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
 from torch import nn
 from torchrec.distributed.types import ShardedModule
+from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.sharding.collection import ScratchpadCollection
@@ -49,6 +50,13 @@ def _reasons(model: nn.Module, collections: Sequence[ScratchpadCollection]) -> I
             yield (
                 f"tables {', '.join(behind)}: their gradients are quantised between ranks, after they were clipped. "
                 "Leave qcomm_codecs_registry out."
+            )
+        configs = getattr(collection, "_embedding_bag_configs", [])
+        means = [config.name for config in configs if config.pooling is PoolingType.MEAN]
+        if means and getattr(collection, "_is_weighted", False):
+            yield (
+                f"tables {', '.join(means)} pool by the mean, and ids have weights: FBGEMM's gradient is not that of its "
+                "output then. Pool by the sum, with weights that are divided by the number of ids."
             )
         for kernel in collection.kernels:
             yield from _reasons_of_kernel(kernel)
