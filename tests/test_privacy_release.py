@@ -129,7 +129,9 @@ def broken(what: str) -> Iterator[None]:
             patch.setattr(DelayedNoise, "is_any_due", property(lambda _noise: False))
         elif what == "noise of dense layers":
             patch.setattr(
-                training.PrivateTraining, "_dense_noise", lambda _self, _number, size, _device: torch.zeros(size)
+                training.PrivateTraining,
+                "_dense_noise",
+                lambda _self, sizes, _device: torch.zeros(sum(sizes), dtype=torch.float32),
             )
         else:
             take = DelayedNoise.take
@@ -188,6 +190,14 @@ def test_an_outlier_that_is_not_clipped_is_noticed() -> None:
     check()
     with broken("clipping"), pytest.raises(AssertionError, match="standard deviations of noise"):
         check()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf"), 1e25, 3e38])
+def test_an_example_without_a_finite_gradient_counts_as_none(value: float) -> None:
+    pair = make_pair(2, 0)
+    pair.present[0].dense_features[5] = value
+    left, right = release(pair.present, 1), release(pair.absent, 1)
+    assert float(differences(left, right).norm()) < ROUNDING
 
 
 @pytest.mark.parametrize("change", [{"load_factor": 0.9}, {"sharding_type": "row_wise"}, {"is_pooled": False}])

@@ -126,7 +126,7 @@ class DenseLayers:
         """The weighted sum of the examples' gradients. To be called after the backward.
 
         Args:
-            factors: [B]. What each example's gradient is multiplied with.
+            factors: [B]. What each example's gradient is multiplied with. 0: it counts as none, whatever it is.
 
         Returns:
             Every dense parameter to a tensor of its shape and dtype; zeros where its layer was not called.
@@ -135,9 +135,14 @@ class DenseLayers:
             ConfigError: A layer was given another number of examples, or its input was overwritten since.
         """
         sums: dict[nn.Parameter, Tensor] = {}
+        is_none = factors == 0
+        is_any_none = bool(is_none.any())
         for call in self._complete_calls(factors.shape[0]):
             if factors.shape[0] > 0:
-                for parameter, each in call.layer.sums(call.inputs, call.gradient, factors).items():
+                inputs, gradient = call.inputs, call.gradient
+                if is_any_none:  # what is infinite would stay so, or become NaN, when it is multiplied with 0
+                    inputs, gradient = _without(inputs, is_none), _without(gradient, is_none)
+                for parameter, each in call.layer.sums(inputs, gradient, factors).items():
                     sums[parameter] = sums[parameter] + each if parameter in sums else each
         return {parameter: sums.get(parameter, torch.zeros_like(parameter)).detach() for parameter in self._names}
 
@@ -343,6 +348,11 @@ class _Linear:
             if parameter is not None and parameter.requires_grad:
                 result[parameter] = compute()
         return result
+
+
+def _without(each: Tensor, is_none: Tensor) -> Tensor:
+    """A copy, with zeros for some examples."""
+    return each.masked_fill(is_none.to(each.device).view(-1, *[1] * (each.dim() - 1)), 0)
 
 
 def _squares(each: Tensor) -> Tensor:
