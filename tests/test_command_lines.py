@@ -48,6 +48,9 @@ OPTIONS: dict[str, str] = {
     "examples/benchmark/predict.py": """
         --machine --measured
     """,
+    "examples/benchmark/private_training.py": """
+        --rows --ids_per_bag --batch_size --num_tables --embedding_dim --zipf --rounds --eager_steps --apart
+    """,
     "examples/benchmark/train_step.py": """
         --quick --caches --model --num_tables --num_embeddings --embedding_dim --ids_per_bag --batch_size
         --num_device_tables --zipf --load_factor --lookahead --optimizer --steps --block_steps --table_dir
@@ -68,6 +71,7 @@ OPTIONS: dict[str, str] = {
         --save_dir --save_every --delta_every
         --keep_last --resume --validation_freq_within_epoch --print_lr --print_sharding_plan --verify --evaluate_stock
         --profile_trace --json --plot --html --stats_every --tensorboard_dir --json_lines
+        --dp_noise_multiplier --dp_clip --dp_delta --dp_seed
     """,
     "torchrec_scratchpipe/__main__.py": "",  # those of the command that it runs
     "torchrec_scratchpipe/compact.py": """

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain
+from torchrec_scratchpipe.privacy.accounting import epsilon
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES / "criteo_dlrm"))
@@ -28,6 +29,7 @@ sys.path.insert(0, str(EXAMPLES / "benchmark"))
 
 import miss_rates  # noqa: E402
 from data import NUM_SPARSE, CriteoFormatError, CriteoTsv, GeneratedCriteo, Share  # noqa: E402
+from private_data import PoissonBatches, default_delta  # noqa: E402
 
 ROWS = [50 + i for i in range(NUM_SPARSE)]
 
@@ -549,3 +551,61 @@ def test_predictions_agree_with_what_was_measured_and_with_the_bus() -> None:
         predicted, actual, quotient = map(float, line.strip("|").split("|")[4:7])
         assert quotient == pytest.approx(predicted / actual, abs=0.01)
         assert 0.85 < quotient < 1.15
+
+
+def test_criteo_dlrm_trains_in_private(tsv: Path, tmp_path: Path) -> None:
+    command = [
+        str(EXAMPLES / "criteo_dlrm" / "main.py"), "--criteo_tsv", str(tsv), "--batch_size", "16", "--epochs", "2",
+        "--embedding_dim", "16", "--num_embeddings", "400", "--dp_noise_multiplier", "1.2", "--dp_clip", "0.5",
+        "--json", str(tmp_path / "out.json"),
+    ]  # fmt: skip
+    out = run_example(*command, "--dp_seed", "123456789")
+    figures = read_figures(tmp_path / "out.json")
+    # 630 training rows, 40 steps an epoch, of a 40th of the rows each
+    privacy = figures["privacy"]
+    assert privacy.pop("epsilon") == pytest.approx(
+        epsilon(noise_multiplier=1.2, sample_rate=1 / 40, num_steps=80, delta=1e-4)
+    )
+    assert privacy == {"delta": 1e-4, "clip": 0.5, "noise_multiplier": 1.2, "sample_rate": 1 / 40}
+    assert " at delta 0.0001" in out.splitlines()[-1]
+    assert "123456789" not in (tmp_path / "out.json").read_text() + out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dp_clip", "1"], "--dp_clip: for private training; give --dp_noise_multiplier, too"),
+        (["--dp_noise_multiplier", "1", "--verify"], "stock trains without noise"),
+        (["--dp_noise_multiplier", "1", "--adagrad"], "tables must have SGD"),
+        (["--dp_noise_multiplier", "1", "--zch_size", "50"], "which value has which row"),
+        (["--dp_noise_multiplier", "1", "--embedding_cache", "fused"], "needs --embedding_cache scratchpipe"),
+        (["--dp_noise_multiplier", "1", "--dp_delta", "1"], "--dp_delta is 1, needs to be below 1"),
+        (["--dp_noise_multiplier", "1", "--save_dir", "TMP", "--resume"], "give --dp_seed"),
+    ],
+)
+def test_criteo_dlrm_refuses_what_is_not_private(flags: list[str], message: str, tmp_path: Path) -> None:
+    flags = [str(tmp_path) if flag == "TMP" else flag for flag in flags]
+    result = run_script(str(EXAMPLES / "criteo_dlrm" / "main.py"), *flags)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_poisson_batches_differ_from_epoch_to_epoch(tsv: Path) -> None:
+    source = CriteoTsv(str(tsv), ROWS, 16, Share())
+    batches = PoissonBatches(source, 0.05, 2, seed=3)
+    whole = list(batches.train())
+    assert (len(batches), len(whole)) == (630, 2 * source.num_train_batches)
+    sizes = [batch.labels.numel() for batch in whole]
+    assert pytest.approx(sum(sizes) / len(sizes), rel=0.1) == 0.05 * 630
+    first, second = whole[0], whole[source.num_train_batches]
+    assert not torch.equal(first.sparse_features.values(), second.sparse_features.values())
+    for step, batch in enumerate(batches.train(70), 70):
+        assert torch.equal(batch.sparse_features.values(), whole[step].sparse_features.values())
+        assert torch.equal(batch.dense_features, whole[step].dense_features)
+    samples = torch.cat([batch.dense_features for batch in source.train()])
+    assert all((samples == each).all(dim=1).any() for each in first.dense_features)
+
+
+def test_delta_is_below_one_over_the_samples() -> None:
+    assert [default_delta(number) for number in (630, 10**7, 32_000_000)] == [1e-4, 1e-8, 3e-9]

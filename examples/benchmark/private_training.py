@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What private training costs: a step whose noise comes late, beside a step without privacy, and one whose noise does not.
+"""What private training costs: steps whose noise comes late, beside steps without privacy, and steps of plain DP-SGD.
 
     python examples/benchmark/private_training.py --rows 10000,100000,1000000,10000000
     python examples/benchmark/private_training.py --rows 1000000 --ids_per_bag 1,10,50

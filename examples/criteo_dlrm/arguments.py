@@ -109,6 +109,7 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
     _add_data(parser.add_argument_group("data"))
     _add_model(parser.add_argument_group("model"))
     _add_optimizer(parser.add_argument_group("optimizer"))
+    _add_privacy(parser.add_argument_group("private training"))
     _add_cache(parser.add_argument_group("embedding cache"))
     _add_saving(parser.add_argument_group("checkpoints"))
     _add_output(parser.add_argument_group("output"))
@@ -157,6 +158,22 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--lr_warmup_steps", type=whole(0), default=0, help="steps from a tenth of the learning rate to all of it")
     add("--lr_decay_start", type=whole(0), default=0, help="step at which decay begins")
     add("--lr_decay_steps", type=whole(0), default=0, help="steps of decay; 0 is none")
+
+
+def _add_privacy(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--dp_noise_multiplier",
+        type=real(),
+        help="train with differential privacy: standard deviation of the noise, in units of --dp_clip",
+    )
+    add("--dp_clip", type=real(0), help="largest norm of a sample's gradient; default: 1.0")
+    add("--dp_delta", type=real(0, 1), help="of epsilon; default: a tenth of 1 / training samples")
+    add(
+        "--dp_seed",
+        type=whole(0, 2**63),
+        help="of noise and samples, to be kept secret; --resume needs the same; default: drawn from the system",
+    )
 
 
 def _add_cache(group: argparse._ArgumentGroup) -> None:
@@ -279,6 +296,7 @@ def _check(args: argparse.Namespace) -> None:
             f"{' and '.join(about_scratchpads)}: about a scratchpad, --embedding_cache fused has none; use "
             "--embedding_cache scratchpipe"
         )
+    _check_privacy(args)
     if args.save_dir is None and (args.save_every or args.delta_every or args.keep_last or args.resume):
         raise UsageError("--save_every, --delta_every, --keep_last and --resume need --save_dir")
     if args.evaluate_stock and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -301,6 +319,28 @@ def _check(args: argparse.Namespace) -> None:
             f"the tables need {as_size(needed)} of RAM, optimizer state included, and {as_size(available)} are free. "
             "Cap their rows with --max_num_embeddings, or keep them in files with --table_dir."
         )
+
+
+def _check_privacy(args: argparse.Namespace) -> None:
+    if args.dp_noise_multiplier is None:
+        given = [f"--{name}" for name in ("dp_clip", "dp_delta", "dp_seed") if getattr(args, name) is not None]
+        if given:
+            raise UsageError(f"{' and '.join(given)}: for private training; give --dp_noise_multiplier, too")
+        return
+    reasons = {
+        "adagrad": "tables must have SGD in private training; leave it out",
+        "verify": "stock trains without noise, so that no bit would be equal; leave one of the two out",
+        "zch_size": "which value has which row would tell of samples; leave it out, so that values are hashed",
+    }
+    for name, reason in reasons.items():
+        if getattr(args, name):
+            raise UsageError(f"--{name} and --dp_noise_multiplier: {reason}")
+    if args.embedding_cache == "fused":
+        raise UsageError("--dp_noise_multiplier needs --embedding_cache scratchpipe; stock TorchRec adds no noise")
+    if args.dp_delta == 1:
+        raise UsageError("--dp_delta is 1, needs to be below 1. Take less than 1 / training samples.")
+    if args.resume and args.dp_seed is None:
+        raise UsageError("--resume goes on with the same noise: give --dp_seed, as in the run before")
 
 
 def as_size(num_bytes: float) -> str:

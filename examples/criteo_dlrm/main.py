@@ -4,6 +4,8 @@
     python examples/criteo_dlrm/main.py --criteo_tsv train.txt --batch_size 4096 --scratchpad_budget_gb 2 --adagrad
     torchrun --nproc_per_node 2 examples/criteo_dlrm/main.py --limit_train_batches 50 --limit_val_batches 10
 
+    python examples/criteo_dlrm/main.py --dp_noise_multiplier 1.0 --dp_clip 1.0
+
     torchrec-scratchpipe data criteo_to_parquet train.txt train.parquet
     python examples/criteo_dlrm/main.py --parquet train.parquet --num_readers 2
 
@@ -29,11 +31,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchmetrics
-from arguments import UsageError, as_size, parse_args, ram_bytes, rows_per_table, table_bytes, values_per_table
+from arguments import (
+    UsageError,
+    as_size,
+    available_ram_bytes,
+    parse_args,
+    ram_bytes,
+    rows_per_table,
+    table_bytes,
+    values_per_table,
+)
 from data import FEATURE_NAMES, BatchSource, CriteoFormatError, CriteoTsv, GeneratedCriteo, Share
 from dlrm import make_model, make_optimizer
 from parquet_data import CriteoParquet
 from picture import plot
+from private_data import SAMPLE_BYTES, PoissonBatches, default_delta
 from report import Measurements, ScratchpadCounts, Trace, planned_part, print_plan, summary_line
 from torch.func import functional_call
 from torchrec.datasets.utils import Batch
@@ -52,6 +64,7 @@ from verify import Twin
 
 from torchrec_scratchpipe import (
     CheckpointManager,
+    LazyDP,
     PlanReport,
     PoolStats,
     ScratchPipeEmbeddingBagCollectionSharder,
@@ -107,6 +120,64 @@ def make_source(args: argparse.Namespace, share: Share) -> BatchSource:
         share,
         is_raw=is_raw,
     )
+
+
+class Privacy:
+    """Private training: its settings, and batches that are Poisson samples if they fit into memory.
+
+    Args:
+        args: The example's arguments.
+        source: Where samples come from.
+        share: This rank's part.
+    """
+
+    def __init__(self, args: argparse.Namespace, source: BatchSource, share: Share) -> None:
+        seeds = [int.from_bytes(os.urandom(7), "little") if args.dp_seed is None else args.dp_seed]
+        dist.broadcast_object_list(seeds)
+        num_samples = source.num_train_batches * args.batch_size  # of one rank
+        self.is_sampled = _fits(num_samples * SAMPLE_BYTES, args)
+        expected = args.batch_size * share.world_size
+        total = num_samples * share.world_size
+        rate = 1 / source.num_train_batches
+        self.source = source
+        if self.is_sampled:
+            self.source = PoissonBatches(source, rate, args.epochs, seeds[0] * share.world_size + share.rank)
+            total = self._count(len(self.source))
+        self.settings = LazyDP(
+            clip=1.0 if args.dp_clip is None else args.dp_clip,
+            noise_multiplier=args.dp_noise_multiplier,
+            sample_rate=rate,
+            seed=seeds[0],
+            expected_batch_size=max(1.0, rate * total) if self.is_sampled else expected,
+        )
+        self.delta = default_delta(total) if args.dp_delta is None else args.dp_delta
+
+    @staticmethod
+    def _count(num_own: int) -> int:
+        number = torch.tensor(num_own, dtype=torch.int64)
+        dist.all_reduce(number)
+        return int(number)
+
+    def figures(self, pipeline: TrainPipelineSparseDist[Batch, Any]) -> dict[str, Any]:
+        """What training has spent; no epsilon where batches were no Poisson samples."""
+        assert isinstance(pipeline, ScratchPipeTrainPipeline)
+        epsilon = pipeline.epsilon(self.delta) if self.is_sampled else None
+        return {
+            "epsilon": epsilon,
+            "delta": self.delta,
+            "clip": self.settings.clip,
+            "noise_multiplier": self.settings.noise_multiplier,
+            "sample_rate": self.settings.sample_rate,
+        }
+
+
+def _fits(num_bytes: int, args: argparse.Namespace) -> bool:
+    """Whether all ranks of this host can keep their training samples, beside the tables; twice, while they are read."""
+    available = available_ram_bytes()
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fits = torch.tensor(available is None or 2 * num_bytes * num_ranks < available - ram_bytes(args), dtype=torch.int64)
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits)
 
 
 def get_working_sets(args: argparse.Namespace, source: BatchSource, model: DLRMTrain) -> WorkingSets:
@@ -184,7 +255,11 @@ def shard(
 
 
 def make_pipeline(
-    args: argparse.Namespace, model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device
+    args: argparse.Namespace,
+    model: DistributedModelParallel,
+    optimizer: KeyedOptimizer,
+    device: torch.device,
+    privacy: LazyDP | None = None,
 ) -> TrainPipelineSparseDist[Batch, Any]:
     if args.embedding_cache == "scratchpipe":
         return ScratchPipeTrainPipeline(
@@ -193,6 +268,7 @@ def make_pipeline(
             device,
             lookahead=args.lookahead,
             num_batches_seen_ahead=args.num_batches_seen_ahead,
+            privacy=privacy,
         )
     return TrainPipelineSparseDist(model, optimizer, device)
 
@@ -238,11 +314,18 @@ class Trainer:
         self._is_main = dist.get_rank() == 0
         self._device = device
         self._checkpoints = open_checkpoints(args)
-        self._source = make_source(args, Share(dist.get_rank(), dist.get_world_size()))
+        share = Share(dist.get_rank(), dist.get_world_size())
+        self._source = make_source(args, share)
+        self._privacy = None if args.dp_noise_multiplier is None else Privacy(args, self._source, share)
         if self._is_main:
             print(_about_tables(args))
+        if self._privacy is not None:
+            self._source = self._privacy.source
+            if self._is_main and not self._privacy.is_sampled:
+                print("training rows do not fit into memory: batches have a fixed size, which epsilon does not cover")
         self.model, self._optimizer, self.plan, self._report = shard(args, self._source, device)
-        self._pipeline = make_pipeline(args, self.model, self._optimizer, device)
+        settings = None if self._privacy is None else self._privacy.settings
+        self._pipeline = make_pipeline(args, self.model, self._optimizer, device, settings)
         self._twin = Twin(args, self.model, self.plan, make_model, make_optimizer, device) if args.verify else None
         self._num_steps = 0  # batches trained; the data loader is ahead of it, but all that counts is what has trained
         if args.resume and self._checkpoints is not None:
@@ -294,7 +377,7 @@ class Trainer:
             metrics |= {f"stock_{name}": value for name, value in self._validate_stock().items()}
         self._save_at_the_end()
         figures: dict[str, Any] = {
-            "args": vars(self._args),
+            "args": {name: value for name, value in vars(self._args).items() if name != "dp_seed"},  # a secret
             **metrics,
             **self.measurements.figures(self._args.batch_size * dist.get_world_size()),
             "scratchpad": [asdict(stats) for stats in scratchpad_stats(self.model)],
@@ -302,6 +385,8 @@ class Trainer:
         }
         if self._report is not None and self._planned_part is not None:
             figures["misses_per_batch"] = self._compare_misses(self._report, self._planned_part)
+        if self._privacy is not None:
+            figures["privacy"] = self._privacy.figures(self._pipeline)
         if self._twin is not None:
             figures["verify"] = self._twin.compare(self.model, self._optimizer)
         return figures
@@ -334,7 +419,8 @@ class Trainer:
         num_batches = self._source.num_train_batches
         period = self._args.validation_freq_within_epoch or num_batches
         done = self._num_steps - epoch * num_batches  # not 0 where it is resumed
-        batches = self._source.train(done)
+        # Poisson samples are not to be the same in every epoch.
+        batches = self._source.train(self._num_steps if isinstance(self._source, PoissonBatches) else done)
         is_seen_by_ids = self._args.num_batches_seen_ahead > 0 and self._args.zch_size is None
         if (
             is_seen_by_ids

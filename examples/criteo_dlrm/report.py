@@ -228,10 +228,18 @@ def summary_line(figures: Mapping[str, Any]) -> str:
     if figures["scratchpad"]:
         parts += _of_scratchpad(figures)
     parts.append(f"peak memory {figures['peak_rss_bytes'] / 1e9:.2f} GB")
+    if "privacy" in figures:
+        parts.append(_of_privacy(figures["privacy"]))
     if "verify" in figures:
         verify = figures["verify"]
         parts.append(f"largest difference from stock {verify['max_abs_diff']} after {verify['num_batches']} batches")
     return "summary: " + " | ".join(parts)
+
+
+def _of_privacy(privacy: Mapping[str, Any]) -> str:
+    if privacy["epsilon"] is None:
+        return "epsilon unknown: batches are no Poisson samples"
+    return f"epsilon {privacy['epsilon']:.3g} at delta {privacy['delta']:.3g}"
 
 
 def _of_quality(figures: Mapping[str, Any]) -> list[str]:

@@ -55,8 +55,8 @@ def _reasons(model: nn.Module, collections: Sequence[ScratchpadCollection]) -> I
         means = [config.name for config in configs if config.pooling is PoolingType.MEAN]
         if means and getattr(collection, "_is_weighted", False):
             yield (
-                f"tables {', '.join(means)} pool by the mean, and ids have weights: FBGEMM's gradient is not that of its "
-                "output then. Pool by the sum, with weights that are divided by the number of ids."
+                f"tables {', '.join(means)} pool by the mean, and ids have weights: FBGEMM's gradient is not that of "
+                "its output then. Pool by the sum, with weights that are divided by the number of ids."
             )
         for kernel in collection.kernels:
             yield from _reasons_of_kernel(kernel)

@@ -126,8 +126,7 @@ class DenseLayers:
         """The weighted sum of the examples' gradients. To be called after the backward.
 
         Args:
-            factors: [B]. What each example's gradient is multiplied with. One of factor 0 takes no part, even if its
-                gradient is infinite.
+            factors: [B]. What each example's gradient is multiplied with. 0: it counts as none, whatever it is.
 
         Returns:
             Every dense parameter to a tensor of its shape and dtype; zeros where its layer was not called.
@@ -136,15 +135,14 @@ class DenseLayers:
             ConfigError: A layer was given another number of examples, or its input was overwritten since.
         """
         sums: dict[nn.Parameter, Tensor] = {}
-        takes_part = factors != 0
-        is_any_left_out = not bool(takes_part.all())
-        factors_of_rest = factors[takes_part] if is_any_left_out else factors
+        is_none = factors == 0
+        is_any_none = bool(is_none.any())
         for call in self._complete_calls(factors.shape[0]):
-            inputs, gradient = call.inputs, call.gradient
-            if is_any_left_out:
-                inputs, gradient = inputs[takes_part], gradient[takes_part]
-            if factors_of_rest.numel() > 0:
-                for parameter, each in call.layer.sums(inputs, gradient, factors_of_rest).items():
+            if factors.shape[0] > 0:
+                inputs, gradient = call.inputs, call.gradient
+                if is_any_none:  # what is infinite would stay so, or become NaN, when it is multiplied with 0
+                    inputs, gradient = _without(inputs, is_none), _without(gradient, is_none)
+                for parameter, each in call.layer.sums(inputs, gradient, factors).items():
                     sums[parameter] = sums[parameter] + each if parameter in sums else each
         return {parameter: sums.get(parameter, torch.zeros_like(parameter)).detach() for parameter in self._names}
 
@@ -353,6 +351,11 @@ class _Linear:
             if parameter is not None and parameter.requires_grad:
                 result[parameter] = compute()
         return result
+
+
+def _without(each: Tensor, is_none: Tensor) -> Tensor:
+    """A copy, with zeros for some examples."""
+    return each.masked_fill(is_none.to(each.device).view(-1, *[1] * (each.dim() - 1)), 0)
 
 
 def _squares(each: Tensor) -> Tensor:

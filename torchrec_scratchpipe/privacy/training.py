@@ -11,7 +11,7 @@ Shapes: ``B`` examples of this rank, ``D`` row width.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -347,19 +347,21 @@ class PrivateTraining:
         self._sum_over_ranks(flat)
         assert self._batch_size is not None
         scale = self.settings.noise_multiplier * self.settings.clip / self._batch_size
-        for number, (parameter, clean) in enumerate(
-            zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True)
-        ):
-            noise = self._dense_noise(number, clean.numel(), clean.device)
-            parameter.grad = (clean + scale * noise).view_as(parameter).to(parameter.dtype)
+        sizes = [parameter.numel() for parameter in parameters]
+        noise = self._dense_noise(sizes, flat.device)
+        for parameter, noisy in zip(parameters, noise.mul_(scale).add_(flat).split(sizes), strict=True):
+            parameter.grad = noisy.view_as(parameter).to(parameter.dtype, copy=True)
 
-    def _dense_noise(self, number: int, size: int, device: torch.device) -> Tensor:
-        """[size] float32; the same on all ranks."""
-        rows = torch.arange(-(-size // DENSE_ROW), dtype=torch.int64, device=device)
-        parameter, step = torch.full_like(rows, FIRST_DENSE_NUMBER + number), torch.full_like(rows, self.num_steps + 1)
-        columns = torch.zeros_like(rows)
-        numbers = normal_numbers(rows, parameter, step, columns, min(size, DENSE_ROW), self.settings.known_seed)
-        return numbers.reshape(-1)[:size]
+    def _dense_noise(self, sizes: Sequence[int], device: torch.device) -> Tensor:
+        """[sum of sizes] float32, of one parameter after the other; the same on all ranks."""
+        counts = [-(-size // DENSE_ROW) for size in sizes]
+        rows = torch.cat([torch.arange(count, dtype=torch.int64) for count in counts]).to(device)
+        numbers = torch.arange(FIRST_DENSE_NUMBER, FIRST_DENSE_NUMBER + len(sizes), dtype=torch.int64)
+        parameters = numbers.repeat_interleave(torch.tensor(counts, dtype=torch.int64)).to(device)
+        steps, columns = torch.full_like(rows, self.num_steps + 1), torch.zeros_like(rows)
+        # All at once: most parameters are small, and each call takes its time.
+        noise = normal_numbers(rows, parameters, steps, columns, DENSE_ROW, self.settings.known_seed)
+        return torch.cat([each.view(-1)[:size] for each, size in zip(noise.split(counts), sizes, strict=True)])
 
     def _update_tables(self, factors: Tensor) -> None:
         # TorchRec divides what comes back from other ranks by their number, where losses are means.
