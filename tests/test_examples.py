@@ -18,9 +18,12 @@ import pytest
 import torch
 from processes import Script, run_script, run_script_on_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 
+from torchrec_scratchpipe import load_checkpoint
 from torchrec_scratchpipe.checkpoint.delta_chain import Chain
+from torchrec_scratchpipe.checkpoint.files import Manifest
 from torchrec_scratchpipe.privacy.accounting import epsilon
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -571,6 +574,37 @@ def test_criteo_dlrm_trains_in_private(tsv: Path, tmp_path: Path) -> None:
     assert "123456789" not in (tmp_path / "out.json").read_text() + out
 
 
+def test_criteo_dlrm_in_private_is_saved_for_release_and_goes_on(tsv: Path, tmp_path: Path) -> None:
+    command = [
+        str(EXAMPLES / "criteo_dlrm" / "main.py"), "--criteo_tsv", str(tsv), "--batch_size", "32",
+        "--embedding_dim", "16", "--num_embeddings", "400", "--dp_noise_multiplier", "1.2", "--dp_seed", "12345",
+    ]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_example(*command, "--epochs", "2", "--save_dir", str(whole), "--save_every", "10")
+    pending = [Manifest.read(path).is_noise_pending for path in sorted(whole.glob("step_*"))]
+    assert pending == [True] * (len(pending) - 1) + [False]
+    assert len(pending) > 2
+    # Killed after the first checkpoints, and resumed from one whose rows have not got all their noise.
+    shutil.copytree(whole, parts)
+    newest = sorted(parts.glob("step_*"))[-1]
+    shutil.rmtree(newest)
+    run_example(*command, "--epochs", "2", "--save_dir", str(parts), "--resume")
+    assert load_whole(parts / newest.name).keys() == load_whole(whole / newest.name).keys()
+    for name, value in load_whole(whole / newest.name).items():
+        assert torch.equal(value, load_whole(parts / newest.name)[name]), name
+
+
+def load_whole(path: Path) -> dict[str, torch.Tensor]:
+    found = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        name: torch.zeros(tuple(info.size), dtype=info.properties.dtype)
+        for name, info in found.items()
+        if isinstance(info, TensorStorageMetadata)
+    }
+    load_checkpoint(path, state)
+    return state
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -578,6 +612,7 @@ def test_criteo_dlrm_trains_in_private(tsv: Path, tmp_path: Path) -> None:
         (["--dp_noise_multiplier", "1", "--verify"], "stock trains without noise"),
         (["--dp_noise_multiplier", "1", "--adagrad"], "tables must have SGD"),
         (["--dp_noise_multiplier", "1", "--zch_size", "50"], "which value has which row"),
+        (["--dp_noise_multiplier", "1", "--delta_every", "5", "--save_dir", "TMP"], "rows without their noise"),
         (["--dp_noise_multiplier", "1", "--embedding_cache", "fused"], "needs --embedding_cache scratchpipe"),
         (["--dp_noise_multiplier", "1", "--dp_delta", "1"], "--dp_delta is 1, needs to be below 1"),
         (["--dp_noise_multiplier", "1", "--save_dir", "TMP", "--resume"], "give --dp_seed"),

@@ -330,6 +330,7 @@ def _check_privacy(args: argparse.Namespace) -> None:
     reasons = {
         "adagrad": "tables must have SGD in private training; leave it out",
         "verify": "stock trains without noise, so that no bit would be equal; leave one of the two out",
+        "delta_every": "deltas have rows without their noise; leave it out, and take --save_every",
         "zch_size": "which value has which row would tell of samples; leave it out, so that values are hashed",
     }
     for name, reason in reasons.items():

@@ -375,7 +375,7 @@ class Trainer:
             metrics = self._validate()
         if self._args.evaluate_stock:
             metrics |= {f"stock_{name}": value for name, value in self._validate_stock().items()}
-        self._save_at_the_end()
+        self._save_at_the_end(for_release=self._privacy is not None)
         figures: dict[str, Any] = {
             "args": {name: value for name, value in vars(self._args).items() if name != "dp_seed"},  # a secret
             **metrics,
@@ -466,15 +466,17 @@ class Trainer:
             raise StoppedError(number)
         if self._args.delta_every:
             self._checkpoints.trained(self._num_steps, self.model, self._optimizer)
-        if self._args.save_every and self._num_steps % self._args.save_every == 0:
+        is_last = self._num_steps == self._args.epochs * self._source.num_train_batches  # that one is for release
+        is_left_out = self._privacy is not None and is_last
+        if self._args.save_every and self._num_steps % self._args.save_every == 0 and not is_left_out:
             self._checkpoints.async_save(self._num_steps, self.model, self._optimizer)
 
-    def _save_at_the_end(self) -> None:
+    def _save_at_the_end(self, *, for_release: bool = False) -> None:
         if self._checkpoints is None:
             return
         self._checkpoints.wait()
         if self._num_steps not in self._checkpoints.steps():  # of this run, or of the one that it went on from
-            self._checkpoints.save(self._num_steps, self.model, self._optimizer)
+            self._checkpoints.save(self._num_steps, self.model, self._optimizer, for_release=for_release)
 
     def _validate_stock(self) -> dict[str, float | None]:
         """With plain TorchRec modules in place of sharded ones, over the same tables; on the host, where tables are."""

@@ -256,6 +256,7 @@ class PrivateTraining:
             "noise_multiplier": settings.noise_multiplier,
             "clip": settings.clip,
             "sample_rate": settings.sample_rate,
+            "batch_size": settings.expected_batch_size or state["batch_size"],
         }.items():
             if state[name] != here:
                 raise ConfigError(
