@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import shutil
+import tempfile
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
@@ -606,13 +607,19 @@ class CheckpointManager:
                 chain.cut(failed_since)
                 chain.update()
             if chain.sets and not self.steps():
+                aside = Path(tempfile.mkdtemp(prefix=f"{LOG_DIRECTORY}_without_checkpoint_", dir=self._directory))
                 logger.warning(
-                    "%s: deltas up to batch %s are deleted, because they go on from a checkpoint that is not there; "
-                    "the job that logged them ended before its first checkpoint was complete",
+                    "%s: deltas up to batch %s go on from a checkpoint that is not there, perhaps because the job that "
+                    "logged them ended before its first checkpoint was complete. They are put aside, to %s. Delete "
+                    "that, or put it back together with the checkpoint.",
                     log,
                     chain.sets[-1].step,
+                    aside,
                 )
-            if not self.steps():
+                log.rename(aside)  # an empty directory is replaced
+                log.mkdir()
+                chain.update()
+            elif not self.steps():
                 chain.cut(-1)
                 chain.update()
             later = [one.step for one in chain.sets if one.has_state and one.step > since] + [
