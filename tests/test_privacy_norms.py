@@ -54,6 +54,13 @@ def make_gradient(case: Case, seed: int = 0) -> Tensor:
     return torch.randn(case.num_examples, sum(case.dims), generator=torch.Generator().manual_seed(seed))
 
 
+def one_example(features: KeyedJaggedTensor, example: int) -> tuple[list[Tensor], KeyedJaggedTensor]:
+    """Ids of each feature, and the same as a batch of one."""
+    each = [ids for ids, _ in bags(features, example)]
+    lengths = torch.tensor([len(ids) for ids in each])
+    return each, KeyedJaggedTensor(keys=features.keys(), values=torch.cat(each), lengths=lengths)
+
+
 def bags(features: KeyedJaggedTensor, example: int) -> list[tuple[Tensor, Tensor]]:
     """Ids and weights of one example, feature by feature."""
     offsets, num_examples = features.offsets().tolist(), features.stride()
@@ -160,10 +167,7 @@ def test_pooled_norms_are_those_of_a_collection(dtype: torch.dtype) -> None:
     collection = EmbeddingBagCollection(tables=configs).double()
     expected = []
     for example in range(case.num_examples):
-        each = [ids for ids, _ in bags(features, example)]
-        alone = KeyedJaggedTensor(
-            keys=features.keys(), values=torch.cat(each), lengths=torch.tensor([len(ids) for ids in each])
-        )
+        _, alone = one_example(features, example)
         collection.zero_grad()
         pooled = collection(alone)
         output = torch.cat([pooled[key] for key in case.features], dim=1)
@@ -265,10 +269,7 @@ def test_unpooled_norms_are_those_of_a_collection() -> None:
     starts = dict.fromkeys(gradients, 0)
     expected = []
     for example in range(case.num_examples):
-        each = [ids for ids, _ in bags(features, example)]
-        alone = KeyedJaggedTensor(
-            keys=features.keys(), values=torch.cat(each), lengths=torch.tensor([len(ids) for ids in each])
-        )
+        each, alone = one_example(features, example)
         collection.zero_grad()
         outputs = collection(alone)
         loss = torch.zeros((), dtype=torch.float64)

@@ -65,6 +65,14 @@ class Checkpoint(NamedTuple):
     world_size: int  # of the job that saved it
 
 
+class _Taken(NamedTuple):
+    """What a checkpoint is to hold."""
+
+    state: dict[str, Any]
+    extra_bytes: bytes
+    is_noise_pending: bool  # rows of a private model have not got all their noise
+
+
 class _Loaded(NamedTuple):
     """What a delta log may go on from."""
 
@@ -256,20 +264,13 @@ class CheckpointManager:
                 untouched, and training can go on.
             ConfigError: `extra` is not plain data.
         """
-        self._wait_for_saves()
-        privacy = _private_state(model, for_release=for_release)
-        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer, privacy), ConfigError)
-        self._take_delta_beside(step, model, optimizer, extra)
-        with only_read(model):
-            state = _state_of(model, optimizer)
+        whole = self._take(step, model, optimizer, extra, for_release=for_release)
         pools = _pools(model)
-        is_pending = _add_pending(state, pools, privacy, for_release=for_release)
 
         def read(pool: int, part: int, first: int, out: Tensor) -> None:
             out.copy_(pools[pool].host_table.parts[part][first : first + out.shape[0]])
 
-        planner = _planner(pools, read)
-        self._write(step, state, planner, extra_bytes, is_pending=is_pending)
+        self._write(step, whole, _planner(pools, read))
         return self.path(step)
 
     def async_save(
@@ -303,13 +304,7 @@ class CheckpointManager:
             CheckpointSaveError: There is no room to begin.
             ConfigError: `extra` is not plain data.
         """
-        self._wait_for_saves()
-        privacy = _private_state(model, for_release=for_release)
-        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer, privacy), ConfigError)
-        self._take_delta_beside(step, model, optimizer, extra)
-        with only_read(model):
-            state = _state_of(model, optimizer)
-        is_pending = _add_pending(state, _pools(model), privacy, for_release=for_release)
+        whole = self._take(step, model, optimizer, extra, for_release=for_release)
         taken: list[tuple[Pool, TableSnapshot]] = []
 
         def read(pool: int, part: int, first: int, out: Tensor) -> None:
@@ -321,13 +316,13 @@ class CheckpointManager:
             for collection in scratchpad_collections(model):
                 taken.extend(collection.snapshot(storage))
             planner = _planner([pool for pool, _ in taken], read)
-            planner.detach(state)
+            planner.detach(whole.state)
             return planner
 
         def write() -> None:
             failure: BaseException | None = None
             try:
-                self._write(step, state, planner, extra_bytes, is_pending=is_pending)
+                self._write(step, whole, planner)
             except BaseException as error:
                 logger.error("checkpoint of step %s was not saved: %s", step, error)
                 failure = error
@@ -495,9 +490,22 @@ class CheckpointManager:
             raise found
         return found
 
-    def _write(
-        self, step: int, state: dict[str, Any], planner: RowBlockSavePlanner, extra_bytes: bytes, *, is_pending: bool
-    ) -> None:
+    def _take(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Any, *, for_release: bool
+    ) -> "_Taken":
+        """All that a checkpoint is to hold; tables are not copied."""
+        self._wait_for_saves()
+        privacy = _private_state(model, for_release=for_release)
+        extra_bytes = self._ranks.each_or_fail(lambda: _prepare(step, extra, optimizer, privacy), ConfigError)
+        self._take_delta_beside(step, model, optimizer, extra)
+        with only_read(model):
+            state = _state_of(model, optimizer)
+        is_noise_pending = privacy is not None and not for_release
+        if is_noise_pending:
+            state[PRIVACY] = pending_state(state["model"], _pools(model))
+        return _Taken(state, extra_bytes, is_noise_pending)
+
+    def _write(self, step: int, whole: "_Taken", planner: RowBlockSavePlanner) -> None:
         temporary = self._directory / f".step_{step:012d}.unfinished"
         make_error = _save_error(f"step {step} cannot be saved to {self._directory}")
         writer = ChecksummedWriter(temporary)
@@ -506,18 +514,20 @@ class CheckpointManager:
             self._ranks.first_or_fail(lambda: self._make_room(temporary, step), make_error)
             # 2. Tables and states, then what torch.distributed.checkpoint does not know of; every rank its own file.
             try:
-                save(state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
+                save(whole.state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
             except CheckpointException as error:
                 raise make_error(reasons(error)) from error
             extra_name = f"extra_{self._ranks.rank}.pt"
             writer.files[extra_name] = self._ranks.each_or_fail(
-                lambda: write_durably(temporary / extra_name, extra_bytes), make_error
+                lambda: write_durably(temporary / extra_name, whole.extra_bytes), make_error
             )
             # 3. The manifest last: only then is the checkpoint complete, under its name.
             files: dict[str, FileChecksums] = {}
             for some in self._ranks.gather(writer.files):
                 files.update(some)
-            manifest = Manifest(step, self._ranks.world_size, files, *self._run_and_digest(step), is_pending)
+            manifest = Manifest(
+                step, self._ranks.world_size, files, *self._run_and_digest(step), whole.is_noise_pending
+            )
             self._ranks.first_or_fail(lambda: self._complete(temporary, manifest), make_error)
         except BaseException:
             if self._ranks.rank == 0:
@@ -721,16 +731,6 @@ def _private_state(model: nn.Module, *, for_release: bool) -> dict[str, Any] | N
     if for_release:
         steps.catch_up()
     return steps.state_dict(for_release=for_release)
-
-
-def _add_pending(
-    state: dict[str, Any], pools: list[Pool], privacy: dict[str, Any] | None, *, for_release: bool
-) -> bool:
-    """Have a state say up to which step its rows have their noise; whether they may lack some."""
-    is_pending = privacy is not None and not for_release
-    if is_pending:
-        state[PRIVACY] = pending_state(state["model"], pools)
-    return is_pending
 
 
 def _prepare(

@@ -55,7 +55,7 @@ def pending_state(model_state: dict[str, Any], pools: Sequence[Pool]) -> dict[st
         # Shards of other columns have the same numbers.
         local = {one.first_row: one.updated_to for one in _local_rows(value, pools) if one.first_column == 0}
         state[name] = ShardedTensor._init_from_local_shards_and_global_metadata(
-            [Shard(local[shard.shard_offsets[0]], shard) for shard in shards if _is_here(shard, value)],
+            [Shard(local[shard.shard_offsets[0]], shard) for shard in shards if shard.shard_offsets[0] in local],
             whole,
             process_group=value._process_group,
         )
@@ -95,11 +95,3 @@ def _local_rows(value: ShardedTensor, pools: Sequence[Pool]) -> Iterator[_Local]
 
 def _rows_of(shard: ShardMetadata) -> ShardMetadata:
     return ShardMetadata([shard.shard_offsets[0]], [shard.shard_sizes[0]], shard.placement)
-
-
-def _is_here(shard: ShardMetadata, value: ShardedTensor) -> bool:
-    return any(
-        other.metadata.shard_offsets[0] == shard.shard_offsets[0] and other.metadata.shard_offsets[1] == 0
-        for other in value.local_shards()
-        if other.metadata.shard_sizes[0]
-    )

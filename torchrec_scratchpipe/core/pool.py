@@ -76,7 +76,7 @@ class Pool:
 
     def catch_up(self, plan: CachePlan) -> None:
         """Give a batch's rows the updates that they are to get late, in their slots, before a lookup (hazard 10)."""
-        if self.late is None or not self.is_any_late:
+        if self.late is None or not self.late.is_any_due:
             return
         rows, slots = plan.buffers.rows[: plan.num_ids], plan.slots[: plan.num_ids]
         is_own = rows >= 0
@@ -93,7 +93,7 @@ class Pool:
 
         Raises TableStorageError.
         """
-        if self.late is None or not self.is_any_late:
+        if self.late is None or not self.late.is_any_due:
             return
         with record_function("## scratchpipe catch up ##"):
             for first in range(0, self.host_table.num_rows, FLUSH_CHUNK_ROWS):

@@ -31,15 +31,18 @@ class Cut:
     Attributes:
         collection: Whose output it is.
         features: What was looked up, by the names of the output, in their order.
+        tables: Where, in the same order.
+        dims: Row widths of pooled embeddings, in the same order.
         roots: By name, or a single one for pooled embeddings: what the collection gave.
         leaves: What the model was given.
     """
 
     collection: ScratchpadCollection
     features: KeyedJaggedTensor
+    tables: list[FeatureTable]
+    dims: list[int]
     roots: dict[str, Tensor]
     leaves: dict[str, Tensor]
-    dims: list[int]
 
     @property
     def num_examples(self) -> int:
@@ -48,34 +51,28 @@ class Cut:
 
     def square_norms(self) -> Tensor:
         """[B] float32. Of each example's gradient in the tables of the collection."""
-        tables = _tables(self.collection)
         if self._is_pooled:
-            gradient = self.leaves[""].grad
-            if gradient is None:
-                gradient = torch.zeros_like(self.leaves[""])
-            return pooled_square_norms(
-                self.features,
-                gradient,
-                self.dims,
-                [tables[name][1] for name in self.features.keys()],  # noqa: SIM118
-            )
+            return pooled_square_norms(self.features, _gradient(self.leaves[""]), self.dims, self.tables)
         gradients = {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
-        return unpooled_square_norms(self.features, gradients, {name: tables[name][1].table for name in gradients})
+        tables = {name: table.table for name, table in zip(self.features.keys(), self.tables, strict=True)}
+        return unpooled_square_norms(self.features, gradients, tables)
 
     def gradients(self, factors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What backward is to go on with; of all, so that all ranks exchange the same. Shapes: `factors` [B]."""
         for name, root in self.roots.items():
-            gradient = self.leaves[name].grad
-            if gradient is None:
-                gradient = torch.zeros_like(root)
             of_rows = factors if self._is_pooled else factors.repeat_interleave(self.features[name].lengths())
             # Not a product alone: of an example that counts as none, the gradient may be infinite.
-            scaled = gradient * of_rows[:, None]
+            scaled = _gradient(self.leaves[name]) * of_rows[:, None]
             yield root, torch.where(of_rows[:, None] == 0, torch.zeros_like(scaled), scaled)
 
     @property
     def _is_pooled(self) -> bool:
         return isinstance(self.collection, ShardedScratchPipeEmbeddingBagCollection)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """What did not reach the loss has a gradient of zeros."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def cut_output(collection: ScratchpadCollection, features: KeyedJaggedTensor, output: Any) -> tuple[Cut, Any]:
@@ -89,10 +86,10 @@ def cut_output(collection: ScratchpadCollection, features: KeyedJaggedTensor, ou
     Returns:
         The cut, and what the model is to be given.
     """
-    tables = _tables(collection)
-    names = list(output.keys())
-    keys = list(features.keys())
-    looked_up = features.permute([keys.index(tables[name][0]) for name in names])
+    names, keys = list(output.keys()), list(features.keys())
+    places = _tables(collection)
+    tables = [places[name][1] for name in names]
+    looked_up = features.permute([keys.index(places[name][0]) for name in names])
     is_weighted = bool(getattr(collection, "_is_weighted", False))
     looked_up = KeyedJaggedTensor(
         names,
@@ -104,11 +101,11 @@ def cut_output(collection: ScratchpadCollection, features: KeyedJaggedTensor, ou
     if isinstance(output, KeyedTensor):
         root = output.values()
         leaf = root.detach().requires_grad_()
-        cut = Cut(collection, looked_up, {"": root}, {"": leaf}, output.length_per_key())
+        cut = Cut(collection, looked_up, tables, output.length_per_key(), {"": root}, {"": leaf})
         return cut, KeyedTensor(names, output.length_per_key(), leaf)
     roots = {name: value.values() for name, value in output.items()}
     leaves = {name: root.detach().requires_grad_() for name, root in roots.items()}
-    cut = Cut(collection, looked_up, roots, leaves, [])
+    cut = Cut(collection, looked_up, tables, [], roots, leaves)
     return cut, {
         name: JaggedTensor(leaves[name], weights=value.weights_or_none(), lengths=value.lengths())
         for name, value in output.items()

@@ -68,4 +68,8 @@ class PrivacySettings:
 
     def noise(self, batch_size: float) -> NoiseOf:
         """What draws the noise of rows, where sums of gradients are divided by `batch_size`."""
-        return NormalNoise(self.noise_multiplier * self.clip / batch_size, self.known_seed)
+        return NormalNoise(self.noise_scale(batch_size), self.known_seed)
+
+    def noise_scale(self, batch_size: float) -> float:
+        """Standard deviation of the noise in a sum of gradients that was divided by `batch_size`."""
+        return self.noise_multiplier * self.clip / batch_size

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ from torchrec_scratchpipe.sharding.model import scratchpad_collections
 __all__ = ["PrivateTraining"]
 
 logger: logging.Logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FIRST_DENSE_NUMBER = 2**31  # numbers below are of tables, those from here on of dense parameters
 DENSE_ROW = 4096  # numbers of a dense parameter are drawn in rows of so many
@@ -110,10 +112,7 @@ class PrivateTraining:
     def _with_common_seed(self, settings: PrivacySettings) -> PrivacySettings:
         """All ranks draw the same noise. Raises ConfigError."""
         drawn = settings if settings.seed is not None else replace(settings, seed=draw_seed())
-        seeds = [(settings.seed, drawn.seed)]
-        if dist.is_initialized() and dist.get_world_size(self._process_group) > 1:
-            seeds = seeds * dist.get_world_size(self._process_group)
-            dist.all_gather_object(seeds, (settings.seed, drawn.seed), group=self._process_group)
+        seeds = self._gather((settings.seed, drawn.seed))
         if len({given for given, _ in seeds}) > 1:
             raise ConfigError("LazyDP: ranks were given different seeds. Give all the same, or None to all.")
         return replace(settings, seed=seeds[0][1])
@@ -219,10 +218,7 @@ class PrivateTraining:
             Plain data.
         """
         mine = {number: steps.squared_rates for _, steps, numbers in self._kernels for number in numbers}
-        found = [mine]
-        if dist.is_initialized() and dist.get_world_size(self._process_group) > 1:
-            found = [mine] * dist.get_world_size(self._process_group)
-            dist.all_gather_object(found, mine, group=self._process_group)
+        found = self._gather(mine)
         # Tables mostly have the same rates.
         distinct: list[Tensor] = []
         of_table: dict[int, int] = {}
@@ -277,20 +273,20 @@ class PrivateTraining:
             is_pending: As there.
         """
         self.num_steps, self._batch_size = state["num_steps"], state["batch_size"]
-        for kernel, steps, numbers in self._kernels:
+        for _, steps, numbers in self._kernels:
             steps.load(state["squared_rates"][state["squared_rates_of_table"][numbers[0]]])
+        self._note_loaded(is_pending=is_pending)
+
+    def note_loaded(self) -> None:
+        """See :class:`PrivateSteps`."""
+        self._note_loaded(is_pending=False)
+
+    def _note_loaded(self, *, is_pending: bool) -> None:
+        for kernel, steps, _ in self._kernels:
             for pool in kernel.pools:
                 assert pool.late is not None
                 if not is_pending:
                     pool.late.updated_to.fill_(steps.num_steps)
-                pool.late.note_loaded()
-
-    def note_loaded(self) -> None:
-        """See :class:`PrivateSteps`."""
-        for kernel, steps, _ in self._kernels:
-            for pool in kernel.pools:
-                assert pool.late is not None
-                pool.late.updated_to.fill_(steps.num_steps)
                 pool.late.note_loaded()
 
     def epsilon(self, delta: float) -> float:
@@ -347,7 +343,7 @@ class PrivateTraining:
         flat = torch.cat([sums[parameter].float().view(-1) for parameter in parameters])
         self._sum_over_ranks(flat)
         assert self._batch_size is not None
-        scale = self.settings.noise_multiplier * self.settings.clip / self._batch_size
+        scale = self.settings.noise_scale(self._batch_size)
         sizes = [parameter.numel() for parameter in parameters]
         noise = self._dense_noise(sizes, flat.device)
         for parameter, noisy in zip(parameters, noise.mul_(scale).add_(flat).split(sizes), strict=True):
@@ -366,8 +362,7 @@ class PrivateTraining:
 
     def _update_tables(self, factors: Tensor) -> None:
         # TorchRec divides what comes back from other ranks by their number, where losses are means.
-        num_ranks = dist.get_world_size(self._process_group) if dist.is_initialized() else 1
-        factors = factors * (num_ranks if get_gradient_division() else 1)
+        factors = factors * (self._num_ranks if get_gradient_division() else 1)
         roots, gradients = [], []
         for cut in self._cuts:
             for root, gradient in cut.gradients(factors):
@@ -383,8 +378,19 @@ class PrivateTraining:
         for (_, steps, _), rate in zip(self._kernels, rates, strict=True):
             steps.end(rate)
 
+    @property
+    def _num_ranks(self) -> int:
+        return dist.get_world_size(self._process_group) if dist.is_initialized() else 1
+
+    def _gather(self, mine: T) -> list[T]:
+        """What each rank has. All ranks call it."""
+        found = [mine] * self._num_ranks
+        if self._num_ranks > 1:
+            dist.all_gather_object(found, mine, group=self._process_group)
+        return found
+
     def _sum_over_ranks(self, tensor: Tensor) -> None:
-        if dist.is_initialized() and dist.get_world_size(self._process_group) > 1:
+        if self._num_ranks > 1:
             dist.all_reduce(tensor, group=self._process_group)
 
     def _forget(self) -> None:
