@@ -114,6 +114,44 @@ def test_killed_jobs_resume_from_their_last_delta(
     assert max(lost) <= fault_jobs.DELTA_EVERY
 
 
+@pytest.mark.fault("kill -9 while deltas are being folded, then resume")
+def test_jobs_that_are_killed_while_they_fold_resume_to_the_same_bits(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    num_kills = max(3, NUM_KILLS // 2)
+    directories = [tmp_path / str(index) for index in range(num_kills + 1)]
+    for directory in directories:
+        directory.mkdir()
+    assert end(start(fault_jobs.train_and_fold, directories[0])) == 0
+    expected = torch.load(directories[0] / "final.pt")
+    rng = random.Random(7)
+    num_killed_in_fold = 0
+    for directory in directories[1:]:
+        killed = start(fault_jobs.train_and_fold, directory)
+        fault_jobs.wait_for(directory / "began_at_0")
+        last_base = rng.randrange(1, fault_jobs.SETTING.num_batches // 2)
+        while killed.is_alive():  # until one of the folds has just begun
+            steps = [int(path.name[6:18]) for path in directory.glob("checkpoints/.fold_*.unfinished")]
+            if max(steps, default=0) > last_base:
+                break
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.03)
+        killed.kill()
+        killed.join()
+        assert not (directory / "final.pt").exists(), "it was to be killed in training"
+        num_killed_in_fold += bool(list(directory.glob("checkpoints/.fold_*.unfinished")))
+        assert end(start(fault_jobs.train_and_fold, directory)) == 0
+        assert not list(directory.glob("checkpoints/.fold_*.unfinished"))
+        (went_on,) = (int(path.name[9:]) for path in directory.glob("began_at_*") if path.name != "began_at_0")
+        assert went_on > last_base
+        found = torch.load(directory / "final.pt")
+        for name, tensors in expected.items():
+            assert all(torch.equal(a, b) for a, b in zip(tensors, found[name], strict=True)), name
+    record_property("tries", num_kills)
+    record_property("note", f"{num_killed_in_fold} of them in a fold")
+    assert num_killed_in_fold > 0
+
+
 @pytest.mark.fault("kill -9 under a memory limit that tables in files exceed, page cache dropped")
 def test_a_job_under_a_memory_limit_is_killed_and_resumes(tmp_path: Path) -> None:
     benchmark = Path(__file__).parent.parent / "examples" / "benchmark" / "disk_tier.py"

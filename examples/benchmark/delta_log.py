@@ -84,7 +84,9 @@ def measure(directory: Path, interval: int, num_blocks: int, device: torch.devic
     block_steps = interval * max(1, BLOCK_STEPS // interval)
     contender.start(EXPONENT, 2, SEED, 10**6)
     job = Job(contender, CheckpointManager(directory, delta_every=interval))
-    job.run(NUM_WARMUP_STEPS, is_logged=True)  # the first step saves a checkpoint
+    job.run(NUM_WARMUP_STEPS, is_logged=True)  # the first step saves a checkpoint: all tables
+    job.manager.wait()
+    os.sync()  # or the system would write it to the disk beside the first blocks
     pools = pools_of(job)
     watches = [pool.changes for pool in pools]
     step_ms: dict[bool, list[float]] = {True: [], False: []}

@@ -13,7 +13,7 @@ A *segment* is one file of one rank. It begins with what it is of, and goes on w
     END       JSON: of which batch, since which, when; the digest of this record
 
 Row ids count the rows of a pool of that rank. SCHEMA says which rows, of which tensor of the state, those are. Payloads
-are multiples of 8 bytes. Numbers are little-endian.
+are multiples of 8 bytes, and records of 4,096: SCHEMA and END are made longer by zeros. Numbers are little-endian.
 
 The digest of a record covers the digest before it, the headers of its blocks, and so the checksums of their payloads.
 So no record can be missing, twice, elsewhere or of another run without being noticed.
@@ -34,6 +34,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from torchrec_scratchpipe.checkpoint.appending import BLOCK_BYTES, AppendedFile
 from torchrec_scratchpipe.checkpoint.files import READ_BYTES, Window, byte_view, fill, sync_directory
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
@@ -237,20 +238,18 @@ class SegmentWriter:
         assert sys.byteorder == "little", "the log is little-endian"
         self.schema = schema
         self.path = directory / segment_name(schema.since, schema.rank)
-        self._file = self.path.open("xb", buffering=0)
+        self._file = AppendedFile(self.path)
         self.step, self.digest = schema.since, schema.follows
         self._num_bytes = 0
-        self._written = 0
         self._chain = _digest_of(schema.follows)
         try:
-            self._write_block(Kind.SCHEMA, 0, 0, [schema.to_json()])
-            os.fsync(self._file.fileno())
+            self._append_last_block(Kind.SCHEMA, schema.to_json())
+            self._file.sync()
             sync_directory(directory)
         except BaseException:
             self._file.close()
             self.path.unlink(missing_ok=True)
             raise
-        self._num_bytes = self._written
         self._begin()
 
     @property
@@ -261,11 +260,11 @@ class SegmentWriter:
     def add_rows(self, pool: int, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Shapes: `rows` [N] int64, ascending, `values` [N, D] or [N]."""
         ids = rows.to(self.schema.pools[pool].id_dtype)
-        self._write_block(Kind.ROWS, pool, rows.numel(), [_bytes_of(tensor) for tensor in (ids, *values)])
+        self._append_block(Kind.ROWS, pool, rows.numel(), [ids, *values])
 
     def add_state(self, state: bytes) -> None:
         """What :func:`torch.save` made of everything else."""
-        self._write_block(Kind.STATE, 0, 0, [state])
+        self._append_block(Kind.STATE, 0, 0, [state])
         self._has_state = True
 
     def end(self, step: int, time_s: float, when_written: Callable[[], object] = lambda: None) -> None:
@@ -277,49 +276,54 @@ class SegmentWriter:
             when_written: Called when the file has the whole record. If this process is killed then, it stays there; if
                 the system goes down before the disk has it, it is a record without an end.
         """
-        os.fdatasync(self._file.fileno())  # before the end is there: an end is never seen without what it ends
+        self._file.sync()  # before the end is there: an end is never seen without what it ends
         facts = {"step": step, "since": self.step, "time_s": time_s, "has_state": self._has_state}
         self._chain.update(_json_bytes(facts))
         digest = self._chain.hexdigest()
-        self._write_block(Kind.END, 0, 0, [_json_bytes({**facts, "digest": digest})])
+        self._append_last_block(Kind.END, _json_bytes({**facts, "digest": digest}))
+        self._file.flush()
         when_written()
-        os.fdatasync(self._file.fileno())
-        self._num_bytes = self._written
+        self._file.sync()
         self.step, self.digest = step, digest
         self._begin()
 
     def drop(self) -> None:
         """Leave out what was added since the last :meth:`end`."""
-        self._file.truncate(self._num_bytes)
-        self._file.seek(self._num_bytes)
-        self._written = self._num_bytes
-        self._begin()
+        try:
+            self._file.truncate(self._num_bytes)
+        finally:
+            self._begin()
 
     def close(self) -> None:
         """No record is added any more."""
         self._file.close()
 
     def _begin(self) -> None:
+        self._num_bytes = self._file.num_bytes
         self._chain = _digest_of(self.digest)
         self._has_state = False
 
-    def _write_block(self, kind: int, pool: int, num_rows: int, pieces: Sequence[bytes | memoryview]) -> None:
+    def _append_last_block(self, kind: int, payload: bytes) -> None:
+        """One after which a record may begin."""
+        num_bytes = self._file.num_bytes + HEADER.size + len(payload)
+        self._append_block(kind, 0, 0, [payload + bytes(-num_bytes % BLOCK_BYTES)])
+
+    def _append_block(self, kind: int, pool: int, num_rows: int, pieces: Sequence[Tensor | bytes]) -> None:
         crc, num_bytes = 0, 0
-        padded: list[bytes | memoryview] = []
+        parts: list[Tensor] = []
         for piece in pieces:
-            padding = bytes(_aligned(len(piece)) - len(piece))
-            crc = zlib.crc32(padding, zlib.crc32(piece, crc))
-            num_bytes += len(piece) + len(padding)
-            padded += [piece, padding] if padding else [piece]
+            data = _bytes_of(piece)
+            padding = torch.zeros(_aligned(len(data)) - len(data), dtype=torch.uint8)
+            for part in (data, padding):
+                crc = zlib.crc32(byte_view(part), crc)
+                num_bytes += len(part)
+                parts.append(part)
         header = HEADER.pack(MAGIC, kind, pool, 0, num_rows, num_bytes, crc, 0)[:-4]
         header += struct.pack("<I", zlib.crc32(header))
         if kind != Kind.END:
             self._chain.update(header)
-        for data in (header, *padded):
-            view = memoryview(data)
-            while view:
-                view = view[self._file.write(view) :]
-        self._written += len(header) + num_bytes
+        for part in (_bytes_of(header), *parts):
+            self._file.append(part)
 
 
 class SegmentReader:
@@ -530,7 +534,7 @@ class SegmentReader:
 
     def _read(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
-        view = _bytes_of(tensor)
+        view = byte_view(_bytes_of(tensor))
         self._file.seek(offset)
         if fill(self._file, view) < len(view):
             raise self._error(f"has become shorter than {offset + len(view):,} bytes")
@@ -591,5 +595,7 @@ def _json_bytes(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return byte_view(tensor.contiguous().view(torch.uint8).view(-1))
+def _bytes_of(data: Tensor | bytes) -> Tensor:
+    if isinstance(data, Tensor):
+        return data.contiguous().view(torch.uint8).view(-1)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrec_scratchpipe.core.rows import RowLayout
 from torchrec_scratchpipe.core.streams import StageStreams
 
 __all__ = ["ChangedRows", "Changes", "Repeats", "TrainedRows", "Watcher"]
@@ -25,7 +26,7 @@ class ChangedRows(NamedTuple):
     """Some rows, each once, as they were when the latest interval ended."""
 
     rows: Tensor  # [N] int64, ascending, on the host
-    values: list[Tensor]  # [N, D] or [N], on the host
+    values: list[Tensor]  # [N, D] or [N], on the host; in memory that the next rows are read into
 
 
 class _Kept(NamedTuple):
@@ -85,13 +86,19 @@ class Changes:
     """
 
     def __init__(
-        self, num_rows: int, device: torch.device, streams: StageStreams, read_rows: Callable[[Tensor], list[Tensor]]
+        self,
+        num_rows: int,
+        layout: RowLayout,
+        device: torch.device,
+        streams: StageStreams,
+        read_rows: Callable[[Tensor, list[Tensor] | None], list[Tensor]],
     ) -> None:
         # One more than there are rows: id -1, of another pool, is the last.
         self._changed, self._to_read = (torch.zeros(num_rows + 1, dtype=torch.bool, device=device) for _ in range(2))
         self._device = device
         self._streams = streams
         self._read_rows = read_rows  # wherever they are; only between the stages of two batches
+        self._buffer = layout.empty(ROWS_READ_TOGETHER)  # fresh memory for each would cost as much as the reading
         self._repeats = Repeats(device)
         self._kept: deque[_Kept] = deque()
         self._lock = threading.Lock()  # whoever looks at `_to_read`, until what it says has been done
@@ -117,7 +124,7 @@ class Changes:
             if self._is_reading:
                 rows_due = rows[self._to_read[rows.to(self._device)].cpu()]
                 if rows_due.numel():
-                    self._keep(rows_due, self._read_rows(rows_due))
+                    self._keep(rows_due, self._read_rows(rows_due, None))
             self._changed.index_fill_(0, rows.to(self._device), True)
 
     def all_will_change(self) -> None:
@@ -126,7 +133,7 @@ class Changes:
             if self._is_reading:
                 self._streams.wait(None, self._latest_keep)
                 for rows in self._rows_to_read().cpu().split(ROWS_READ_TOGETHER):
-                    self._keep(rows, self._read_rows(rows))
+                    self._keep(rows, self._read_rows(rows, None))
             if not self._have_all_changed:
                 self._changed.fill_(True)
                 self._have_all_changed = True
@@ -184,7 +191,7 @@ class Changes:
             with self._looking(between_batches):
                 rows = some_rows[self._to_read.index_select(0, some_rows)]  # some were kept since
                 host_rows = rows.cpu()
-                values = self._read_rows(host_rows)
+                values = self._read_rows(host_rows, [part[: host_rows.numel()] for part in self._buffer])
                 self._to_read.index_fill_(0, rows, False)
             if host_rows.numel():
                 yield ChangedRows(host_rows, values)

@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from torchrec_scratchpipe.core.changes import Changes, Repeats, Watcher
 from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.core.late import LateUpdates
-from torchrec_scratchpipe.core.rows import RowLayout, write_rows
+from torchrec_scratchpipe.core.rows import RowLayout, read_rows, write_rows
 from torchrec_scratchpipe.core.scratchpad import Scratchpad
 from torchrec_scratchpipe.core.slot_map import CachePlan, SlotMap, SlotsHeldError
 from torchrec_scratchpipe.core.snapshot import SnapshotStorage, TableSnapshot
@@ -123,7 +123,9 @@ class Pool:
         See :class:`Changes`.
         """
         if self.changes is None:
-            self.changes = Changes(self.host_table.num_rows, self.slot_map.device, streams, self.read_some)
+            self.changes = Changes(
+                self.host_table.num_rows, self.host_table.layout, self.slot_map.device, streams, self.read_some
+            )
         self.changes.forget()
 
     @property
@@ -278,22 +280,23 @@ class Pool:
             self.host_table.read(some_rows, values)
             write_rows(self.scratchpad.parts, some_slots, [value.to(self.slot_map.device) for value in values])
 
-    def read_some(self, rows: Tensor) -> list[Tensor]:
+    def read_some(self, rows: Tensor, out: list[Tensor] | None = None) -> list[Tensor]:
         """Some rows as they are now, wherever they are; only between the stages of two batches.
 
-        Shapes: `rows` [N] int64 on the host, returns [N, D] or [N] on the host. Raises TableStorageError.
+        Shapes: `rows` [N] int64 on the host, `out` and returns [N, D] or [N] on the host. Raises TableStorageError.
         """
-        is_resident, slots = self._find_resident(rows)
-        values = [part.index_select(0, slots).cpu() for part in self.scratchpad.parts]
-        if slots.numel() == rows.numel():
-            return values
-        is_absent = ~is_resident
-        absent = self.host_table.layout.empty(rows.numel() - slots.numel())
-        self.host_table.read(rows[is_absent], absent)
-        both = self.host_table.layout.empty(rows.numel())
-        write_rows(both, is_resident.nonzero().view(-1), values)
-        write_rows(both, is_absent.nonzero().view(-1), absent)
-        return both
+        if out is None:
+            out = self.host_table.layout.empty(rows.numel())
+        slots = self._find_slots(rows)
+        is_absent = (slots < 0).cpu()
+        # All of them from slots, in one pass: most are there. What that gives an absent row is overwritten.
+        read_rows(self.scratchpad.parts, slots.clamp(min=0), out)
+        if is_absent.any():
+            absent_rows = rows[is_absent]
+            absent = self.host_table.layout.empty(absent_rows.numel())
+            self.host_table.read(absent_rows, absent)
+            write_rows(out, is_absent.nonzero().view(-1), absent)
+        return out
 
     def write_some(self, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Write some rows wherever they are (hazard 8); only between the stages of two batches.
@@ -306,15 +309,15 @@ class Pool:
             watcher.will_write(rows)
         # The table first: its disk may fail, and then nothing has changed. It keeps what snapshots are to show.
         self.host_table.write(rows, values)
-        is_resident, slots = self._find_resident(rows)
-        resident = [value[is_resident].to(self.slot_map.device) for value in values]
-        write_rows(self.scratchpad.parts, slots, resident)
-
-    def _find_resident(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows sit in a slot, [N] bool on the host, and those slots, on the device."""
-        slots = self.slot_map.maps.row_to_slot.index_select(0, rows.to(self.slot_map.device)).long()
+        slots = self._find_slots(rows)
         is_resident = slots >= 0
-        return is_resident.cpu(), slots[is_resident]
+        is_resident_host = is_resident.cpu()
+        resident = [value[is_resident_host].to(self.slot_map.device) for value in values]
+        write_rows(self.scratchpad.parts, slots[is_resident], resident)
+
+    def _find_slots(self, rows: Tensor) -> Tensor:
+        """Where rows sit, [N] int64 on the device; -1: in no slot."""
+        return self.slot_map.maps.row_to_slot.index_select(0, rows.to(self.slot_map.device)).long()
 
     def check_usable(self) -> None:
         """Raise if an earlier stage or load failed half-way, or if this process must not touch the tables.

@@ -117,9 +117,15 @@ class StageSpan(NamedTuple):
 
 
 def read_rows(parts: Sequence[Tensor], index: Tensor, out: Sequence[Tensor]) -> None:
-    """Copy rows out of a table or scratchpad. Shapes: `parts` [R, D] or [R], `index` [N] int64, `out` [N, D] or [N]."""
+    """Copy rows out of a table or scratchpad; `out` may be on another device than `parts` and `index`.
+
+    Shapes: `parts` [R, D] or [R], `index` [N] int64, `out` [N, D] or [N].
+    """
     for part, target in zip(parts, out, strict=True):
-        torch.index_select(_wide(part), 0, index, out=_wide(target))
+        if part.device == target.device:
+            torch.index_select(_wide(part), 0, index, out=_wide(target))
+        else:
+            target.copy_(part.index_select(0, index))
 
 
 def write_rows(parts: Sequence[Tensor], index: Tensor, values: Sequence[Tensor]) -> None:
