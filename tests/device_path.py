@@ -8,7 +8,7 @@ interpreted kernels, which plan too; with ``locked``, by torch operations, in me
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ class WrappedOps:
     def prepare(self, *args: Any) -> None:
         self._ops.prepare(*args)
 
-    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
-        operations()
+    def recorded(self, buffers: PlanBuffers, key: Hashable) -> AbstractContextManager[bool]:
+        return nullcontext(False)
 
     def order(self, *args: Any) -> tuple[Tensor, Tensor]:
         self._run("order", args)
@@ -80,9 +80,10 @@ class OneAtATime(WrappedOps):
 
     _lock = threading.RLock()
 
-    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
-        with self._lock:
-            self._ops.enqueue(buffers, key, operations)
+    @contextmanager
+    def recorded(self, buffers: PlanBuffers, key: Hashable) -> Iterator[bool]:
+        with self._lock, self._ops.recorded(buffers, key) as is_enqueued:
+            yield is_enqueued
 
     def _run(self, name: str, args: tuple[Any, ...]) -> None:
         with self._lock:

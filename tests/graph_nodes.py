@@ -67,7 +67,7 @@ def main(library: str) -> None:
     StubbedGraph.driver = ctypes.PyDLL(library)
     pool = make_pool(triton_ops.TritonOps(StubbedGraph))
     batch = make_batch(pool, StageRunner(torch.device("cpu")))()  # type: ignore[arg-type]
-    for _ in range(2):  # recorded the second time
+    for _ in range(3):  # recorded the second time, replayed the third
         plan = pool.slot_map.plan(batch.pool_ids[0])
         write_back(pool, plan)
         fill(pool, plan)

@@ -420,7 +420,9 @@ def test_recordings_disturb_nobody() -> None:
     try:
         for index in range(300):
             buffers.counts.fill_(index)
-            ops.enqueue(buffers, index // 3, lambda: ops.report(buffers))  # launched, recorded, replayed
+            with ops.recorded(buffers, index // 3) as is_enqueued:  # launched, recorded, replayed
+                if not is_enqueued:
+                    ops.report(buffers)
             torch.cuda.synchronize()
             assert buffers.host_counts.tolist() == [index] * len(Count)
     finally:

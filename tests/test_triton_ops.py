@@ -563,8 +563,9 @@ def test_where_nothing_can_be_recorded_launches_go_one_by_one(caplog: pytest.Log
     ops, num_runs = TritonOps(refuse), []
     buffers = _make_buffers(CAPACITY, CPU)
     for _ in range(4):
-        ops.enqueue(buffers, "key", lambda: num_runs.append(1))
-    assert len(num_runs) == 4
+        with ops.recorded(buffers, "key") as is_enqueued:
+            num_runs.append(1 - is_enqueued)
+    assert num_runs == [1] * 4
     assert caplog.text.count("launches cannot be recorded") == 1
 
 

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -327,7 +326,9 @@ class SlotMap:
         # 4. The launches. They depend on the key and on the buffers, and on nothing else, so that they can be recorded.
         addresses = tuple(tensor.data_ptr() for tensor in batch.features)
         key = (self.num_remakes, addresses, batch.ids.ids.dtype, batch.ids.bounds.dtype)
-        self.ops.enqueue(buffers, key, partial(self._enqueue_plan, request, buffers))
+        with self.ops.recorded(buffers, key) as is_enqueued:
+            if not is_enqueued:
+                self._enqueue_plan(request, buffers)
         planned = self._streams.record(self._streams.plan)
         return CachePlan(request, buffers, seen, planned)
 
@@ -338,8 +339,9 @@ class SlotMap:
         """
         key = ("count_misses", self.num_remakes)
         num_misses = self.table_counts.num_misses_at_train
-        operations = partial(self.ops.count_misses, plan.request, self.maps, plan.buffers, num_misses)
-        self.ops.enqueue(plan.buffers, key, operations)
+        with self.ops.recorded(plan.buffers, key) as is_enqueued:
+            if not is_enqueued:
+                self.ops.count_misses(plan.request, self.maps, plan.buffers, num_misses)
 
     def _enqueue_plan(self, request: PlanRequest, buffers: PlanBuffers) -> None:
         ops, maps, scratch = self.ops, self.maps, self._scratch

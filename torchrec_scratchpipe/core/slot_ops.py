@@ -42,7 +42,8 @@ Source:
 """
 
 import enum
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -284,12 +285,13 @@ class SlotOps(Protocol):
         """
 
     def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
-        """Take in what is asked for; before the operations of a plan, which may be enqueued by :meth:`enqueue`."""
+        """Take in what is asked for; before the operations of a plan, which may be :meth:`recorded`."""
 
-    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
-        """Enqueue operations, or a recording of them.
+    def recorded(self, buffers: PlanBuffers, key: Hashable) -> AbstractContextManager[bool]:
+        """While entered, the operations of `key` are enqueued: by this, if it has recorded them, or else by the caller.
 
-        They must depend on nothing but what :meth:`prepare` takes in, and what `key` tells apart.
+        They must depend on nothing but what :meth:`prepare` takes in, and what `key` tells apart. Says whether they are
+        enqueued already.
         """
 
     def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:

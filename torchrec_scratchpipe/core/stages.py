@@ -25,7 +25,6 @@ Who runs the stages, and in which order they must run, is :mod:`torchrec_scratch
 """
 
 import time
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -154,13 +153,16 @@ def _move_in_place(pool: Pool, plan: CachePlan, streams: StageStreams) -> None:
 
 def write_back(pool: Pool, plan: CachePlan) -> None:
     """Collect, exchange and insert victims, in place: from their slots to their table."""
-    operations = partial(_enqueue_writeback, pool, plan.buffers)
-    pool.slot_map.ops.enqueue(plan.buffers, _key(pool, Count.WRITEBACKS), operations)
+    with pool.slot_map.ops.recorded(plan.buffers, _key(pool, Count.WRITEBACKS)) as is_enqueued:
+        if not is_enqueued:
+            _enqueue_writeback(pool, plan.buffers)
 
 
 def fill(pool: Pool, plan: CachePlan) -> None:
     """Collect, exchange and insert missing rows, in place: from their table to their slots."""
-    pool.slot_map.ops.enqueue(plan.buffers, _key(pool, Count.FILLS), partial(_enqueue_fill, pool, plan.buffers))
+    with pool.slot_map.ops.recorded(plan.buffers, _key(pool, Count.FILLS)) as is_enqueued:
+        if not is_enqueued:
+            _enqueue_fill(pool, plan.buffers)
 
 
 def _enqueue_writeback(pool: Pool, buffers: PlanBuffers) -> None:

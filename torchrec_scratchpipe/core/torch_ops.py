@@ -4,7 +4,8 @@
 They are right on any device. On CUDA they are slow, because most of them wait for the device.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -78,9 +79,9 @@ class TorchOps(CommonOps):
     def prepare(self, request: PlanRequest, buffers: PlanBuffers) -> None:
         """Does nothing: operations take what they need from the request."""
 
-    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
+    def recorded(self, buffers: PlanBuffers, key: Hashable) -> AbstractContextManager[bool]:
         """See :class:`SlotOps`; nothing is recorded."""
-        operations()
+        return nullcontext(False)
 
     def mark(self, ids: FeatureIds, features: FeatureRows, maps: SlotMaps, sighting: Sighting, first_use: int) -> None:
         use, first_place = sighting

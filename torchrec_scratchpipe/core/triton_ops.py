@@ -11,7 +11,8 @@ import logging
 import math
 import struct
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -173,41 +174,50 @@ class TritonOps(CommonOps):
         numbers[Number.ORIGIN] = _bits_of(request.aging.origin)
         buffers.host_numbers.numpy()[:] = numbers
 
-    def enqueue(self, buffers: PlanBuffers, key: Hashable, operations: Callable[[], None]) -> None:
-        """See :class:`SlotOps`; recorded the second time."""
-        if self._make_graph is None:
-            operations()
-            return
+    @contextmanager
+    def recorded(self, buffers: PlanBuffers, key: Hashable) -> Iterator[bool]:
+        """See :class:`SlotOps`; recorded the second time, while the caller enqueues them."""
         recordings = self._recordings.setdefault(buffers, {})
-        if key not in recordings:
-            recordings[key] = None
-            operations()
+        recording = recordings.get(key)
+        if recording is not None:
+            recording()
+            yield True
             return
-        recording = recordings[key]
-        if recording is None:
-            try:
-                recording = recordings[key] = self._record(self._make_graph(), operations)
-            except (OSError, AttributeError, RuntimeError) as error:  # no driver, an older one, one that refuses
-                logger.warning("launches cannot be recorded, and cost more of the host's time (%s)", error)
-                self._make_graph = None
-                operations()
-                return
-        recording()
-
-    def _record(self, graph: LaunchGraph, operations: Callable[[], None]) -> Callable[[], None]:
-        self._of_thread.graph = graph
+        if key in recordings:
+            self._begin_recording()
+        recordings[key] = None
         try:
-            operations()
+            yield False
+            recordings[key] = self._end_recording()
         finally:
-            del self._of_thread.graph
-        return graph.finish()
+            self._of_thread.graph = None
+
+    def _begin_recording(self) -> None:
+        if self._make_graph is not None:
+            with self._giving_up():
+                self._of_thread.graph = self._make_graph()
+
+    def _end_recording(self) -> Callable[[], None] | None:
+        graph: LaunchGraph | None = getattr(self._of_thread, "graph", None)
+        if graph is not None:
+            with self._giving_up():
+                return graph.finish()
+        return None
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, AttributeError, RuntimeError) as error:  # no driver, an older one, one that refuses
+            logger.warning("launches cannot be recorded, and cost more of the host's time (%s)", error)
+            self._make_graph = self._of_thread.graph = None
 
     def _launch(self, kernel: Any, num_programs: int, *args: Tensor | int, **options: Any) -> None:
+        kernel[(num_programs,)](*args, **options)
         graph: LaunchGraph | None = getattr(self._of_thread, "graph", None)
-        if graph is None:
-            kernel[(num_programs,)](*args, **options)
-        else:
-            graph.add(kernel, num_programs, args, options)
+        if graph is not None:
+            with self._giving_up():
+                graph.add(kernel, num_programs, args, options)
 
     def find(self, request: PlanRequest, maps: SlotMaps, buffers: PlanBuffers, scratch: ScratchBuffers) -> None:
         self._launch(

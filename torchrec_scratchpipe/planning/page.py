@@ -16,7 +16,8 @@ __all__ = ["Page", "check_page"]
 WIDE, NARROW = (10.5, 4.2), (4.2, 4.2)  # inches
 _STYLE = """
 :root { color-scheme: light }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 1080px; margin: 0 auto; padding: 16px }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff }
+body { max-width: 1080px; margin: 0 auto; padding: 16px }
 h1 { font-size: 1.6em; line-height: 1.2; margin: .4em 0 } h2 { font-size: 1.2em; margin: 1.6em 0 .4em }
 p, li { max-width: 75ch } .table { overflow-x: auto }
 table { border-collapse: collapse; font-size: .88em; font-variant-numeric: tabular-nums }
@@ -24,7 +25,7 @@ th, td { padding: 3px 12px 3px 0; text-align: right; white-space: nowrap; border
 th:first-child, td:first-child { text-align: left }
 figure { margin: 8px 0 } figure img { width: 100%; height: auto } .narrow { display: none }
 @media (max-width: 700px) { .wide { display: none } .narrow { display: block } }
-"""  # noqa: E501 - of another language
+"""
 
 
 class Page:
