@@ -416,6 +416,7 @@ def test_nothing_is_allocated_once_buffers_fit(monkeypatch: pytest.MonkeyPatch) 
     assert len(pool.slot_map._free_buffers) <= 2  # the smaller ones are gone
 
 
+@pytest.mark.host_path
 def test_how_a_device_is_served(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cuda, options = torch.device("cuda"), ScratchpadOptions()
     ops = options.make_slot_ops(cuda)

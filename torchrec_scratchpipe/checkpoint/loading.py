@@ -137,6 +137,7 @@ def check_file(directory: Path, name: str, expected: FileChecksums, metadata: Me
         ) from error
     if found == expected:
         return
+    # Where the first damage is: at a checksum that differs, or where the shorter one of the two ends.
     if found.num_bytes != expected.num_bytes:
         what = f"has {found.num_bytes:,} bytes, {expected.num_bytes:,} were written"
         first_bad = min(len(found.crc32), len(expected.crc32)) - 1
@@ -178,6 +179,7 @@ def check_fits(state: dict[str, Any], metadata: Metadata, names: set[str] | None
                 raise CheckpointMismatchError(
                     f"{directory}: {name} is {found.properties.dtype} there and {value.dtype} here. {_advice(name)}"
                 )
+    # What is there and was not asked for would be lost without a word.
     left = [] if names is None else [name for name in saved if name not in names and name.partition(".")[0] in state]
     if left:
         raise CheckpointMismatchError(f"{directory}: has {min(left)}, which is not there here. {_advice(min(left))}")

@@ -93,6 +93,8 @@ def _fit_torch_optimizer(
 
 
 def _step_without_effect(part: torch.optim.Optimizer, parameters: list[Tensor], missing: list[Tensor]) -> None:
+    # Optimizers make their states in their first step. This one has no gradient and no learning rate; weight decay may
+    # change weights all the same, so that they are put back.
     gradients = [p.grad for p in parameters]
     weights = [p.detach().clone() for p in missing]
     rates = [group.get("lr") for group in part.param_groups]

@@ -119,6 +119,7 @@ class RowOrder:
 
     def row_groups(self, epoch: int) -> list[Piece]:
         """What an epoch reads of each row group, in order."""
+        # Row groups are numbered over all files. `rows` may begin and end inside of one.
         ends = np.cumsum(np.asarray(self.row_group_sizes, dtype=np.int64))
         starts = ends - self.row_group_sizes
         firsts = np.maximum(self.rows.first, starts) - starts
@@ -130,6 +131,7 @@ class RowOrder:
 
     def pieces(self, epoch: int, part: Part) -> Iterator[Piece]:
         """Where the rows of a part are, in order."""
+        # `part` counts rows in the epoch's own order, in which row group `index` begins at `starts[index]`.
         groups = self.row_groups(epoch)
         starts = [0, *np.cumsum([last - first for _, first, last in groups], dtype=np.int64).tolist()]
         for first, last in part:
@@ -176,6 +178,7 @@ class Schedule:
 
     def after(self, place: Place, num_batches: int) -> Place:
         """Where training stands after so many more batches on each rank."""
+        # The rest of this epoch may be divided otherwise than a whole one, after a resume; those that follow are whole.
         left = self.num_batches_left(place)
         if num_batches >= left:
             per_epoch = self.num_batches_left(self.start(0))
@@ -209,6 +212,7 @@ class Schedule:
         Raises:
             DataError: The state is of other data, is none, or leaves too few rows for all ranks.
         """
+        # 1. What was saved must be of the same rows in the same order.
         try:
             place, theirs = _read_state(state), dict(state["data"])
             is_same = (state["world_size"], state["batch_size"]) == (self.world_size, self.batch_size)
@@ -223,6 +227,7 @@ class Schedule:
                 f"state: rows [{left[0].first}, {left[-1].last}) are left, an epoch has [0, {self.order.num_rows}). "
                 "Give what state_dict returned."
             )
+        # 2. What all ranks together have not read is divided among those that are there now.
         if is_same:
             return place
         if (num_left := num_rows_of(left)) < self.world_size:

@@ -91,6 +91,7 @@ class PoolWindow:
     @property
     def curve(self) -> MissCurve:
         """Misses by slots, scaled to what was counted in the whole window."""
+        # Looks see some batches of the window; their shape is taken, and the level of what was counted.
         seen = self.looks.curve
         factor = self.misses_per_batch / seen.num_misses if seen.num_misses else 1.0
         return seen._replace(

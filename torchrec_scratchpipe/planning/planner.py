@@ -190,6 +190,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
             return super().plan(module, sharders)
         self._sizer.check(module)
         self.report = None
+        # The most batches ahead first: fewer need fewer slots, so that a plan may fit that did not.
         for lookahead in self._lookaheads:
             self._sizer.set_lookahead(lookahead)
             try:
@@ -253,6 +254,7 @@ class ScratchPipeShardingPlanner(EmbeddingShardingPlanner):
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
     ) -> list[ShardingOption] | None:
         assert self._sizer is not None
+        # Memory without end, so that the error can say what would have sufficed.
         topology = copy.deepcopy(self._topology)
         for device in topology.devices:
             device.storage = Storage(hbm=1 << 60, ddr=1 << 60)
@@ -280,6 +282,8 @@ class _LoadPartitioner(GreedyPerfPartitioner):
         self, proposal: list[ShardingOption], storage_constraint: Topology, *args: Any
     ) -> list[ShardingOption]:
         """As stock."""
+        # A shard's load: its share of all bytes and its share of all lookups. TorchRec's time stands in its place again
+        # afterwards, because reports show it.
         shards = [shard for option in proposal for shard in option.shards]
         perfs = [shard.perf for shard in shards]
         stored = np.array([shard.storage.ddr + shard.storage.hbm for shard in shards], dtype=np.float64)

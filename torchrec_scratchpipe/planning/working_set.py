@@ -273,6 +273,7 @@ def _count(
     names = {name for config in configs for name in config.feature_names}
     step: list[dict[str, KeyedJaggedTensor]] = []
     num_steps, batch_sizes, is_known = 0, {0}, True
+    # A step takes one batch from the loader for each rank, as the job will.
     for tensors in batches:
         step.append(tensors)
         sizes = num_samples(tensors, names)

@@ -66,6 +66,7 @@ def pooled_square_norms(
     weights = features.weights_or_none()
     bounds = features.offset_per_key()
     repeated = []
+    # Where bags have one id at most, and a table one feature, a bag has one row: its weight stands before the norm.
     for indices in _by_table([each.table for each in tables]).values():
         index = indices[0]
         if len(indices) > 1 or longest[index] > 1:
@@ -94,6 +95,7 @@ def _repeated_square_norms(
     ids = _ids(features, tables)
     weights = None if features.weights_or_none() is None else _in_order(features, features.weights(), order).float()
     repeated = _find_repeated(ids)
+    # 1. Rows that an example names once. The norm is the bag's, as often as the bag has such rows.
     bag = ids.bag[repeated.position]
     if weights is None:
         once = features.lengths().view(-1, num_examples)[order].flatten().long()
@@ -104,10 +106,13 @@ def _repeated_square_norms(
         once.index_add_(0, ids.bag, weights.square().index_fill_(0, repeated.position, 0.0))
         counts = weights[repeated.position]
     result = (once.view_as(squares) * squares).sum(dim=0)
+    # 2. Rows that one bag names several times. Weights are added up, and stand before the norm again.
     pieces = _pieces(repeated.pair, bag, counts)
     is_shared = torch.bincount(pieces.pair)[pieces.pair] > 1
     of_piece = pieces.weight.square() * squares.flatten()[pieces.bag]
     result.index_add_(0, pieces.bag % num_examples, of_piece.masked_fill_(is_shared, 0.0))
+    # 3. Rows that several bags of an example name: bags of other features of the same table. Only here must gradients
+    #    be added up, row by row, before they are squared.
     first = 0
     for indices in tables:
         last = first + len(indices)
@@ -137,6 +142,7 @@ class _Pieces(NamedTuple):
 
 
 def _pieces(pair: Tensor, bag: Tensor, counts: Tensor) -> _Pieces:
+    # Pairs and, in each, bags lie in order: a piece begins wherever one of them changes.
     is_first = torch.ones_like(pair, dtype=torch.bool)
     is_first[1:] = (pair[1:] != pair[:-1]) | (bag[1:] != bag[:-1])
     starts = is_first.nonzero().squeeze(1)
@@ -250,16 +256,19 @@ def _find_repeated(ids: _Ids) -> _Repeated:
     values = ids.values.long()
     if values.numel() < 2:
         return _Repeated(values[:0], values[:0])
+    # 1. A group is an example and a table: features of one table get the number of the first.
     groups = ids.bag
     if len(set(ids.table_of)) < len(ids.table_of):
         table_of = torch.tensor(ids.table_of, dtype=torch.int64, device=groups.device)
         back = (torch.arange(len(ids.table_of), dtype=torch.int64, device=groups.device) - table_of) * ids.num_examples
         groups = groups - back[groups // ids.num_examples]
+    # 2. A group and an id make one key, as far as 64 bits suffice.
     smallest, largest, last_group = torch.stack([*values.aminmax(), groups.max()]).tolist()
     if (last_group + 1) * (largest - smallest + 1) >= 2**63:  # ids of 64 bits: number those that occur
         unique, values = torch.unique(values, return_inverse=True)
         smallest, largest = 0, unique.numel() - 1
     keys, order = torch.sort(groups * (largest - smallest + 1) + (values - smallest), stable=True)
+    # 3. Equal keys lie together now. One that has no equal is left out.
     is_next_same = keys[1:] == keys[:-1]
     is_repeated = torch.zeros_like(keys, dtype=torch.bool)
     is_repeated[1:] = is_next_same

@@ -93,6 +93,7 @@ class PoissonSampler(Sampler[list[int]]):
         Returns:
             Indices of examples, int64, ascending.
         """
+        # Each rank draws the whole batch and keeps its part, so that the batch does not depend on the number of ranks.
         generator = np.random.default_rng([self._seed, step])
         found = sample_indices(self.num_examples, self.sample_rate, generator)
         return found if self._num_ranks == 1 else found[found % self._num_ranks == self._rank]
@@ -115,6 +116,7 @@ def sample_indices(num_examples: int, sample_rate: float, generator: np.random.G
         return np.empty(0, dtype=np.int64)
     pieces: list[npt.NDArray[np.int64]] = []
     last = -1
+    # So many draws as are nearly always enough: four standard deviations above what is expected.
     while last < num_examples:
         expected = (num_examples - 1 - last) * sample_rate
         count = int(expected + 4 * expected**0.5) + 16

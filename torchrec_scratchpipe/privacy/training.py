@@ -191,6 +191,8 @@ class PrivateTraining:
         Raises:
             PrivacyError: No collection has an output that the loss depends on, or batch sizes differ.
         """
+        # One backward, down to what lookups have returned; then each example's gradient is made shorter, and a second
+        # backward, of tables alone, updates rows. So rows are updated once, with gradients that were clipped.
         try:
             with record_function("## backward ##"):
                 torch.sum(losses, dim=0).backward()
@@ -318,6 +320,8 @@ class PrivateTraining:
 
     def _factors(self, num_examples: int) -> Tensor:
         """[B] float32. What an example's gradient, as backward gave it, is multiplied with: clip, and division."""
+        # 1. The square of an example's norm is the sum of its parts' squares. A loss that is a mean over examples has
+        #    made each gradient B times too short.
         scale = float(num_examples) if self.settings.loss_reduction == "mean" else 1.0
         squares = self._dense.square_norms(num_examples).to(self._device)
         for cut in self._cuts:
@@ -330,12 +334,14 @@ class PrivateTraining:
                 "privacy: sums of gradients are divided by %d, the size of the first batch. Give expected_batch_size.",
                 int(self._batch_size),
             )
+        # 2. Longer gradients than `clip` are made as long as that; all are divided by the batch size that is expected.
         norms = squares.sqrt() * scale
         # A gradient that is not finite has no norm to be clipped to. Such an example counts as none.
         clipped = (self.settings.clip / norms.clamp_(min=self.settings.clip)) * scale / self._batch_size
         return torch.where(norms.isfinite(), clipped, torch.zeros_like(clipped))
 
     def _set_dense_gradients(self, factors: Tensor) -> None:
+        # Sums over the examples of all ranks, and then the noise, once: all ranks draw the same.
         sums = self._dense.sum_of(factors)
         parameters = list(sums)
         if not parameters:
