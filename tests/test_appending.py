@@ -9,7 +9,6 @@ import resource
 from pathlib import Path
 
 import pytest
-import torch
 
 from torchrec_scratchpipe.checkpoint import appending
 from torchrec_scratchpipe.checkpoint.appending import BLOCK_BYTES, AppendedFile
@@ -46,11 +45,11 @@ def test_it_holds_what_was_appended(way: str, tmp_path: Path, monkeypatch: pytes
         file = AppendedFile(path)
         expected = b""
         for _ in range(40):
-            act = rng.choice(["append", "append", "append", "flush", "sync", "truncate"])
+            act = rng.choice(["append", "append", "append", "flush", "sync", "truncate", "finish"])
             if act == "append":
                 data = rng.randbytes(rng.choice([0, 1, 40, BLOCK_BYTES - 1, BLOCK_BYTES, rng.randrange(20_000)]))
                 num_large += len(data) > 2 * BLOCK_BYTES
-                file.append(torch.tensor(list(data), dtype=torch.uint8))
+                file.append(data)
                 expected += data
             elif act == "truncate":
                 file.flush()
@@ -58,6 +57,9 @@ def test_it_holds_what_was_appended(way: str, tmp_path: Path, monkeypatch: pytes
                 num_truncated += kept < len(expected)
                 file.truncate(kept)
                 expected = expected[:kept]
+                assert path.read_bytes() == expected
+            elif act == "finish":
+                file.finish()
                 assert path.read_bytes() == expected
             else:
                 file.flush() if act == "flush" else file.sync()
@@ -74,7 +76,7 @@ def test_it_holds_what_was_appended(way: str, tmp_path: Path, monkeypatch: pytes
 
 def test_a_file_that_may_grow_no_more_says_so_and_goes_on_later(tmp_path: Path) -> None:
     file = AppendedFile(tmp_path / "file")
-    first, second = (torch.randint(256, (50_000,), dtype=torch.uint8) for _ in range(2))
+    first, second = (random.Random(seed).randbytes(50_000) for seed in range(2))
     file.append(first[: 4 * BLOCK_BYTES])
     file.sync()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -90,15 +92,15 @@ def test_a_file_that_may_grow_no_more_says_so_and_goes_on_later(tmp_path: Path) 
     file.sync()
     file.close()
     content = (tmp_path / "file").read_bytes()
-    assert content[: 4 * BLOCK_BYTES] == bytes(first[: 4 * BLOCK_BYTES].tolist())
-    assert content[4 * BLOCK_BYTES :][:50_000] == bytes(second.tolist())
+    assert content[: 4 * BLOCK_BYTES] == first[: 4 * BLOCK_BYTES]
+    assert content[4 * BLOCK_BYTES :][:50_000] == second
 
 
 def test_the_page_cache_is_left_alone(tmp_path: Path) -> None:
     file = AppendedFile(tmp_path / "file")
     if not fcntl.fcntl(file._descriptor, fcntl.F_GETFL) & os.O_DIRECT:
         pytest.skip("this file system has no O_DIRECT")
-    file.append(torch.ones(3 * appending.BUFFER_BYTES // 2, dtype=torch.uint8))
+    file.append(bytes([1]) * (3 * appending.BUFFER_BYTES // 2))
     file.sync()
     assert fcntl.fcntl(file._descriptor, fcntl.F_GETFL) & os.O_DIRECT, "it was given up"
     file.close()

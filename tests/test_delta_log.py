@@ -44,6 +44,7 @@ from torchrec_scratchpipe.checkpoint.delta_chain import Chain, DeltaSet
 from torchrec_scratchpipe.checkpoint.delta_files import MAGIC, Kind, SegmentReader, SegmentWriter
 from torchrec_scratchpipe.checkpoint.files import SafeReader
 from torchrec_scratchpipe.core import changes
+from torchrec_scratchpipe.core.host_table import HostTable
 from torchrec_scratchpipe.sharding.model import scratchpad_collections
 
 SETTING = Setting(num_batches=60, load_factor=0.25)
@@ -832,6 +833,47 @@ def test_a_model_without_tables_on_a_rank_or_without_scratchpads_is_loaded(log: 
     stock = Trainer(replace(SETTING, seed=5))
     assert CheckpointManager(log).load(stock.model, stock.optimizer).step == 31  # type: ignore[union-attr]
     assert_same_bits(trained(SETTING, 31), stock)
+
+
+def test_tables_can_be_loaded_while_a_checkpoint_waits_for_a_delta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who loads has to wait for the checkpoint's rows, and keeps deltas from being read meanwhile."""
+    ours, other = Trainer.scratchpipe(BUSY), Trainer.scratchpipe(replace(BUSY, seed=9))
+    state = other.model.state_dict()
+    manager = CheckpointManager(tmp_path, delta_every=1)
+    is_loading, may_end, may_read = threading.Event(), threading.Event(), threading.Event()
+    wait, write, read = HostTable.wait_for_snapshots, files.ChecksummedWriter.write_data, changes.Changes.read
+
+    def wait_for_snapshots(self: HostTable) -> None:
+        is_loading.set()
+        wait(self)
+
+    def write_data(self: Any, *args: Any) -> Any:
+        assert may_end.wait(60)
+        return write(self, *args)
+
+    def read_later(self: changes.Changes, between_batches: Any) -> Iterator[changes.ChangedRows]:
+        assert may_read.wait(60)
+        return read(self, between_batches)
+
+    monkeypatch.setattr(HostTable, "wait_for_snapshots", wait_for_snapshots)
+    monkeypatch.setattr(files.ChecksummedWriter, "write_data", write_data)
+    monkeypatch.setattr(changes.Changes, "read", read_later)
+    pipeline, batches = ours.pipeline(), iter(make_batches(BUSY))
+    for step in (1, 2):
+        pipeline.progress(batches)
+        manager.trained(step, ours.model, ours.optimizer, extra={"step": step})
+    loading = threading.Thread(target=ours.model.load_state_dict, args=(state,), daemon=True)
+    loading.start()
+    assert is_loading.wait(60)
+    may_end.set()
+    may_read.set()
+    loading.join(30)
+    assert not loading.is_alive(), "they wait for each other"
+    manager.wait()
+    assert manager.steps() == [1]
+    assert loaded(tmp_path, BUSY)[0] == 2
 
 
 @pytest.mark.parametrize("write", [overwrite, write_in_numpy, load_other])

@@ -6,11 +6,9 @@ import fcntl
 import mmap
 import os
 from pathlib import Path
+from types import TracebackType
 
-import torch
-from torch import Tensor
-
-from torchrec_scratchpipe.checkpoint.files import byte_view
+import numpy as np
 
 __all__ = ["BLOCK_BYTES", "AppendedFile"]
 
@@ -37,7 +35,7 @@ class AppendedFile:
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._is_direct = self._set_direct(True)
-        self._memory = torch.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=torch.uint8)  # begins at a page
+        self._memory = np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=np.uint8)  # begins at a page
         self._begin = 0  # of the buffer in the file, a multiple of BLOCK_BYTES
         self._num_filled = 0
 
@@ -46,13 +44,14 @@ class AppendedFile:
         """All that was appended; the file may have less of it, or zeros after it."""
         return self._begin + self._num_filled
 
-    def append(self, data: Tensor) -> None:
-        """Shapes: `data` [bytes] uint8."""
-        while data.numel():
-            part = data[: BUFFER_BYTES - self._num_filled]
-            self._memory[self._num_filled : self._num_filled + part.numel()].copy_(part)
-            self._num_filled += part.numel()
-            data = data[part.numel() :]
+    def append(self, data: bytes | memoryview) -> None:
+        """Add bytes; nothing is kept of `data`."""
+        left = memoryview(data).cast("B")
+        while left:
+            part = left[: BUFFER_BYTES - self._num_filled]
+            self._memory[self._num_filled : self._num_filled + len(part)] = np.frombuffer(part, dtype=np.uint8)
+            self._num_filled += len(part)
+            left = left[len(part) :]
             if self._num_filled == BUFFER_BYTES:
                 self.flush()
 
@@ -60,10 +59,10 @@ class AppendedFile:
         """Have everything in the file, and zeros up to the next multiple of `BLOCK_BYTES`."""
         num_whole = self._num_filled // BLOCK_BYTES * BLOCK_BYTES
         num_padded = -(-self._num_filled // BLOCK_BYTES) * BLOCK_BYTES
-        self._memory[self._num_filled : num_padded].zero_()
+        self._memory[self._num_filled : num_padded] = 0
         self._write(num_padded)
         # The last block is written again with what comes next; the bytes that it has now stay the same.
-        self._memory[: self._num_filled - num_whole].copy_(self._memory[num_whole : self._num_filled].clone())
+        self._memory[: self._num_filled - num_whole] = self._memory[num_whole : self._num_filled].copy()
         self._begin += num_whole
         self._num_filled -= num_whole
 
@@ -79,12 +78,26 @@ class AppendedFile:
         self._begin, self._num_filled = num_bytes, 0  # even if the rest fails: what comes next is written over it
         os.ftruncate(self._descriptor, num_bytes)
 
+    def finish(self) -> None:
+        """Have the file on the disk with what was appended, and no zeros after it; nothing is appended any more."""
+        self.flush()
+        os.ftruncate(self._descriptor, self.num_bytes)
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
         """Append no more."""
         os.close(self._descriptor)
 
+    def __enter__(self) -> "AppendedFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _write(self, num_bytes: int) -> None:
-        view, at = byte_view(self._memory)[:num_bytes], self._begin
+        view, at = memoryview(self._memory.data)[:num_bytes], self._begin
         while view:
             try:
                 count = os.pwrite(self._descriptor, view, at)

@@ -260,7 +260,7 @@ class SegmentWriter:
     def add_rows(self, pool: int, rows: Tensor, values: Sequence[Tensor]) -> None:
         """Shapes: `rows` [N] int64, ascending, `values` [N, D] or [N]."""
         ids = rows.to(self.schema.pools[pool].id_dtype)
-        self._append_block(Kind.ROWS, pool, rows.numel(), [ids, *values])
+        self._append_block(Kind.ROWS, pool, rows.numel(), [_bytes_of(tensor) for tensor in (ids, *values)])
 
     def add_state(self, state: bytes) -> None:
         """What :func:`torch.save` made of everything else."""
@@ -308,21 +308,19 @@ class SegmentWriter:
         num_bytes = self._file.num_bytes + HEADER.size + len(payload)
         self._append_block(kind, 0, 0, [payload + bytes(-num_bytes % BLOCK_BYTES)])
 
-    def _append_block(self, kind: int, pool: int, num_rows: int, pieces: Sequence[Tensor | bytes]) -> None:
+    def _append_block(self, kind: int, pool: int, num_rows: int, pieces: Sequence[bytes | memoryview]) -> None:
         crc, num_bytes = 0, 0
-        parts: list[Tensor] = []
+        parts: list[bytes | memoryview] = []
         for piece in pieces:
-            data = _bytes_of(piece)
-            padding = torch.zeros(_aligned(len(data)) - len(data), dtype=torch.uint8)
-            for part in (data, padding):
-                crc = zlib.crc32(byte_view(part), crc)
+            for part in (piece, bytes(_aligned(len(piece)) - len(piece))):
+                crc = zlib.crc32(part, crc)
                 num_bytes += len(part)
                 parts.append(part)
         header = HEADER.pack(MAGIC, kind, pool, 0, num_rows, num_bytes, crc, 0)[:-4]
         header += struct.pack("<I", zlib.crc32(header))
         if kind != Kind.END:
             self._chain.update(header)
-        for part in (_bytes_of(header), *parts):
+        for part in (header, *parts):
             self._file.append(part)
 
 
@@ -534,7 +532,7 @@ class SegmentReader:
 
     def _read(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
-        view = byte_view(_bytes_of(tensor))
+        view = _bytes_of(tensor)
         self._file.seek(offset)
         if fill(self._file, view) < len(view):
             raise self._error(f"has become shorter than {offset + len(view):,} bytes")
@@ -595,7 +593,5 @@ def _json_bytes(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-def _bytes_of(data: Tensor | bytes) -> Tensor:
-    if isinstance(data, Tensor):
-        return data.contiguous().view(torch.uint8).view(-1)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return byte_view(tensor.contiguous().view(torch.uint8).view(-1))

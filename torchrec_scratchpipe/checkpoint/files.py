@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from torchrec_scratchpipe.checkpoint.appending import AppendedFile
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
 __all__ = [
@@ -270,7 +271,7 @@ class ChecksummedWriter(FileSystemWriter):
         """See stock's, which keeps the last block of each tensor."""
         name = f"{cast(Any, plan.storage_data).prefix}0.distcp"
         results = []
-        with _without_checksums_of_torch(), (Path(self.path) / name).open("wb") as file:
+        with _without_checksums_of_torch(), AppendedFile(Path(self.path) / name) as file:
             stream = _ChecksummedFile(file)
             for item in plan.items:
                 first = stream.tell()
@@ -284,9 +285,7 @@ class ChecksummedWriter(FileSystemWriter):
                 del data
                 length = stream.tell() - first
                 results.append(WriteResult(item.index, length, _StorageInfo(name, first, length)))
-            # On the disk before anybody calls it complete.
-            file.flush()
-            os.fsync(file.fileno())
+            file.finish()  # on the disk before anybody calls it complete
         self.files[name] = stream.checksums()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -464,14 +463,14 @@ def sync_directory(path: Path) -> None:
 class _ChecksummedFile:
     """A file that is written from its beginning to its end."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: AppendedFile) -> None:
         self._file = file
         self._num_bytes = 0
         self._checksums = [0]
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
-        self._file.write(view)
+        self._file.append(view)
         written = 0
         while written < len(view):
             room = CHECKSUM_BYTES * len(self._checksums) - self._num_bytes
@@ -488,7 +487,7 @@ class _ChecksummedFile:
         return self._num_bytes
 
     def flush(self) -> None:
-        self._file.flush()
+        """Does nothing: torch.save asks for it after each tensor."""
 
     def checksums(self) -> FileChecksums:
         return FileChecksums(self._num_bytes, self._checksums if self._num_bytes else [])

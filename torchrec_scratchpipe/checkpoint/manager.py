@@ -322,7 +322,7 @@ class CheckpointManager:
         def write() -> None:
             failure: BaseException | None = None
             try:
-                self._write(step, whole, planner)
+                self._write(step, whole, planner, when_read=lambda: _close(taken))
             except BaseException as error:
                 logger.error("checkpoint of step %s was not saved: %s", step, error)
                 failure = error
@@ -505,7 +505,13 @@ class CheckpointManager:
             state[PRIVACY] = pending_state(state["model"], _pools(model))
         return _Taken(state, extra_bytes, is_noise_pending)
 
-    def _write(self, step: int, whole: "_Taken", planner: RowBlockSavePlanner) -> None:
+    def _write(
+        self,
+        step: int,
+        whole: "_Taken",
+        planner: RowBlockSavePlanner,
+        when_read: Callable[[], object] = lambda: None,
+    ) -> None:
         temporary = self._directory / f".step_{step:012d}.unfinished"
         make_error = _save_error(f"step {step} cannot be saved to {self._directory}")
         writer = ChecksummedWriter(temporary)
@@ -517,6 +523,8 @@ class CheckpointManager:
                 save(whole.state, storage_writer=writer, planner=planner, process_group=self._ranks.group)
             except CheckpointException as error:
                 raise make_error(reasons(error)) from error
+            # Now, before deltas are waited for: who is to write tables waits for snapshots, and deltas wait for that.
+            when_read()
             extra_name = f"extra_{self._ranks.rank}.pt"
             writer.files[extra_name] = self._ranks.each_or_fail(
                 lambda: write_durably(temporary / extra_name, whole.extra_bytes), make_error
