@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when imported, here and in processes that tests start
+
 import torch
 import torch.distributed as dist
 

@@ -22,6 +22,8 @@ SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "torchrec_scratchpipe",
+        "torch.distributed.optim",
+        "opacus",
         "torchrec.models.dlrm",
         "torchrec.datasets.utils",
         "torch.distributed.checkpoint.state_dict_loader",
