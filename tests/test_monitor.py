@@ -251,7 +251,7 @@ def counted(setting: Setting, batches: Sequence[Batch], **pipeline: Any) -> tupl
 )
 def test_misses_with_other_numbers_of_slots_come_true(load_factor: float, exponent: float, seen_ahead: int) -> None:
     setting = dataclasses.replace(SKEWED, load_factor=load_factor)
-    batches = skewed_batches(setting, 400, exponent)
+    batches = skewed_batches(setting, 160, exponent)
     pool, *_ = counted(setting, batches, num_batches_seen_ahead=seen_ahead)
     for factor in (0.7, 2.0):
         other = dataclasses.replace(setting, load_factor=load_factor * factor)
@@ -271,7 +271,7 @@ def follow(setting: Setting, advice: Advice) -> Setting:
 
 def test_smaller_scratchpad_misses_as_predicted() -> None:
     setting = dataclasses.replace(SKEWED, load_factor=0.6)
-    batches = skewed_batches(setting, 600, exponent=1.3)
+    batches = skewed_batches(setting, 300, exponent=1.3)
     pool, _, window = counted(setting, batches)
     calm = dataclasses.replace(window, stall_share=0.0)  # this machine may be slow just now
     (advice,) = [one for one in advice_of(calm, Speeds(1e12), 2) if one.kind == "smaller_scratchpad"]
@@ -283,7 +283,7 @@ def test_smaller_scratchpad_misses_as_predicted() -> None:
 
 
 def test_larger_scratchpad_misses_as_predicted() -> None:
-    batches = skewed_batches(SKEWED, 600)
+    batches = skewed_batches(SKEWED, 240)
     pool, _, window = counted(SKEWED, batches)
     slow = dataclasses.replace(window, stall_share=0.5)
     (advice,) = [one for one in advice_of(slow, Speeds(1e12), 2) if one.kind == "larger_scratchpad"]
@@ -297,7 +297,7 @@ def test_larger_scratchpad_misses_as_predicted() -> None:
 @pytest.mark.host_path
 def test_plan_waits_no_more_with_what_it_is_told_to_set(lookahead: int) -> None:
     setting = dataclasses.replace(SKEWED, load_factor=0.014)  # some more slots than one batch needs
-    batches = skewed_batches(setting, 200, exponent=0.6)
+    batches = skewed_batches(setting, 80, exponent=0.6)
     pool, advice, _ = counted(setting, batches, lookahead=lookahead)
     (waits,) = [one for one in advice if one.kind == "slot_waits"]
     assert pool.num_slot_waits > 0.5 * pool.num_batches
@@ -327,7 +327,7 @@ def test_growth_is_named_with_the_size_to_begin_with() -> None:
 # Rules of which no run on a CPU can be sure: figures are put together by hand.
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def window() -> StepWindow:
     return counted(SETTING, make_batches(SETTING))[2]
 
