@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.requirements import Requirement
+from processes import run_script
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -94,7 +95,7 @@ torch.save(state, sys.argv[1])
 """
 
 
-def run_side(side: str, path: Path) -> tuple[dict[str, dict[str, Any]], str]:
+def run_side(side: str, path: Path, *, is_forked: bool) -> tuple[dict[str, dict[str, Any]], str]:
     """Run one side of README's diff as it stands, and read what it has trained and printed."""
     (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     job = "".join(line[1:] or "\n" for line in diff.splitlines(keepends=True) if line[:1] in (side, " ", "\n"))
@@ -102,16 +103,19 @@ def run_side(side: str, path: Path) -> tuple[dict[str, dict[str, Any]], str]:
     script = path.with_suffix(".py")
     script.write_text(f"import sys\n{before_end}{SAVE_STATE}\ndist.destroy_process_group(){end}")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    run = subprocess.run(
-        [sys.executable, str(script), str(path)], env=environment, capture_output=True, text=True, check=False
+    command = [str(script), str(path)]
+    run = (
+        run_script(*command)
+        if is_forked
+        else subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
     )
     assert run.returncode == 0, run.stderr
     return torch.load(path), run.stdout
 
 
 def test_both_sides_of_the_smallest_job_train_the_same_bits(tmp_path: Path) -> None:
-    expected, stock_output = run_side("-", tmp_path / "stock.pt")
-    actual, our_output = run_side("+", tmp_path / "ours.pt")
+    expected, stock_output = run_side("-", tmp_path / "stock.pt", is_forked=True)
+    actual, our_output = run_side("+", tmp_path / "ours.pt", is_forked=False)
     assert expected["model"].keys() == actual["model"].keys()
     assert expected["optimizer"].keys() == actual["optimizer"].keys()
     assert len(expected["model"]) > 5

@@ -22,9 +22,9 @@ document.title = JSON.stringify({width: innerWidth, page: document.documentEleme
 broken: shown.filter(one => !one.complete || !one.naturalWidth).length}) }</script>"""
 
 
-@pytest.fixture
-def run_page(tmp_path: Path) -> Path:
-    trainer, path = Trainer.scratchpipe(SETTING), tmp_path / "run.html"
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    trainer, path = Trainer.scratchpipe(SETTING), tmp_path_factory.mktemp("run") / "run.html"
     pipeline = trainer.pipeline()
     with ScratchPipeMonitor(trainer.model, pipeline, every=20, log=False) as monitor:
         drain(pipeline, make_batches(SETTING))
@@ -32,9 +32,10 @@ def run_page(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def plan_page(tmp_path: Path) -> Path:
-    tables, path = tmp_path / "tables.json", tmp_path / "plan.html"
+@pytest.fixture(scope="module")
+def plan_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    tables, path = folder / "tables.json", folder / "plan.html"
     table = {"num_embeddings": 20_000, "embedding_dim": 16}
     tables.write_text(json.dumps([{"name": f"t{index}", **table} for index in range(30)]))
     arguments = ["--zipf", "1.05", "--batch_size", "64", "--scratchpad_gb", "0.006"]
@@ -42,7 +43,7 @@ def plan_page(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["run", "plan"])
+@pytest.fixture(scope="module", params=["run", "plan"])
 def page(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"{request.param}_page")
 
@@ -60,7 +61,7 @@ def test_nothing_comes_from_elsewhere(page: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [375, 1280])
 def test_it_fits_the_screen(page: Path, width: int) -> None:
-    looked_at = page.with_name("looked_at.html")
+    looked_at = page.with_name(f"looked_at_{width}.html")
     looked_at.write_text(page.read_text() + LOOK)
     flags = [
         "--headless=new",
