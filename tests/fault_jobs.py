@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def be_interrupted_below_nohup(directory: Path, moment: str) -> None:
 
 def lose_a_rank(directory: Path, rank: int, how: str) -> None:
     """Rank 1 dies or raises at batch 10; rank 0 says what it was told, and when."""
-    set_up(directory, rank, 2, timeout_s=8)
+    set_up(directory, rank, 2, timeout_s=5)
     setting = replace(SETTING, sharding_type="row_wise", num_rows=(200, 150, 40))
     ours = Trainer.scratchpipe(setting)
     pipeline = ours.pipeline()
@@ -337,9 +338,10 @@ def _train_on_bad_ids(ours: Trainer, batch: Batch) -> None:
     raise AssertionError("ids out of range were trained")
 
 
-def wait_for(path: Path) -> float:
-    """Until another process has made a file; the time when it was seen."""
+def wait_for(path: Path, process: BaseProcess | None = None) -> float:
+    """Until another process has made a file; the time when it was seen. It must not end before, if it is given."""
     while not path.exists():
+        assert process is None or process.is_alive() or path.exists(), f"it ended with {process.exitcode}"
         time.sleep(0.001)
     return time.monotonic()
 

@@ -3,7 +3,6 @@
 
 import fcntl
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from helpers import (
     scratchpad_constraints,
     with_optimizer,
 )
+from processes import end, start
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -479,58 +479,50 @@ def test_what_two_ranks_have_logged_is_folded_by_one_process(
     run_ranks(2, _load_mixed, str(tmp_path), optimizer, True)
 
 
-BIG = """
-import os, sys, threading
-from dataclasses import replace
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import torch, torch.distributed as dist
-from torchrec_scratchpipe.checkpoint.compaction import compact
-
-def rss():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1000
-
-if sys.argv[3] == "make":
-    from helpers import Setting, Trainer, make_batches
-    from torchrec_scratchpipe import CheckpointManager
+def log_big(directory: Path) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    setting = Setting(num_rows=(400_000, 200_000, 300_000), dims=(64, 64, 64), batch_size=40_000, num_batches=4,
-                      load_factor=0.9)
+    setting = Setting(
+        num_rows=(400_000, 200_000, 300_000), dims=(64, 64, 64), batch_size=40_000, num_batches=4, load_factor=0.9
+    )
     ours = Trainer.scratchpipe(setting)
-    manager = CheckpointManager(sys.argv[1], delta_every=1)
+    manager = CheckpointManager(directory, delta_every=1)
     pipeline, batches = ours.pipeline(), iter(make_batches(setting))
     for step in range(1, 5):
         pipeline.progress(batches)
         manager.trained(step, ours.model, ours.optimizer)
     manager.wait()
-else:
-    before, peak, is_done = rss(), 0.0, threading.Event()
-    def watch():
-        global peak
+
+
+def anonymous_mb() -> float:
+    """What this process has in memory that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1000
+
+
+def fold_big(directory: Path) -> None:
+    """Fold, and say how much memory that took, in MB."""
+    torch.set_num_threads(1)
+    before, peaks, is_done = anonymous_mb(), [0.0], threading.Event()
+
+    def watch() -> None:
         while not is_done.wait(0.002):
-            peak = max(peak, rss())
+            peaks.append(max(peaks.pop(), anonymous_mb()))
+
     watcher = threading.Thread(target=watch)
     watcher.start()
-    assert compact(sys.argv[1]) == 4
+    assert compact(directory) == 4
     is_done.set()
     watcher.join()
-    print(peak - before)
-"""
+    (directory / "peak_mb").write_text(str(peaks[0] - before))
 
 
 def test_memory_is_that_of_a_few_blocks(tmp_path: Path) -> None:
     """Of 460 MB of tables and states; a fold that loads them, or a delta, is found out."""
-
-    def python(what: str) -> str:
-        command = [sys.executable, "-c", BIG, str(tmp_path), str(Path(__file__).parent), what]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    python("make")
+    assert end(start(log_big, tmp_path)) == 0
     base_bytes = sum(path.stat().st_size for path in (tmp_path / "step_000000000001").iterdir())
     log_bytes = sum(path.stat().st_size for path in segments(tmp_path))
     assert base_bytes > 400e6
     assert log_bytes > 40e6
-    assert float(python("fold")) < 150
+    assert end(start(fold_big, tmp_path)) == 0
+    assert 0 < float((tmp_path / "peak_mb").read_text()) < 150

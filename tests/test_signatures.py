@@ -291,13 +291,22 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Ite
     typed.progress(iter([3]))
 """
 
+AS_STRICT_AS_CAN_BE = """
+[[tool.mypy.overrides]]
+module = "user"
+disallow_subclassing_any = true
+disallow_untyped_calls = true
+warn_return_any = true
+warn_unused_ignores = true
+"""
+
 
 def test_pipeline_is_typed_for_a_user_and_asks_for_no_annotation(tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(USER)
-    (tmp_path / "mypy.ini").write_text(
-        "[mypy]\nstrict = true\n[mypy-torchrec.*,fbgemm_gpu.*]\nignore_missing_imports = true\n"
-    )
-    command = ["--follow-imports=silent", f"--python-executable={sys.executable}", "--config-file=mypy.ini", "user.py"]
+    # With the settings and the cache of `make check`, or to check torch would take most of the time.
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + AS_STRICT_AS_CAN_BE)
+    cache = f"--cache-dir={ROOT / '.mypy_cache'}"
+    command = [cache, f"--python-executable={sys.executable}", "--config-file=pyproject.toml", "user.py"]
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", "--no-error-summary", *command],
         cwd=tmp_path,
