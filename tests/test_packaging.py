@@ -135,7 +135,7 @@ def test_commands_of_the_wheel_run_in_a_clean_environment(clean: Path, tmp_path:
     for command, (script, *_), answer in zip(commands, asked, answers, strict=True):
         assert answer.startswith(f"usage: {' '.join(command)} ")
         assert os.access(script, os.X_OK)
-        assert Path(script).read_text().startswith(f"#!{python}\n")
+        assert python in Path(script).read_text()  # which is run from a shell
     table = {"name": "t", "num_embeddings": 10_000, "embedding_dim": 16}
     (tmp_path / "tables.json").write_text(json.dumps([table]))
     plan = [str(clean / "bin" / "torchrec-scratchpipe"), "plan"]
