@@ -14,6 +14,8 @@ import torch
 from torchrec_scratchpipe.checkpoint import appending
 from torchrec_scratchpipe.checkpoint.appending import BLOCK_BYTES, AppendedFile
 
+pytestmark = pytest.mark.any_torchrec
+
 
 @pytest.fixture(params=["direct", "refused when opened", "refused when written"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

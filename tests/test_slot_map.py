@@ -33,6 +33,8 @@ from torchrec_scratchpipe.core.slot_ops import (
 from torchrec_scratchpipe.core.torch_ops import TorchOps, distances
 from torchrec_scratchpipe.core.triton_ops import TritonOps
 
+pytestmark = pytest.mark.any_torchrec
+
 NUM_ROWS, NUM_SLOTS = 30, 12
 VICTIMS = [TorchOps, RandomVictims, MostRecentlyUsed, LeastRecentlyUsed]
 
