@@ -176,12 +176,12 @@ def train_and_write(
         return trainer.step(next(batches)) if pipeline is None else pipeline.progress(batches)
 
     kept = road(trainer)
-    outputs = [step() for _ in range(15)]
+    outputs = [step() for _ in range(trainer.setting.num_batches // 2)]
     tensors = kept if is_kept else road(trainer)
     with torch.no_grad():
         for tensor in tensors:
             write(tensor)
-    return outputs + [step() for _ in range(15)]
+    return outputs + [step() for _ in range(trainer.setting.num_batches // 2)]
 
 
 def check_write(road: str, write: str, is_kept: bool, setting: Setting = SETTING, rank: int = 0, **kwargs: Any) -> None:
@@ -239,7 +239,7 @@ def test_written_in_other_settings(setting: Setting, write: str) -> None:
 
 def _check_on_two_ranks(rank: int) -> None:
     for sharding_type in ("row_wise", "table_wise"):
-        setting = replace(SETTING, sharding_type=sharding_type, num_rows=(200, 200, 200), dims=(8, 8, 8))
+        setting = replace(SETTING, sharding_type=sharding_type, num_rows=(200, 200, 200), dims=(8, 8, 8), num_batches=16)
         for write in ("dist.broadcast", "dist.all_reduce", "dist.scatter", "data.copy_", "numpy"):
             # The last: broadcast needs the same number of tensors on both ranks.
             for road in ("model.state_dict", "optimizer.state_dict") if sharding_type == "row_wise" else ():
