@@ -379,10 +379,10 @@ def train_large_table(table_dir: str | None, group: str | None, result: str) -> 
     storage = None if table_dir is None else MappedStorage(table_dir, RamBudget(16_000_000))
     pool = make_pool(LARGE_ROWS, 30_000, storage=storage, layout=LARGE_LAYOUT)
     runner, peak = OverlappedStageRunner(CPU), 0
-    for number, rows in enumerate(random_rows(num_batches=40, ids_per_batch=8_000, num_rows=LARGE_ROWS)):
+    for number, rows in enumerate(random_rows(num_batches=24, ids_per_batch=8_000, num_rows=LARGE_ROWS)):
         batch = planned(pool, rows, runner)
         runner.submit(batch)
-        if number == 20 and storage is not None:
+        if number == 12 and storage is not None:
             storage.forget_pages()
         train(pool.scratchpad.parts, runner.wait(batch))
         runner.release(batch, is_updated=True)
@@ -593,7 +593,7 @@ AHEAD_STEPS = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.lists(AHEAD_STEPS, max_size=50), st.integers(1, 10), st.integers(1, 4))
 def test_rows_that_were_read_ahead_are_used_only_if_they_are_as_they_were(
     steps: list[tuple[str, set[int]]], num_places: int, segment_rows: int
@@ -690,7 +690,7 @@ def test_hazard_7_a_row_that_was_read_ahead_and_has_changed_is_seen(
         # Some rows come back to the places in the log where they were.
         "log": [
             [*fill, ("ask", all_rows), *(("write", some_rows(seed)) for _ in range(seed)), ("read", all_rows)]
-            for seed in range(40)
+            for seed in range(20)
         ],
     }
 
