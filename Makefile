@@ -39,9 +39,10 @@ test: setup
 # What one wants to know while one writes: the rules of the core, and the same bits as stock; a minute and a half
 test-quick: setup
 	$(PYTEST) tests/test_imports.py tests/test_slot_map.py tests/test_stages.py tests/test_triton_ops.py tests/test_host_table.py \
-		tests/test_snapshot.py tests/test_errors.py tests/test_device_batch.py tests/test_equivalence.py $(ARGS)
+		tests/test_snapshot.py tests/test_errors.py tests/test_device_batch.py tests/test_device_path.py tests/test_equivalence.py $(ARGS)
 
-# The oldest and the newest TorchRec that are supported, with the same torch and FBGEMM.
+# The oldest and the newest TorchRec that are supported, with the same torch and FBGEMM. Tests that are marked
+# any_torchrec find the same with each: ARGS="-m 'not any_torchrec'"
 test-oldest: TORCHREC := 1.6.1
 test-newest conformance-newest: TORCHREC := 1.9.2
 OTHER = $(CURDIR)/$(VENV)/torchrec-$(TORCHREC)

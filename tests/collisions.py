@@ -38,7 +38,7 @@ class CollisionSetting(Setting):
     policy: str = "lfu"
     eviction_interval: int = 3
     load_factor: float = 0.7
-    num_batches: int = 60
+    num_batches: int = 36
     num_ids: int = 90  # that are in use at a time
     num_buckets: int | None = None  # default: as many as ranks
     is_in_place: bool = False

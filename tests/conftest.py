@@ -16,7 +16,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels are compiled, or interpreted, as of their import
 
 import device_path  # noqa: F401  acts when imported
+import interpreter
 from helpers import note_planned
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.make_quick()
 
 
 @pytest.fixture(scope="session", autouse=True)

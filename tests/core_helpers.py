@@ -3,11 +3,11 @@
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from device_path import ReachableRam
 from torch import Tensor
 
 from torchrec_scratchpipe.core.batch import Batch, FeatureSource, feature_rows
@@ -22,6 +22,7 @@ from torchrec_scratchpipe.core.slot_ops import (
     SEEN,
     FeatureIds,
     FeatureRows,
+    PlanBuffers,
     PlanRequest,
     Sighting,
     SlotMaps,
@@ -34,6 +35,53 @@ from torchrec_scratchpipe.core.torch_ops import TorchOps
 
 CPU = torch.device("cpu")
 LAYOUT = RowLayout(dim=4, dtype=torch.float32, states=(StateSpec("momentum1", is_rowwise=True),))
+
+
+class ReachableRam(RamStorage):
+    """RAM that "kernels" of a CPU read and write in place."""
+
+    is_device_accessible = True
+
+
+class WrappedOps:
+    """Operations that something is done with; none is recorded, so that it is done each time."""
+
+    def __init__(self, ops: SlotOps) -> None:
+        self._ops = ops
+        self.orders_moves = ops.orders_moves
+
+    def prepare(self, *args: Any) -> None:
+        self._ops.prepare(*args)
+
+    def recorded(self, buffers: PlanBuffers, key: Hashable) -> AbstractContextManager[bool]:
+        return nullcontext(False)
+
+    def order(self, *args: Any) -> tuple[Tensor, Tensor]:
+        self._run("order", args)
+        return args[-1].rows, args[-1].slots
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self._run(name, args)
+
+    def _run(self, name: str, args: tuple[Any, ...]) -> None:
+        getattr(self._ops, name)(*args)
+
+
+class LaunchList:
+    """A recorder for a CPU: what was launched for an earlier batch is launched again, with the same parameters."""
+
+    def __init__(self) -> None:
+        self._launches: list[Callable[[], None]] = []
+
+    def add(self, kernel: Any, num_programs: int, args: Sequence[Tensor | int], options: Mapping[str, Any]) -> None:
+        self._launches.append(lambda: kernel[(num_programs,)](*args, **options))
+
+    def finish(self) -> Callable[[], None]:
+        def replay() -> None:
+            for launch in self._launches:
+                launch()
+
+        return replay
 
 
 class ListedAnew(TorchOps):

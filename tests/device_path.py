@@ -7,27 +7,22 @@ interpreted kernels, which plan too; with ``locked``, by torch operations, in me
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from core_helpers import LaunchList, ReachableRam, WrappedOps
 from torch import Tensor
 
 from torchrec_scratchpipe.core import storage as storage_module
 from torchrec_scratchpipe.core.slot_ops import PlanBuffers, SlotOps
-from torchrec_scratchpipe.core.storage import PageLockedStorage, RamStorage, TableStorage
+from torchrec_scratchpipe.core.storage import PageLockedStorage, TableStorage
 from torchrec_scratchpipe.core.torch_ops import TorchOps
 from torchrec_scratchpipe.sharding.options import ScratchpadOptions
 
 KINDS = ("torch", "triton")
 LOCKED = "locked"
-
-
-class ReachableRam(RamStorage):
-    """RAM that "kernels" of a CPU read and write in place."""
-
-    is_device_accessible = True
 
 
 class FakeDriver:
@@ -51,30 +46,6 @@ class FakeDriver:
         return any(first <= start < first + num_bytes for first, num_bytes in self._ranges.items())
 
 
-class WrappedOps:
-    """Operations that something is done with; none is recorded, so that it is done each time."""
-
-    def __init__(self, ops: SlotOps) -> None:
-        self._ops = ops
-        self.orders_moves = ops.orders_moves
-
-    def prepare(self, *args: Any) -> None:
-        self._ops.prepare(*args)
-
-    def recorded(self, buffers: PlanBuffers, key: Hashable) -> AbstractContextManager[bool]:
-        return nullcontext(False)
-
-    def order(self, *args: Any) -> tuple[Tensor, Tensor]:
-        self._run("order", args)
-        return args[-1].rows, args[-1].slots
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: self._run(name, args)
-
-    def _run(self, name: str, args: tuple[Any, ...]) -> None:
-        getattr(self._ops, name)(*args)
-
-
 class OneAtATime(WrappedOps):
     """Operations of which no two run at once: Triton's interpreter changes its own module while a kernel runs."""
 
@@ -88,23 +59,6 @@ class OneAtATime(WrappedOps):
     def _run(self, name: str, args: tuple[Any, ...]) -> None:
         with self._lock:
             super()._run(name, args)
-
-
-class LaunchList:
-    """A recorder for a CPU: what was launched for an earlier batch is launched again, with the same parameters."""
-
-    def __init__(self) -> None:
-        self._launches: list[Callable[[], None]] = []
-
-    def add(self, kernel: Any, num_programs: int, args: Sequence[Tensor | int], options: Mapping[str, Any]) -> None:
-        self._launches.append(lambda: kernel[(num_programs,)](*args, **options))
-
-    def finish(self) -> Callable[[], None]:
-        def replay() -> None:
-            for launch in self._launches:
-                launch()
-
-        return replay
 
 
 def make_ops(kind: str) -> SlotOps:

@@ -83,6 +83,13 @@ class Setting:
         return self.features_per_table.get(table_index, (f"f{table_index}",))
 
 
+@dataclass(frozen=True)
+class ShortSetting(Setting):
+    """As many batches as evict some hundreds of rows."""
+
+    num_batches: int = 40
+
+
 class TinyModel(nn.Module):
     """Embeddings, one dense layer, a logistic loss; small enough to compare every bit."""
 

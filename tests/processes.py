@@ -22,11 +22,13 @@ SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "torchrec_scratchpipe",
+        "torchrec_scratchpipe.data",
         "torch.distributed.optim",
         "opacus",
         "torchrec.models.dlrm",
         "torchrec.datasets.utils",
         "torch.distributed.checkpoint.state_dict_loader",
+        "torch.distributed.optim",  # scripts of optimizers are compiled: most of what a model's set-up takes
         "matplotlib.pyplot",
         "torchmetrics",
         "tqdm",

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from core_helpers import CPU
-from device_path import WrappedOps
+from core_helpers import CPU, WrappedOps
 from torch import Tensor
 
 from torchrec_scratchpipe.core.batch import Batch

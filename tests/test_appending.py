@@ -13,6 +13,8 @@ import pytest
 from torchrec_scratchpipe.checkpoint import appending
 from torchrec_scratchpipe.checkpoint.appending import BLOCK_BYTES, AppendedFile
 
+pytestmark = pytest.mark.any_torchrec
+
 
 @pytest.fixture(params=["direct", "refused when opened", "refused when written"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

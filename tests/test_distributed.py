@@ -31,7 +31,7 @@ from torchrec_scratchpipe import IdOutOfRangeError, scratchpad_stats
 pytestmark = pytest.mark.dist
 
 # A small scratchpad per rank, or tables that are spread over ranks would never evict.
-SETTING = Setting(load_factor=0.25, num_batches=60)
+SETTING = Setting(load_factor=0.25, num_batches=20)
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
 POOLINGS = [PoolingType.MEAN, PoolingType.SUM, PoolingType.MEAN]
 SHARDINGS: list[dict[str, Any]] = [
@@ -67,7 +67,7 @@ def test_shardings_on_two_ranks() -> None:
 
 def test_shardings_on_four_ranks_of_two_hosts() -> None:
     # Twice the rows per table, and fewer slots: each rank holds a quarter of a table, and every rank sees four batches.
-    wide = replace(SETTING, num_rows=(800, 600, 8), dims=(16, 16, 8), load_factor=0.15, num_batches=24, local_size=2)
+    wide = replace(SETTING, num_rows=(800, 600, 8), dims=(16, 16, 8), load_factor=0.15, num_batches=10, local_size=2)
     run_ranks(4, _check_shardings, wide, local_size=2)
 
 
@@ -123,7 +123,7 @@ def test_quantised_communication() -> None:
 
 def _check_mixed_tables(rank: int) -> None:
     setting = Setting(
-        num_rows=(300, 260, 240, 220, 60, 40), dims=(8, 8, 16, 8, 8, 4), load_factor=0.2, num_batches=40, local_size=2
+        num_rows=(300, 260, 240, 220, 60, 40), dims=(8, 8, 16, 8, 8, 4), load_factor=0.2, num_batches=16, local_size=2
     )
     constraints = scratchpad_constraints(replace(setting, fused_tables=("t4",)))
     for table, sharding_type in [("t1", "row_wise"), ("t2", "column_wise"), ("t3", "table_row_wise")]:
@@ -139,7 +139,7 @@ def test_tables_of_one_collection_mix_shardings_and_kernels() -> None:
 def _check_batches_of_different_size(rank: int) -> None:
     sizes = [(3, 5), (1, 6), (6, 1)]
     batches = [
-        make_batches(replace(SETTING, batch_size=sizes[i % 3][rank], seed=i), rank, num_batches=1)[0] for i in range(60)
+        make_batches(replace(SETTING, batch_size=sizes[i % 3][rank], seed=i), rank, num_batches=1)[0] for i in range(24)
     ]
     check_equal_and_evicting(SETTING, batches=batches)
 

@@ -20,9 +20,13 @@ import torchrec_scratchpipe.data
 ROOT = Path(__file__).parent.parent
 LOADED_BY = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: pip install -r requirements-docs.txt"
-)
+pytestmark = [
+    pytest.mark.any_torchrec,
+    pytest.mark.skipif(
+        importlib.util.find_spec("mkdocs") is None,
+        reason="mkdocs is not installed: pip install -r requirements-docs.txt",
+    ),
+]
 
 
 class Page(HTMLParser):

@@ -9,6 +9,7 @@ from core_helpers import MostRecentlyUsed, RandomVictims
 from helpers import (
     CPU,
     Setting,
+    ShortSetting,
     Trainer,
     assert_same_bits,
     assert_same_outputs,
@@ -41,7 +42,7 @@ SHARDINGS = [
 @pytest.mark.parametrize("overlap", [False, True], ids=["sequential", "overlapped"])
 @pytest.mark.parametrize("lookahead", [1, 2, 4, 8, 16])
 def test_lookahead(lookahead: int, overlap: bool) -> None:
-    assert check_equal(Setting(), lookahead, overlap=overlap).num_victims > 100
+    assert check_equal(ShortSetting(), lookahead, overlap=overlap).num_victims > 100
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -57,23 +58,23 @@ def test_lookahead(lookahead: int, overlap: bool) -> None:
 def test_sharding_pooling_optimizer(
     sharding_type: str, min_partition: int | None, pooling: PoolingType, optimizer: type[torch.optim.Optimizer]
 ) -> None:
-    setting = Setting(pooling=pooling, sharding_type=sharding_type, min_partition=min_partition)
+    setting = ShortSetting(pooling=pooling, sharding_type=sharding_type, min_partition=min_partition)
     assert check_equal(with_optimizer(setting, optimizer)).num_victims > 100
 
 
 @pytest.mark.parametrize(
     "setting",
     [
-        Setting(max_ids_per_bag=1),
-        Setting(max_ids_per_bag=12, batch_size=3),
-        Setting(dims=(4, 16, 8)),
-        Setting(is_weighted=True),
-        Setting(is_weighted=True, pooling=PoolingType.MEAN),
-        Setting(features_per_table={0: ("a", "b"), 1: ("c",), 2: ("d",)}),
-        Setting(fused_tables=("t1",)),
-        Setting(fused_tables=("t0", "t2"), dims=(4, 8, 8)),
-        Setting(load_factor=1.0),
-        Setting(num_rows=(500,), dims=(64,), load_factor=0.1),
+        ShortSetting(max_ids_per_bag=1, num_batches=80),
+        ShortSetting(max_ids_per_bag=12, batch_size=3),
+        ShortSetting(dims=(4, 16, 8)),
+        ShortSetting(is_weighted=True),
+        ShortSetting(is_weighted=True, pooling=PoolingType.MEAN),
+        ShortSetting(features_per_table={0: ("a", "b"), 1: ("c",), 2: ("d",)}),
+        ShortSetting(fused_tables=("t1",)),
+        ShortSetting(fused_tables=("t0", "t2"), dims=(4, 8, 8)),
+        ShortSetting(load_factor=1.0),
+        ShortSetting(num_rows=(500,), dims=(64,), load_factor=0.1),
     ],
     ids=lambda setting: "",
 )
@@ -85,12 +86,12 @@ def test_features_and_tables(setting: Setting) -> None:
 @pytest.mark.parametrize("ops", [RandomVictims, MostRecentlyUsed])
 def test_the_choice_of_victims_decides_no_bits(ops: type[TorchOps], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScratchpadOptions, "make_slot_ops", lambda _self, _device: ops())
-    assert check_equal(Setting(), lookahead=3).num_victims > 100
+    assert check_equal(ShortSetting(), lookahead=3).num_victims > 100
 
 
 @pytest.mark.parametrize("ram_budget_gb", [0.5, 2e-6], ids=["all in RAM", "most on the disk"])
 def test_memory_mapped_tables(ram_budget_gb: float, tmp_path: Path) -> None:
-    ours = check_equal(Setting(), table_dir=str(tmp_path), ram_budget_gb=ram_budget_gb)
+    ours = check_equal(ShortSetting(), table_dir=str(tmp_path), ram_budget_gb=ram_budget_gb)
     assert ours.num_victims > 100
     assert list(tmp_path.iterdir()) == []
 
@@ -102,9 +103,9 @@ def test_initial_weights_are_stocks_and_are_written_once(
 ) -> None:
     """Nothing that is drawn later differs either."""
     monkeypatch.setattr(kernel, "NUM_DRAWN_TOGETHER", num_together)
-    stock = Trainer(Setting())
+    stock = Trainer(ShortSetting())
     drawn = torch.rand(3, dtype=torch.float32)
-    ours = Trainer.scratchpipe(Setting(), table_dir=str(tmp_path) if is_mapped else None)
+    ours = Trainer.scratchpipe(ShortSetting(), table_dir=str(tmp_path) if is_mapped else None)
     assert torch.equal(torch.rand(3, dtype=torch.float32), drawn)
     assert_same_bits(stock, ours)
     # torch counts what is written to a tensor: a file, once per table.
@@ -116,15 +117,15 @@ def test_optimizer_by_fused_params() -> None:
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
 
     fused_params = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1, "eps": 1e-8}
-    assert check_equal(Setting(optimizer=None, fused_params=fused_params)).num_victims > 100
+    assert check_equal(ShortSetting(optimizer=None, fused_params=fused_params)).num_victims > 100
 
 
 def test_weights_start_as_stock_weights_do_from_one_seed() -> None:
-    assert max_abs_diff(Trainer(Setting()), Trainer.scratchpipe(Setting())) == 0.0
+    assert max_abs_diff(Trainer(ShortSetting()), Trainer.scratchpipe(ShortSetting())) == 0.0
 
 
 def test_learning_rate_that_changes_every_step() -> None:
-    setting = Setting()
+    setting = ShortSetting()
     batches = make_batches(setting)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
     pipeline, iterator = ours.pipeline(), iter(batches)
@@ -140,7 +141,7 @@ def test_learning_rate_that_changes_every_step() -> None:
 @pytest.mark.parametrize("pipeline_class", [TrainPipelineBase, TrainPipelineSparseDist, None])
 @pytest.mark.parametrize("overlap", [False, True], ids=["sequential", "overlapped"])
 def test_sharder_alone_is_correct(pipeline_class: type | None, overlap: bool) -> None:
-    setting = Setting()
+    setting = ShortSetting()
     batches = make_batches(setting)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting, overlap=overlap)
     expected = stock.train_plain(batches)
@@ -163,7 +164,7 @@ def test_control_state_that_stays_behind_is_noticed(num_parts_kept: int, monkeyp
         "write_rows",
         lambda parts, index, rows: write_rows(parts[:num_parts_kept], index, rows[:num_parts_kept]),
     )
-    setting = Setting()
+    setting = ShortSetting()
     batches = make_batches(setting)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
     stock.train_plain(batches)

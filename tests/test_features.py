@@ -14,6 +14,7 @@ from helpers import (
     CPU,
     NUM_DENSE,
     Setting,
+    ShortSetting,
     TinyModel,
     Trainer,
     assert_same_bits,
@@ -41,7 +42,7 @@ from torchrec_scratchpipe import ScratchPipeError, scratchpad_stats
 from torchrec_scratchpipe.sharding.options import CPU_OPTIMIZERS, IGNORED_ON_CPU, OPTIMIZER_STATES
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.Adagrad, RowWiseAdagrad]
-VBE = with_optimizer(Setting(is_vbe=True, batch_size=12), RowWiseAdagrad)  # stock's VBE has no Adagrad on a CPU
+VBE = with_optimizer(ShortSetting(is_vbe=True, batch_size=12), RowWiseAdagrad)  # stock's VBE has no Adagrad on a CPU
 
 
 def with_features(batch: Batch, features: KeyedJaggedTensor) -> Batch:
@@ -52,7 +53,7 @@ def with_features(batch: Batch, features: KeyedJaggedTensor) -> Batch:
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise", "column_wise"])
 @pytest.mark.parametrize("is_pooled", [True, False], ids=["bags", "sequences"])
 def test_half_precision_tables(is_pooled: bool, sharding_type: str, optimizer: type[torch.optim.Optimizer]) -> None:
-    setting = with_optimizer(Setting(data_type=DataType.FP16, is_pooled=is_pooled), optimizer)
+    setting = with_optimizer(ShortSetting(data_type=DataType.FP16, is_pooled=is_pooled), optimizer)
     min_partition = 4 if sharding_type == "column_wise" else None
     ours = check_equal(replace(setting, sharding_type=sharding_type, min_partition=min_partition))
     assert ours.num_victims > 100
@@ -62,22 +63,24 @@ def test_half_precision_tables(is_pooled: bool, sharding_type: str, optimizer: t
 
 
 def test_half_precision_tables_memory_mapped(tmp_path: Path) -> None:
-    assert check_equal(Setting(data_type=DataType.FP16, dims=(4, 8, 16)), table_dir=str(tmp_path)).num_victims > 100
+    assert (
+        check_equal(ShortSetting(data_type=DataType.FP16, dims=(4, 8, 16)), table_dir=str(tmp_path)).num_victims > 100
+    )
 
 
 @pytest.mark.parametrize("dims", [(4, 8, 16), (12, 12, 12)])
 def test_half_precision_rows_of_any_width(dims: tuple[int, ...]) -> None:
-    assert check_equal(Setting(data_type=DataType.FP16, dims=dims)).num_victims > 100
+    assert check_equal(ShortSetting(data_type=DataType.FP16, dims=dims)).num_victims > 100
 
 
 @pytest.mark.parametrize("is_pooled", [True, False], ids=["bags", "sequences"])
 def test_int32_ids(is_pooled: bool) -> None:
-    assert check_equal(Setting(index_dtype=torch.int32, is_pooled=is_pooled)).num_victims > 100
+    assert check_equal(ShortSetting(index_dtype=torch.int32, is_pooled=is_pooled)).num_victims > 100
 
 
 @pytest.mark.parametrize("form", ["lengths", "offsets", "both"])
 def test_keyed_jagged_tensor_with_and_without_offsets(form: str) -> None:
-    setting = Setting()
+    setting = ShortSetting()
     batches = []
     for batch in make_batches(setting):
         features = batch.sparse_features
@@ -91,7 +94,7 @@ def test_keyed_jagged_tensor_with_and_without_offsets(form: str) -> None:
 
 
 def test_batches_of_different_size_and_of_none() -> None:
-    setting = Setting()
+    setting = ShortSetting()
     sizes = [6, 1, 0, 11, 3, 0, 0, 8]
     batches = [
         make_batches(replace(setting, batch_size=sizes[i % len(sizes)], seed=i), num_batches=1)[0] for i in range(96)
@@ -124,7 +127,7 @@ def test_variable_batch_per_feature(setting: Setting) -> None:
 
 
 def test_one_feature_in_two_tables() -> None:
-    setting = Setting(features_per_table={0: ("f0", "shared"), 1: ("f1", "shared"), 2: ("f2",)})
+    setting = ShortSetting(features_per_table={0: ("f0", "shared"), 1: ("f1", "shared"), 2: ("f2",)})
 
     class SharedFeature(TinyModel):
         """A feature that is looked up in two tables has one name per table in the output."""
@@ -141,7 +144,7 @@ def test_one_feature_in_two_tables() -> None:
 
 
 def fused(**fused_params: Any) -> Setting:
-    return Setting(optimizer=None, fused_params={"learning_rate": 0.1, "eps": 1e-8, **fused_params})
+    return ShortSetting(optimizer=None, fused_params={"learning_rate": 0.1, "eps": 1e-8, **fused_params})
 
 
 @pytest.mark.parametrize("optimizer", [kind for kind in OPTIMIZER_STATES if kind in CPU_OPTIMIZERS])
@@ -201,7 +204,9 @@ def index_dedup_on_cpu() -> Iterator[None]:
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise", "column_wise"])
 def test_index_dedup(sharding_type: str, index_dedup_on_cpu: None) -> None:
     min_partition = 4 if sharding_type == "column_wise" else None
-    setting = Setting(is_pooled=False, use_index_dedup=True, sharding_type=sharding_type, min_partition=min_partition)
+    setting = ShortSetting(
+        is_pooled=False, use_index_dedup=True, sharding_type=sharding_type, min_partition=min_partition
+    )
     setting = replace(setting, max_ids_per_bag=8, features_per_table={0: ("a", "b"), 1: ("c",), 2: ("d",)})
     ours = check_equal(setting)
     (pool,) = scratchpad_stats(ours.model)
@@ -210,7 +215,7 @@ def test_index_dedup(sharding_type: str, index_dedup_on_cpu: None) -> None:
 
 
 def test_learning_rate_set_in_the_kernels() -> None:
-    setting = Setting(num_batches=60)
+    setting = ShortSetting(num_batches=60)
     batches = make_batches(setting)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
     pipeline, iterator = ours.pipeline(), iter(batches)
@@ -257,7 +262,7 @@ class TwoCollections(nn.Module):
 @pytest.mark.parametrize("is_second_pooled", [True, False], ids=["bags", "sequences"])
 @pytest.mark.parametrize("lookahead", [1, 4])
 def test_two_collections_in_one_model(is_second_pooled: bool, lookahead: int, was_planned: list[bool]) -> None:
-    ours = check_equal(Setting(), lookahead, make_model=lambda setting: TwoCollections(setting, is_second_pooled))
+    ours = check_equal(ShortSetting(), lookahead, make_model=lambda setting: TwoCollections(setting, is_second_pooled))
     assert len(scratchpad_stats(ours.model)) == 2
     assert all(pool.num_victims > 100 for pool in scratchpad_stats(ours.model))
     assert [True] * sum(pool.num_batches for pool in scratchpad_stats(ours.model)) == was_planned
@@ -283,7 +288,7 @@ class FeatureProcessed(nn.Module):
 
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise"])
 def test_feature_processed_collection(sharding_type: str, was_planned: list[bool]) -> None:
-    setting = Setting(sharding_type=sharding_type)
+    setting = ShortSetting(sharding_type=sharding_type)
     ours = check_equal(setting, batches=make_batches(setting), make_model=FeatureProcessed)
     (pool,) = scratchpad_stats(ours.model)
     assert pool.num_victims > 100
@@ -291,7 +296,7 @@ def test_feature_processed_collection(sharding_type: str, was_planned: list[bool
 
 
 def test_tables_of_one_collection_mix_shardings_and_kernels() -> None:
-    setting = Setting(num_rows=(200, 150, 120, 90, 60, 40), dims=(8, 8, 16, 8, 8, 4))
+    setting = ShortSetting(num_rows=(200, 150, 120, 90, 60, 40), dims=(8, 8, 16, 8, 8, 4))
     constraints = scratchpad_constraints(replace(setting, fused_tables=("t4",)))
     for table, sharding_type in [("t1", "row_wise"), ("t2", "column_wise"), ("t3", "table_row_wise")]:
         constraints[table].sharding_types = [sharding_type]
@@ -326,7 +331,7 @@ def test_collection_that_cannot_be_pipelined_is_fetched_on_the_spot(
     make_model: type[TinyModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
-        ours = check_equal(Setting(), make_model=make_model)
+        ours = check_equal(ShortSetting(), make_model=make_model)
     assert ours.num_victims > 100
     (pool,) = scratchpad_stats(ours.model)
     assert 0 < pool.num_stalls <= pool.num_batches  # the worker may be quicker than the thread that asks it
@@ -359,14 +364,14 @@ class Permute(nn.Module):
 
 def test_pipeline_postproc(caplog: pytest.LogCaptureFixture, was_planned: list[bool]) -> None:
     with caplog.at_level(logging.WARNING, logger="torchrec_scratchpipe"):
-        ours = check_equal(Setting(), make_model=PostProcessed, pipeline_kwargs={"pipeline_postproc": True})
+        ours = check_equal(ShortSetting(), make_model=PostProcessed, pipeline_kwargs={"pipeline_postproc": True})
     assert [True] * scratchpad_stats(ours.model)[0].num_batches == was_planned
     assert not [record for record in caplog.records if record.name.startswith("torchrec_scratchpipe")]
 
 
 def test_plain_forward_while_postprocs_are_pipelined_is_refused() -> None:
     """They would hand out what they computed for the batch in flight, which stock takes for this one's."""
-    setting = Setting()
+    setting = ShortSetting()
     ours = Trainer.scratchpipe(setting, make_model=PostProcessed)
     batches = make_batches(setting)
     pipeline = ours.pipeline(pipeline_postproc=True)
@@ -378,7 +383,7 @@ def test_plain_forward_while_postprocs_are_pipelined_is_refused() -> None:
 
 
 def test_custom_model_fwd() -> None:
-    setting = Setting()
+    setting = ShortSetting()
     batches = make_batches(setting)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
 
@@ -403,7 +408,7 @@ def test_custom_model_fwd() -> None:
 
 def test_gradient_accumulation() -> None:
     """Tables move at every micro-batch, because the update is fused into backward; in stock too."""
-    setting = Setting()
+    setting = ShortSetting()
     batches = make_batches(setting)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
 
@@ -428,8 +433,8 @@ def test_compiled_dense_part() -> None:
             super().__init__(setting)
             self.over.compile(backend="aot_eager")
 
-    assert check_equal(Setting(num_batches=40), make_model=Compiled).num_victims > 50
+    assert check_equal(ShortSetting(num_batches=40), make_model=Compiled).num_victims > 50
 
 
 def test_setting_is_trained_on_the_device_that_it_names() -> None:
-    assert all(parameter.device == CPU for parameter in Trainer(Setting()).model.parameters())
+    assert all(parameter.device == CPU for parameter in Trainer(ShortSetting()).model.parameters())

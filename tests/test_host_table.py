@@ -15,6 +15,8 @@ from torchrec_scratchpipe.core.rows import RowLayout, StateSpec, TableSpec
 from torchrec_scratchpipe.core.storage import PageLockedStorage, RamStorage, TableStorage
 from torchrec_scratchpipe.errors import TableStorageError
 
+pytestmark = pytest.mark.any_torchrec
+
 TABLES = [TableSpec("a", 5, 0.5), TableSpec("b", 7, 0.5)]
 
 

@@ -194,7 +194,7 @@ def test_controls_of_forecasts(broken: str, monkeypatch: pytest.MonkeyPatch) -> 
 def _check_ranks(rank: int, is_pooled: bool) -> None:
     for policy in ("distance", "hash"):
         setting = CollisionSetting(
-            is_pooled=is_pooled, policy=policy, num_rows=(320, 240, 160), load_factor=0.35, num_batches=40
+            is_pooled=is_pooled, policy=policy, num_rows=(320, 240, 160), load_factor=0.35, num_batches=20
         )
         with pytest.MonkeyPatch.context() as monkeypatch:
             was_planned = note_planned(monkeypatch)
@@ -236,7 +236,7 @@ def _write_rows(trainer: Trainer, generator: torch.Generator) -> None:
 
 
 def check_written_rows(lookahead: int, every: int = 1, **sharder_kwargs: Any) -> Trainer:
-    setting = Setting(num_rows=(120, 90, 40), load_factor=0.45, num_batches=80)
+    setting = Setting(num_rows=(120, 90, 40), load_factor=0.45, num_batches=40)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting, **sharder_kwargs)
     ours.copy_from(stock)
     batches = make_batches(setting)
@@ -369,12 +369,12 @@ def test_state_is_of_one_moment_and_goes_both_ways(tmp_path: Path) -> None:
     stock, ours = _stock_and_ours(setting)
     pipeline, iterator = ours.pipeline(5), iter(batches)
     torch.manual_seed(3)
-    expected = [stock.step(batch) for batch in batches[:25]]
+    expected = [stock.step(batch) for batch in batches[:20]]
     torch.manual_seed(3)
-    assert_same_outputs(expected, [pipeline.progress(iterator) for _ in range(25)])
+    assert_same_outputs(expected, [pipeline.progress(iterator) for _ in range(20)])
     assert_same_bits(stock, ours)  # five batches have been foretold
     manager = CheckpointManager(tmp_path)
-    manager.save(25, ours.model, ours.optimizer)
+    manager.save(20, ours.model, ours.optimizer)
     resumed = Trainer.scratchpipe(setting, make_model=CollisionModel)
     manager.load(resumed.model, resumed.optimizer)
     assert_same_bits(stock, resumed)
@@ -382,8 +382,8 @@ def test_state_is_of_one_moment_and_goes_both_ways(tmp_path: Path) -> None:
     back.copy_from(resumed)
     back.optimizer.load_state_dict(resumed.optimizer.state_dict())
     assert_same_bits(stock, back)
-    expected = _train(back, _stock_pipeline(back), batches[25:])
-    assert_same_outputs(expected, _train(resumed, resumed.pipeline(4), batches[25:]))
+    expected = _train(back, _stock_pipeline(back), batches[20:])
+    assert_same_outputs(expected, _train(resumed, resumed.pipeline(4), batches[20:]))
     assert_same_bits(back, resumed)
 
 
@@ -400,9 +400,9 @@ def test_loading_a_state_in_mid_run_corrects_what_was_foretold(was_planned: list
                 trainer.step(batch)
             else:
                 pipeline.progress(iterator)
-            if index == 10:
+            if index == 6:
                 saved[name] = copy.deepcopy(trainer.model.state_dict())
-            if index == 30:
+            if index == 18:
                 trainer.model.load_state_dict(saved[name])
     assert_same_bits(stock, ours)
     assert not all(was_planned)
@@ -412,8 +412,8 @@ def test_loading_a_state_in_mid_run_corrects_what_was_foretold(was_planned: list
 def _save(rank: int, directory: str) -> None:
     setting = CollisionSetting(policy="distance", num_rows=(320, 240, 160), load_factor=0.35, num_buckets=4)
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
-    _train(ours, ours.pipeline(3), make_collision_batches(setting, rank)[:30])
-    CheckpointManager(directory).save(30, ours.model, ours.optimizer)
+    _train(ours, ours.pipeline(3), make_collision_batches(setting, rank)[:20])
+    CheckpointManager(directory).save(20, ours.model, ours.optimizer)
     again = Trainer.scratchpipe(setting, make_model=CollisionModel)
     CheckpointManager(directory).load(again.model, again.optimizer)
     assert_same_bits(ours, again)
@@ -429,7 +429,7 @@ def _resume(rank: int, directory: str, is_possible: bool) -> None:
     if not is_possible:
         return
     assert_same_bits(stock, ours)
-    batches = make_collision_batches(setting, rank)[30:50]
+    batches = make_collision_batches(setting, rank)[20:32]
     expected = _train(stock, _stock_pipeline(stock), batches)
     assert_same_outputs(expected, _train(ours, ours.pipeline(3), batches))
     assert_same_bits(stock, ours)
@@ -443,19 +443,19 @@ def test_a_checkpoint_on_other_numbers_of_ranks(num_before: int, num_after: int,
 
 
 def test_evaluation_in_between_and_a_pipeline_that_is_reset() -> None:
-    setting = CollisionSetting(policy="hash", num_batches=90)
+    setting = CollisionSetting(policy="hash", num_batches=45)
     batches = make_collision_batches(setting)
     stock, ours = _stock_and_ours(setting)
     theirs, mine = _stock_pipeline(stock), ours.pipeline(3)
-    for first in (0, 30, 60):
+    for first in (0, 15, 30):
         for trainer in (stock, ours):
             trainer.model.train()
         assert_same_outputs(
-            _train(stock, theirs, batches[first : first + 20]), _train(ours, mine, batches[first : first + 20])
+            _train(stock, theirs, batches[first : first + 10]), _train(ours, mine, batches[first : first + 10])
         )
         for trainer in (stock, ours):
             trainer.model.eval()
-        some = batches[first + 10 : first + 30]
+        some = batches[first + 5 : first + 15]
         assert_same_outputs(_train(stock, theirs, some), _train(ours, mine, some))
         ours.model.train()
         mine.fill_pipeline(iter(some))  # foretold, planned, and dropped
@@ -492,7 +492,7 @@ def test_planned_without_a_sharding_type_and_exported() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_working_sets_are_of_remapped_ids(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = CollisionSetting(num_batches=40)
+    setting = CollisionSetting()
     ours = Trainer.scratchpipe(setting, make_model=CollisionModel)
     _train(ours, ours.pipeline(), make_collision_batches(setting))
     monkeypatch.setattr(collisions, "CPU", torch.device(device))

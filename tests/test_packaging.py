@@ -17,6 +17,8 @@ import pytest
 
 import torchrec_scratchpipe
 
+pytestmark = pytest.mark.any_torchrec
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -15,6 +15,8 @@ from opacus.accountants import PRVAccountant, RDPAccountant
 from torchrec_scratchpipe.errors import ConfigError
 from torchrec_scratchpipe.privacy.accounting import Span, epsilon, epsilon_of
 
+pytestmark = pytest.mark.any_torchrec
+
 # Noise, rate, steps, delta
 SETTINGS = [
     (noise, rate, num_steps, delta)

@@ -238,7 +238,7 @@ def configs(draw: st.DrawFn, is_pooled: bool, num_ranks: int) -> Config:
         index_dtype=draw(st.sampled_from(["int64", "int32"])),
         batch_size=batch_size,
         max_ids_per_bag=max_ids_per_bag,
-        num_batches=draw(st.sampled_from([60, 60, 40, 3])),
+        num_batches=draw(st.sampled_from([30, 30, 20, 3])),
         is_weighted=is_pooled and draw(st.booleans()),
         is_vbe=is_vbe,
         lookahead=draw(st.sampled_from([1, 2, 3, 8, 16])),

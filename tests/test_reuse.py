@@ -11,6 +11,8 @@ from torchrec_scratchpipe.core.slot_ops import HALF_LIFE
 from torchrec_scratchpipe.planning.reuse import GAPS, Reuse, ReuseMeter, misses_of_pool
 from torchrec_scratchpipe.planning.zipf import zipf_reuse
 
+pytestmark = pytest.mark.any_torchrec
+
 NUM_ROWS, NUM_IDS = 20_000, 600
 
 

@@ -20,7 +20,7 @@ from torchrec_scratchpipe import ConfigError, scratchpad_stats
 from torchrec_scratchpipe.core.runner import MAX_BATCHES_READ_AHEAD
 from torchrec_scratchpipe.data import ParquetBatches
 
-SETTING = Setting(num_rows=(60, 90), dims=(4, 8), load_factor=0.4)
+SETTING = Setting(num_rows=(60, 90), dims=(4, 8), load_factor=0.4, num_batches=60)
 
 
 def ids_of(batches: Sequence[Batch]) -> Iterator[Batch]:
@@ -88,7 +88,7 @@ def test_same_bits_with_fewer_misses(num_ahead: int, overlap: bool) -> None:
 
 @pytest.mark.parametrize("is_by_ids", [True, False])
 def test_rows_on_a_disk_are_not_read_hundreds_of_batches_ahead(is_by_ids: bool, tmp_path: Path) -> None:
-    batches = make_batches(SETTING)
+    batches = make_batches(SETTING, num_batches=100)
     ours, stock = pair(SETTING, table_dir=tmp_path)
     pipeline = ours.pipeline(num_batches_seen_ahead=80)
     if is_by_ids:

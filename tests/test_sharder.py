@@ -344,7 +344,7 @@ def test_states_read_between_a_forward_and_its_backward_lose_nothing() -> None:
 
 
 def test_states_read_by_another_thread_lose_nothing() -> None:
-    setting = replace(SETTING, num_batches=100)
+    setting = replace(SETTING, num_batches=40)
     batches = make_batches(setting)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
     is_done, num_reads = threading.Event(), 0
@@ -627,7 +627,7 @@ def test_columns_and_optimizers_are_in_stock_order_whatever_has_a_scratchpad() -
     """Which tables stay whole depends on the memory budget; what a model reads by position must not."""
     for dims in ((8, 16, 8), (16, 8, 16), (8, 16, 32), (8, 8, 16)):
         for fused in ((), ("t0",), ("t1",), ("t2",), ("t0", "t2")):
-            setting = replace(SETTING, num_rows=(200, 150, 90), dims=dims, fused_tables=fused)
+            setting = replace(SETTING, num_rows=(200, 150, 90), dims=dims, fused_tables=fused, num_batches=6)
             stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
             ours.copy_from(stock)
             features = make_batches(setting)[0].sparse_features

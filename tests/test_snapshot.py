@@ -17,6 +17,8 @@ from torchrec_scratchpipe.core.snapshot import TableSnapshot
 from torchrec_scratchpipe.core.storage import RamStorage
 from torchrec_scratchpipe.errors import TableStorageError
 
+pytestmark = pytest.mark.any_torchrec
+
 NUM_ROWS = 30
 TABLES = [TableSpec("a", 10, 0.5), TableSpec("b", 20, 0.5)]
 

@@ -40,6 +40,8 @@ from torchrec_scratchpipe.errors import (
     TableOverwrittenError,
 )
 
+pytestmark = pytest.mark.any_torchrec
+
 RUNNERS = [StageRunner, OverlappedStageRunner]
 VICTIMS = [TorchOps, RandomVictims, MostRecentlyUsed]
 

@@ -33,7 +33,7 @@ from torchrec_scratchpipe import CheckpointManager, ConfigError, TableOverwritte
 from torchrec_scratchpipe.sharding import table_view
 from torchrec_scratchpipe.sharding.table_view import TableView, shown
 
-SETTING = Setting(num_rows=(200, 150, 90), dims=(8, 16, 8), num_batches=30)
+SETTING = Setting(num_rows=(200, 150, 90), dims=(8, 16, 8), num_batches=20)
 
 
 def collection(trainer: Trainer) -> Any:
@@ -176,12 +176,12 @@ def train_and_write(
         return trainer.step(next(batches)) if pipeline is None else pipeline.progress(batches)
 
     kept = road(trainer)
-    outputs = [step() for _ in range(15)]
+    outputs = [step() for _ in range(trainer.setting.num_batches // 2)]
     tensors = kept if is_kept else road(trainer)
     with torch.no_grad():
         for tensor in tensors:
             write(tensor)
-    return outputs + [step() for _ in range(15)]
+    return outputs + [step() for _ in range(trainer.setting.num_batches // 2)]
 
 
 def check_write(road: str, write: str, is_kept: bool, setting: Setting = SETTING, rank: int = 0, **kwargs: Any) -> None:
@@ -239,7 +239,9 @@ def test_written_in_other_settings(setting: Setting, write: str) -> None:
 
 def _check_on_two_ranks(rank: int) -> None:
     for sharding_type in ("row_wise", "table_wise"):
-        setting = replace(SETTING, sharding_type=sharding_type, num_rows=(200, 200, 200), dims=(8, 8, 8))
+        setting = replace(
+            SETTING, sharding_type=sharding_type, num_rows=(200, 200, 200), dims=(8, 8, 8), num_batches=16
+        )
         for write in ("dist.broadcast", "dist.all_reduce", "dist.scatter", "data.copy_", "numpy"):
             # The last: broadcast needs the same number of tensors on both ranks.
             for road in ("model.state_dict", "optimizer.state_dict") if sharding_type == "row_wise" else ():
@@ -322,7 +324,7 @@ def test_what_leaves_pytorch_shows_every_batch_as_long_as_it_is_kept() -> None:
     arrays = [[w.detach().numpy() for w in ROADS["model.named_parameters"](t)] for t in (stock, ours)]
     pools = collection(ours).pools
     assert all(pool.host_table.lent.is_any_lent for pool in pools)
-    batches = make_batches(SETTING)
+    batches = make_batches(SETTING, num_batches=30)
     pipeline, iterator = ours.pipeline(lookahead=3), iter(batches)
     for index, batch in enumerate(batches):
         assert torch.equal(stock.step(batch), pipeline.progress(iterator))
@@ -504,7 +506,7 @@ def test_page_locked_tables_are_sharded_saved_and_trained(sharding_type: str, is
 @pytest.mark.parametrize("is_pipelined", [False, True])
 def test_another_thread_that_reads_disturbs_nothing(read: str, is_pipelined: bool) -> None:
     """Also in the middle of a step, between the forward and the update of a batch."""
-    setting = replace(SETTING, batch_size=64, num_batches=120)
+    setting = replace(SETTING, batch_size=64, num_batches=60)
     stock, ours = Trainer(setting), Trainer.scratchpipe(setting)
     ours.copy_from(stock)
     kept = ROADS["model.named_parameters"](ours)

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from core_helpers import check_ahead
-from device_path import LaunchList
+from core_helpers import LaunchList, check_ahead
 from torch import Tensor
 
 from torchrec_scratchpipe.core import triton_ops
@@ -47,6 +46,8 @@ from torchrec_scratchpipe.core.slot_ops import (
 )
 from torchrec_scratchpipe.core.torch_ops import TorchOps, _bins, _notes, frequencies_of_notes, notes_of, rows_of_ids
 from torchrec_scratchpipe.core.triton_ops import TritonOps
+
+pytestmark = pytest.mark.any_torchrec
 
 CPU = torch.device("cpu")
 OF_AHEAD = ("next_use", "newest_sighting", "sightings")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.any_torchrec
+
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / ".github" / "workflows" / "ci.yml"
 TEXT = PATH.read_text()
