@@ -23,7 +23,6 @@ SERVER.set_forkserver_preload(
     [
         "torchrec_scratchpipe",
         "torchrec_scratchpipe.data",
-        "torch.distributed.optim",
         "opacus",
         "torchrec.models.dlrm",
         "torchrec.datasets.utils",
