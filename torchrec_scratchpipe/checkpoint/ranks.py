@@ -10,6 +10,18 @@ __all__ = ["Ranks"]
 
 T = TypeVar("T")
 
+_group_of_world: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+
+
+def _group_of_one() -> dist.ProcessGroup:
+    """For all jobs of one rank: nobody is waited for, so that no order is kept. Each group has threads."""
+    global _group_of_world
+    world = dist.group.WORLD
+    assert world is not None, "there are process groups"
+    if _group_of_world is None or _group_of_world[0] is not world:
+        _group_of_world = world, dist.new_group(backend="gloo")
+    return _group_of_world[1]
+
 
 class Ranks:
     """Ranks that call the same methods in the same order, in a gloo group of their own."""
@@ -20,7 +32,7 @@ class Ranks:
         if dist.is_available() and dist.is_initialized():
             # Of its own, because its collectives run beside those of training, in another order.
             ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
-            self.group = dist.new_group(ranks, backend="gloo")
+            self.group = dist.new_group(ranks, backend="gloo") if dist.get_world_size() > 1 else _group_of_one()
             self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def gather(self, value: T) -> list[T]:
