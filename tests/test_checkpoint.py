@@ -818,3 +818,12 @@ def read_pieces(path: Path, checksums: Any, wanted: list[tuple[int, int]]) -> li
             found.append(bytes(buffer))
         file.compare(file.finish())
     return found
+
+
+def test_managers_of_a_job_of_one_rank_share_a_group(tmp_path: Path) -> None:
+    """Each group has threads, which nobody would end."""
+    CheckpointManager(tmp_path)
+    num_groups = len(dist.distributed_c10d._world.pg_map)
+    for _ in range(3):
+        CheckpointManager(tmp_path, delta_every=1)
+    assert len(dist.distributed_c10d._world.pg_map) == num_groups
