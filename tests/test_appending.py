@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchrec_scratchpipe.checkpoint import appending
-from torchrec_scratchpipe.checkpoint.appending import BLOCK_BYTES, AppendedFile
+from torchrec_scratchpipe.checkpoint.appending import PAGE_BYTES, AppendedFile
 
 pytestmark = pytest.mark.any_torchrec
 
@@ -39,7 +39,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_it_holds_what_was_appended(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(appending, "BUFFER_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(appending, "BUFFER_BYTES", 2 * PAGE_BYTES)
     rng = random.Random(0)
     num_truncated = num_large = 0
     for history in range(20):
@@ -49,13 +49,13 @@ def test_it_holds_what_was_appended(way: str, tmp_path: Path, monkeypatch: pytes
         for _ in range(40):
             act = rng.choice(["append", "append", "append", "flush", "sync", "truncate", "finish"])
             if act == "append":
-                data = rng.randbytes(rng.choice([0, 1, 40, BLOCK_BYTES - 1, BLOCK_BYTES, rng.randrange(20_000)]))
-                num_large += len(data) > 2 * BLOCK_BYTES
+                data = rng.randbytes(rng.choice([0, 1, 40, PAGE_BYTES - 1, PAGE_BYTES, rng.randrange(20_000)]))
+                num_large += len(data) > 2 * PAGE_BYTES
                 file.append(data)
                 expected += data
             elif act == "truncate":
                 file.flush()
-                kept = rng.randrange(len(expected) // BLOCK_BYTES + 1) * BLOCK_BYTES
+                kept = rng.randrange(len(expected) // PAGE_BYTES + 1) * PAGE_BYTES
                 num_truncated += kept < len(expected)
                 file.truncate(kept)
                 expected = expected[:kept]
@@ -67,8 +67,8 @@ def test_it_holds_what_was_appended(way: str, tmp_path: Path, monkeypatch: pytes
                 file.flush() if act == "flush" else file.sync()
                 found = path.read_bytes()
                 assert found[: len(expected)] == expected
-                assert len(found) % BLOCK_BYTES == 0
-                assert len(found) - len(expected) < BLOCK_BYTES
+                assert len(found) % PAGE_BYTES == 0
+                assert len(found) - len(expected) < PAGE_BYTES
                 assert not any(found[len(expected) :])
             assert file.num_bytes == len(expected)
         file.close()
@@ -79,23 +79,23 @@ def test_it_holds_what_was_appended(way: str, tmp_path: Path, monkeypatch: pytes
 def test_a_file_that_may_grow_no_more_says_so_and_goes_on_later(tmp_path: Path) -> None:
     file = AppendedFile(tmp_path / "file")
     first, second = (random.Random(seed).randbytes(50_000) for seed in range(2))
-    file.append(first[: 4 * BLOCK_BYTES])
+    file.append(first[: 4 * PAGE_BYTES])
     file.sync()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * BLOCK_BYTES + 100, limit[1]))
-        file.append(first[4 * BLOCK_BYTES :])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * PAGE_BYTES + 100, limit[1]))
+        file.append(first[4 * PAGE_BYTES :])
         with pytest.raises(OSError, match="File too large"):
             file.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    file.truncate(4 * BLOCK_BYTES)
+    file.truncate(4 * PAGE_BYTES)
     file.append(second)
     file.sync()
     file.close()
     content = (tmp_path / "file").read_bytes()
-    assert content[: 4 * BLOCK_BYTES] == first[: 4 * BLOCK_BYTES]
-    assert content[4 * BLOCK_BYTES :][:50_000] == second
+    assert content[: 4 * PAGE_BYTES] == first[: 4 * PAGE_BYTES]
+    assert content[4 * PAGE_BYTES :][:50_000] == second
 
 
 def test_the_page_cache_is_left_alone(tmp_path: Path) -> None:

@@ -10,11 +10,9 @@ from types import TracebackType
 
 import numpy as np
 
-__all__ = ["BLOCK_BYTES", "AppendedFile"]
+__all__ = ["PAGE_BYTES", "AppendedFile"]
 
-BLOCK_BYTES = (
-    4096  # what is written past the page cache begins and ends at multiples of this, in memory and in the file
-)
+PAGE_BYTES = 4096  # what goes past the page cache begins and ends at multiples of it, in memory and in the file
 BUFFER_BYTES = 4 * 1024 * 1024
 
 
@@ -36,7 +34,7 @@ class AppendedFile:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._is_direct = self._set_direct(True)
         self._memory = np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=np.uint8)  # begins at a page
-        self._begin = 0  # of the buffer in the file, a multiple of BLOCK_BYTES
+        self._begin = 0  # of the buffer in the file, a multiple of PAGE_BYTES
         self._num_filled = 0
 
     @property
@@ -56,12 +54,12 @@ class AppendedFile:
                 self.flush()
 
     def flush(self) -> None:
-        """Have everything in the file, and zeros up to the next multiple of `BLOCK_BYTES`."""
-        num_whole = self._num_filled // BLOCK_BYTES * BLOCK_BYTES
-        num_padded = -(-self._num_filled // BLOCK_BYTES) * BLOCK_BYTES
+        """Have everything in the file, and zeros up to the next multiple of `PAGE_BYTES`."""
+        num_whole = self._num_filled // PAGE_BYTES * PAGE_BYTES
+        num_padded = -(-self._num_filled // PAGE_BYTES) * PAGE_BYTES
         self._memory[self._num_filled : num_padded] = 0
         self._write(num_padded)
-        # The last block is written again with what comes next; the bytes that it has now stay the same.
+        # The last page is written again with what comes next; the bytes that it has now stay the same.
         self._memory[: self._num_filled - num_whole] = self._memory[num_whole : self._num_filled].copy()
         self._begin += num_whole
         self._num_filled -= num_whole
@@ -72,8 +70,8 @@ class AppendedFile:
         os.fdatasync(self._descriptor)
 
     def truncate(self, num_bytes: int) -> None:
-        """Leave out what was appended after so many bytes: a multiple of `BLOCK_BYTES`, and in the file already."""
-        assert num_bytes % BLOCK_BYTES == 0, "it would have to be read"
+        """Leave out what was appended after so many bytes: a multiple of `PAGE_BYTES`, and in the file already."""
+        assert num_bytes % PAGE_BYTES == 0, "it would have to be read"
         assert num_bytes <= self._begin, "it is not in the file"
         self._begin, self._num_filled = num_bytes, 0  # even if the rest fails: what comes next is written over it
         os.ftruncate(self._descriptor, num_bytes)

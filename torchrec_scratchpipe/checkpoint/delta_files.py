@@ -34,7 +34,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torchrec_scratchpipe.checkpoint.appending import BLOCK_BYTES, AppendedFile
+from torchrec_scratchpipe.checkpoint.appending import PAGE_BYTES, AppendedFile
 from torchrec_scratchpipe.checkpoint.files import READ_BYTES, Window, byte_view, fill, sync_directory
 from torchrec_scratchpipe.errors import CheckpointMismatchError
 
@@ -306,7 +306,7 @@ class SegmentWriter:
     def _append_last_block(self, kind: int, payload: bytes) -> None:
         """One after which a record may begin."""
         num_bytes = self._file.num_bytes + HEADER.size + len(payload)
-        self._append_block(kind, 0, 0, [payload + bytes(-num_bytes % BLOCK_BYTES)])
+        self._append_block(kind, 0, 0, [payload + bytes(-num_bytes % PAGE_BYTES)])
 
     def _append_block(self, kind: int, pool: int, num_rows: int, pieces: Sequence[bytes | memoryview]) -> None:
         crc, num_bytes = 0, 0
